@@ -1,0 +1,48 @@
+# `make demo` and `make test` work on a fresh machine: they make .venv and install what constraints.txt pins.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint bench results readme weights clean
+
+# torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/fastunlearn demo --output demo --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks --benchmark-enable -m "not gpu" --benchmark-json benchmarks/results/cpu.json
+
+# The figures in the README: made by these commands, kept in benchmarks/results/.
+results: $(VENV)/.installed
+	$(BIN)/fastunlearn demo --output demo --overwrite
+	cp demo/demo.json benchmarks/results/demo.json
+	cp demo/grid.png docs/grid.png
+	$(BIN)/python -m pytest benchmarks/bench_bank.py --benchmark-enable --benchmark-json .benchmarks/bank.json
+	$(BIN)/python benchmarks/bank_quality.py --output benchmarks/results/bank_quality.json
+	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json
+
+readme:
+	$(PYTHON) benchmarks/readme.py
+
+weights: $(VENV)/.installed
+	$(BIN)/python -m fastunlearn.shapes.train --output fastunlearn/shapes/weights
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
