@@ -1,0 +1,20 @@
+"""Fused kernels of diffusion unlearning: Triton on CUDA and ROCm tensors, plain torch on all others."""
+
+from .bits import pack_bits, unpack_bits
+from .gradient_surgery import gradient_dots, projection_coefficient
+from .lpips_head import lpips_distance
+from .noise_loss import noise_pred_loss
+from .optimizer import MaskedAdamW
+from .saliency import accumulate_saliency_, saliency_mask
+
+__all__ = [
+    "MaskedAdamW",
+    "accumulate_saliency_",
+    "gradient_dots",
+    "lpips_distance",
+    "noise_pred_loss",
+    "pack_bits",
+    "projection_coefficient",
+    "saliency_mask",
+    "unpack_bits",
+]

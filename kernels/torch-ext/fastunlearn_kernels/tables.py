@@ -1,0 +1,105 @@
+"""One launch for many tensors: a table of their addresses on the device, and the tensor each program works on.
+
+Row i of the table: number of elements, first program of tensor i, then one address a column. The table is a function of
+those integers alone, so keeping the last few is always right, and a step whose addresses repeat uploads nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .checks import INT32_MAX
+from .launch import ceil_div, jit, tl
+
+HEADER = 2  # columns before the addresses
+
+
+class TensorTable(NamedTuple):
+    rows: torch.Tensor  # (num_tensors, HEADER + columns) int64
+    program_tensor: torch.Tensor  # (num_programs,) int32
+    num_programs: int
+    uploaded: torch.cuda.Event | None
+
+
+_held_by_graphs: list[TensorTable] = []  # a captured graph reads its table at every replay
+
+
+def tensor_table(columns: Sequence[Sequence[torch.Tensor | None]], elements_per_program: int) -> TensorTable:
+    """The table of ``columns``: lists of equally many tensors, on one device; the first column sets the sizes.
+
+    Raises:
+        RuntimeError: a table would have to be uploaded while a CUDA graph is being captured.
+    """
+    device = columns[0][0].device
+    numels = tuple(tensor.numel() for tensor in columns[0])
+    addresses = tuple(
+        tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        for tensors in zip(*columns, strict=True)
+    )
+    table = _upload(device, elements_per_program, numels, addresses)
+    if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        _held_by_graphs.append(table)
+    else:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(table.uploaded)
+        table.rows.record_stream(stream)
+        table.program_tensor.record_stream(stream)
+    return table
+
+
+@functools.lru_cache(maxsize=64)  # a model's few parameter groups, several optimizers beside each other
+def _upload(
+    device: torch.device, elements_per_program: int, numels: tuple[int, ...], addresses: tuple[tuple[int, ...], ...]
+) -> TensorTable:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "The tensors have other addresses than in the steps before the capture of this CUDA graph. Run one step "
+            "first, keep the gradients with zero_grad(set_to_none=False), then capture."
+        )
+    programs = [ceil_div(numel, elements_per_program) for numel in numels]
+    first_programs = [0]
+    for count in programs:
+        first_programs.append(first_programs[-1] + count)
+    if first_programs[-1] > INT32_MAX:
+        raise ValueError(f"{sum(numels)} elements are too many for one launch.")
+    rows = torch.tensor(
+        [(n, f, *a) for n, f, a in zip(numels, first_programs[:-1], addresses, strict=True)], dtype=torch.int64
+    )
+    program_tensor = torch.arange(len(numels), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    if device.type != "cuda":
+        return TensorTable(rows, program_tensor, first_programs[-1], None)
+    rows = rows.pin_memory().to(device, non_blocking=True)  # pinned: the host does not wait for the stream
+    program_tensor = program_tensor.pin_memory().to(device, non_blocking=True)
+    uploaded = torch.cuda.Event()
+    uploaded.record(torch.cuda.current_stream(device))
+    return TensorTable(rows, program_tensor, first_programs[-1], uploaded)
+
+
+def are_aligned(columns: Sequence[Sequence[torch.Tensor]]) -> bool:
+    """Whether every tensor starts at a multiple of 16 bytes, as 128-bit accesses need."""
+    return all(tensor.data_ptr() % 16 == 0 for tensors in columns for tensor in tensors)
+
+
+TRITON_DTYPES = (
+    {}
+    if tl is None
+    else {
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float32: tl.float32,
+    }
+)
+
+
+@jit
+def load_pointer(table_ptr, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table_ptr + column).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # without the hint every access through it is 32 bits wide
+    return pointer
