@@ -1,0 +1,56 @@
+"""The methods: each is data.  A file here turns a :class:`~fastunlearn.recipe.Concept` into a recipe.
+
+Other packages add methods through the entry-point group ``fastunlearn.methods``: an entry names a :class:`Method`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Literal
+
+from ..recipe import Concept, Defaults, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method's recipe and what a user must know of it.
+
+    ``defaults`` has one entry a family of models: ``shapes`` and ``stable-diffusion``, which serves all others.
+    """
+
+    name: str
+    paper: str
+    needs: str
+    summary: str
+    recipe: Callable[[Concept], Recipe]
+    defaults: Mapping[str, Defaults]
+    anchor: Literal["none", "optional", "needed"] = "none"
+    needs_retain: bool = False
+    is_control: bool = False
+
+    def defaults_for(self, is_bundled: bool) -> Defaults:
+        return self.defaults["shapes" if is_bundled else "stable-diffusion"]
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method by name: ours, then those of installed packages."""
+    from .controls import IDENTITY, PLACEBO
+    from .esd import ESD
+    from .ovw import OVW
+    from .saddle import SADDLE
+
+    methods = {method.name: method for method in (ESD, OVW, SADDLE, PLACEBO, IDENTITY)}
+    for entry in entry_points(group="fastunlearn.methods"):
+        if entry.name not in methods:
+            methods[entry.name] = entry.load()
+    return methods
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``; ValueError lists what there is."""
+    methods = all_methods()
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}. There are: {', '.join(methods)} (`fastunlearn methods`).")
+    return methods[name]

@@ -1,0 +1,39 @@
+"""ESD: Erased Stable Diffusion (Gandikota et al., ICCV 2023, arXiv 2303.07345, equation 7).
+
+At points of the concept's own trajectories the student, asked for the concept c, learns the teacher's prediction
+guided *away* from it:  ``T(c) - eta * (T(c) - T(""))``.  This is the form and the sign of eta in the authors' current
+code, where eta = 2 by default; the paper writes the same with eta one smaller.  With an anchor the first term is the
+anchor's, which is their ``--erase_from``.
+
+Differs from the authors' code: trajectories come from the bank (the frozen teacher, as in their code; the paper samples
+from the student), weights are kept in float32 (their bfloat16 weights lose most updates of 5e-5 to rounding), and the
+resolution is the model's native one.
+"""
+
+from __future__ import annotations
+
+from ..recipe import EMPTY, Concept, Defaults, Recipe, Row, Sum, mix
+from . import Method
+
+
+def recipe(concept: Concept) -> Recipe:
+    eta = concept.settings.negative_guidance
+    assert eta is not None
+    rows = []
+    for c in concept.forget_prompts:
+        rows.append(Row("forget", c, c, mix((concept.anchors.get(c, c), 1.0), (c, -eta), (EMPTY, eta))))
+    return Recipe(rows, Sum())
+
+
+ESD = Method(
+    name="esd",
+    paper="Gandikota et al. 2023, arXiv 2303.07345",
+    needs="the concept (an anchor if wanted)",
+    summary="guides the prediction for the concept away from it",
+    recipe=recipe,
+    anchor="optional",
+    defaults={
+        "shapes": Defaults(40, 7e-4, 16, 16, "cross-attention", "linear", negative_guidance=2.0),
+        "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention", negative_guidance=2.0),
+    },
+)

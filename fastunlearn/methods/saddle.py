@@ -1,0 +1,41 @@
+"""Saddle (Schioppa, Hoogeboom, Heek, arXiv 2411.02068), as we reconstruct it.
+
+Known of the paper's method: it needs no supervision of the forget prompts' distribution, and its objective balances a
+forget and an integrity loss.  Ours: minimise over the weights and maximise over lambda >= 0
+
+    L_int + lambda * (margin - D_forget)
+
+where L_int is the squared distance between student and teacher on retain prompts and D_forget that on the concept's
+own trajectories; no replacement is named.  Measured from ``T(c)`` itself, D_forget has no gradient at the start, where
+student and teacher agree; so it is measured from the *guided* prediction ``T(c) + (T(c) - T(""))``, whose distance
+grows first in the direction away from the concept.  In units of ``E|T(c) - T("")|^2`` D_forget then starts at 1 and
+would be 4 where the student answers the concept like the empty prompt; ``kappa`` sets the margin in these units.  The
+paper's full text was not available: the exact losses, data and hyper-parameters are ours.
+"""
+
+from __future__ import annotations
+
+from ..recipe import EMPTY, Concept, Defaults, Recipe, Row, Saddle
+from . import Method
+
+
+def recipe(concept: Concept) -> Recipe:
+    kappa = concept.settings.kappa
+    assert kappa is not None
+    rows = [Row("forget", c, c, {c: 2.0, EMPTY: -1.0}) for c in concept.forget_prompts]
+    rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
+    return Recipe(rows, Saddle(kappa=kappa))
+
+
+SADDLE = Method(
+    name="saddle",
+    paper="Schioppa et al. 2024, arXiv 2411.02068 (our reconstruction)",
+    needs="the concept, retain prompts",
+    summary="pushes away from the concept up to a margin, priced against integrity",
+    recipe=recipe,
+    defaults={
+        "shapes": Defaults(60, 1e-3, 32, 16, "cross-attention-kv", "linear", kappa=3.0),
+        "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention", kappa=3.0),
+    },
+    needs_retain=True,
+)

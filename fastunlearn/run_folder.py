@@ -1,0 +1,126 @@
+"""The folder of a run: never overwritten by accident, and every file in it whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import DEMO_METHODS, TrainConfig, from_yaml
+
+_OURS = {
+    *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "model", "delta.safetensors"),
+    *("pairs.jsonl", "evaluation.json", "grid.png", "report.html", "demo.json"),
+}
+
+
+def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """ValueError unless the folder is new or empty, or is ours and is to be replaced or continued.  Changes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output` {folder} is a file. Name a folder.")
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and overwrite:
+        _refuse_foreign(folder)
+    elif used and not resume:
+        raise ValueError(
+            f"`--output` {folder} is not empty. Use another folder, `--overwrite`, or `--resume` to continue."
+        )
+    elif resume and not used:
+        raise ValueError(f"`--resume`: {folder} holds no run. Leave the flag out to start one.")
+
+
+def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Make the folder, as :func:`check_output` allows it; one to be replaced is emptied."""
+    check_output(folder, overwrite=overwrite, resume=resume)
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """`--overwrite` deletes only what is all ours: a mistyped path must not cost anybody a home directory."""
+    runs = [folder / name for name in DEMO_METHODS if (folder / name).is_dir() and _is_run(folder / name)]
+    if not _is_run(folder, but=runs):
+        raise ValueError(f"`--overwrite`: {folder} holds files that are no run of fastunlearn. Empty it yourself.")
+
+
+def _is_run(folder: Path, but: Sequence[Path] = ()) -> bool:
+    """Whether all files are named as ours, but for ``but``, the runs of a demo, and something tells that they are."""
+    entries = [entry for entry in folder.iterdir() if entry not in but and not _is_scrap(entry)]
+    config = folder / "config.yaml"
+    if config.exists():
+        try:
+            from_yaml(config, TrainConfig)
+        except (ValueError, TypeError):
+            return False
+    telling = any((folder / name).exists() for name in ("config.yaml", "pairs.jsonl", "evaluation.json", "demo.json"))
+    return all(entry.name in _OURS for entry in entries) and (telling or bool(but))
+
+
+def _is_scrap(entry: Path) -> bool:
+    """Whether a killed run left this while it wrote."""
+    return entry.name.startswith(".") and entry.suffix == ".tmp"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``; on success it becomes ``path``, on any error it is gone."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        unfinished.chmod(0o666 & ~_umask())
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As :func:`whole_file` for a new folder; an older one of that name is replaced at the end."""
+    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        unfinished.chmod(0o777 & ~_umask())
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+                _flush(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``NaN`` is refused: it is no JSON, and no result."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
