@@ -1,0 +1,241 @@
+"""Means with honest intervals: values that share a prompt are not independent, so prompts are what is resampled.
+
+All estimates weigh every prompt the same (a mean over prompts of the prompt's mean) and depend neither on the order
+of the rows nor on anything but the seed.  numpy and scipy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+#: Below this many prompts the bootstrap is too narrow and a t interval is used instead.
+MIN_CLUSTERS_FOR_BOOTSTRAP = 50
+
+_CHUNK_ELEMENTS = 4_000_000  # multinomial counts held at once: 32 MB
+
+Floats = npt.NDArray[np.float64]
+Clusters = Sequence[str] | Sequence[int] | npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its interval.
+
+    ``n`` values in ``n_clusters`` independent groups (prompts); ``method`` says in words how the interval was made.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    n_clusters: int
+    method: str
+
+
+def clustered_mean(
+    values: npt.ArrayLike,
+    clusters: Clusters,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean over prompts of the prompt's mean value, with an interval for the population the prompts stand for.
+
+    ``values``: (N,) finite numbers; ``clusters``: (N,) strings or integers, the prompt of each value.  From 50
+    prompts on the interval is a percentile bootstrap that resamples prompts; below, a t interval on the prompt means.
+    Raises ``ValueError`` for empty, non-finite or unequal input and for fewer than two prompts.
+    """
+    _, means, n = _cluster_means(values, clusters, "values")
+    count = len(means)
+    _check_options(level, resamples, count)
+    mean = float(means.mean())
+    if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
+        low, high = _t_interval(mean, means - mean, level)
+        return Estimate(mean, low, high, n, count, _t_method(level, count))
+    low, high = _percentiles(_bootstrap(means[:, None], resamples, seed)[:, 0], level)
+    return Estimate(mean, low, high, n, count, _bootstrap_method(level, resamples))
+
+
+def retention(
+    distances: npt.ArrayLike,
+    clusters: Clusters,
+    ceiling_distances: npt.ArrayLike,
+    ceiling_clusters: Clusters,
+    floor: float = 0.0,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Calibrated retention R = 1 - (D - floor) / (ceiling - floor), a ratio of means.
+
+    ``distances``: (N,) original against unlearned model, ``clusters``: (N,) their prompts; ``ceiling_distances``:
+    (M,) original against itself redrawn from other noise, over the same prompts.  R is 1 at the floor, 0 when
+    pictures are as good as redrawn, negative beyond.  Numerator and denominator are resampled together, prompt by
+    prompt; below 50 prompts a t interval on the linearised ratio is used.  ``n`` counts the distances, not the
+    ceiling's.  Raises ``ValueError`` like :func:`clustered_mean`, when the prompts differ, and when the ceiling is
+    not above the floor.
+    """
+    keys, means, n = _cluster_means(distances, clusters, "distances")
+    ceiling_keys, ceiling_means, _ = _cluster_means(ceiling_distances, ceiling_clusters, "ceiling_distances")
+    if not np.array_equal(keys, ceiling_keys):
+        only = sorted({str(key) for key in keys} ^ {str(key) for key in ceiling_keys})
+        raise ValueError(
+            f"distances and ceiling_distances must cover the same prompts, but {len(only)} are in one of them only "
+            f"(such as {only[0]!r}): measure both on the same prompts"
+            if only
+            else "clusters and ceiling_clusters must have the same type: give strings or integers for both"
+        )
+    if not math.isfinite(floor):
+        raise ValueError(f"floor must be a finite distance, got {floor}: use 0.0 if repeats are bit-identical")
+    count = len(means)
+    _check_options(level, resamples, count)
+    span = float(ceiling_means.mean()) - floor
+    if span <= 0:
+        raise ValueError(
+            f"the ceiling must be above the floor, got a mean redrawn distance of {span + floor:.6g} and a floor of "
+            f"{floor:.6g}: check that the redrawn pictures use other seeds"
+        )
+    mean = 1 - (float(means.mean()) - floor) / span
+    if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
+        # First-order effect of each prompt on the ratio.
+        effects = ((1 - mean) * (ceiling_means - floor) - (means - floor)) / span
+        low, high = _t_interval(mean, effects, level)
+        return Estimate(mean, low, high, n, count, _t_method(level, count) + ", ratio of means linearised")
+    replicates = _bootstrap(np.stack([means, ceiling_means], axis=1), resamples, seed)
+    spans = replicates[:, 1] - floor
+    if spans.min() <= 0:
+        raise ValueError(
+            f"the ceiling is not reliably above the floor of {floor:.6g} (a resample of the prompts fell to "
+            f"{spans.min() + floor:.6g}): use more prompts, or prompts whose pictures vary with the seed"
+        )
+    low, high = _percentiles(1 - (replicates[:, 0] - floor) / spans, level)
+    return Estimate(
+        mean, low, high, n, count, _bootstrap_method(level, resamples) + ", ratio of means resampled jointly"
+    )
+
+
+def difference(
+    values_a: npt.ArrayLike,
+    values_b: npt.ArrayLike,
+    clusters: Clusters,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Paired difference a - b: ``values_a[i]`` and ``values_b[i]`` are two models' (N,) values for one (prompt, seed).
+
+    Pairing removes what both models share, so it is far sharper than comparing two intervals.
+    Raises ``ValueError`` like :func:`clustered_mean`.
+    """
+    a, b = _finite(values_a, "values_a"), _finite(values_b, "values_b")
+    if len(a) != len(b):
+        raise ValueError(f"values_a and values_b must be paired, got {len(a)} and {len(b)} values: match them by key")
+    estimate = clustered_mean(a - b, clusters, level=level, resamples=resamples, seed=seed)
+    return replace(estimate, method="paired difference, " + estimate.method)
+
+
+def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+    """Share of ``successes`` in ``n`` pictures with Wilson's score interval, which is sound at 0 and at ``n`` too.
+
+    It takes the pictures as independent; ``n_clusters`` is therefore ``n``.
+    Raises ``ValueError`` unless ``0 <= successes <= n`` and ``n >= 1``.  Source: Wilson (1927), JASA 22, 209-212.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(
+            f"wilson needs 0 <= successes <= n and n >= 1, got successes={successes}, n={n}: count pictures"
+        )
+    _check_level(level)
+    interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence_level=level, method="wilson")
+    method = f"{100 * level:g} % Wilson score interval over {n} pictures taken as independent"
+    return Estimate(successes / n, float(interval.low), float(interval.high), int(n), int(n), method)
+
+
+def quantiles(values: npt.ArrayLike) -> dict[str, float]:
+    """The tail of ``values`` (N,): ``q50``, ``q90``, ``q95``, ``q99``, linearly interpolated.
+
+    Raises ``ValueError`` for empty or non-finite input.
+    """
+    levels = (50, 90, 95, 99)
+    found = np.quantile(_finite(values, "values"), np.array(levels) / 100)
+    return {f"q{level}": float(value) for level, value in zip(levels, found, strict=True)}
+
+
+def _finite(values: npt.ArrayLike, name: str) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(
+            f"{name} must be a non-empty list of numbers, got shape {array.shape}: measure at least one pair"
+        )
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, got {bad} NaN or infinite of {len(array)}: find the pairs that failed"
+        )
+    return array
+
+
+def _cluster_means(values: npt.ArrayLike, clusters: Clusters, name: str) -> tuple[npt.NDArray[np.generic], Floats, int]:
+    """Sorted keys (P,), the mean of each (P,), and how many values there were."""
+    array, labels = _finite(values, name), np.asarray(clusters)
+    if labels.shape != array.shape:
+        raise ValueError(f"{name} and its clusters must have one length, got {array.shape} and {labels.shape}")
+    if labels.dtype.kind not in "Uiu":
+        raise ValueError(f"clusters must be strings or integers, got dtype {labels.dtype}: name each value's prompt")
+    keys, codes = np.unique(labels, return_inverse=True)
+    # Values are sorted inside a prompt too: floating-point sums depend on their order.
+    order = np.lexsort((array, codes))
+    sums = np.bincount(codes[order], weights=array[order])
+    return keys, sums / np.bincount(codes), len(array)
+
+
+def _bootstrap(means: Floats, resamples: int, seed: int) -> Floats:
+    """Means (resamples, K) of the columns of ``means`` (P, K) over prompts drawn with replacement."""
+    count = len(means)
+    generator = np.random.default_rng(seed)
+    chance = np.full(count, 1 / count)
+    chunk = max(1, _CHUNK_ELEMENTS // count)
+    chunks = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    return np.concatenate([generator.multinomial(count, chance, size=size) @ means for size in chunks]) / count
+
+
+def _percentiles(replicates: Floats, level: float) -> tuple[float, float]:
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _t_interval(mean: float, effects: Floats, level: float) -> tuple[float, float]:
+    """``effects``: (P,) deviations that sum to zero."""
+    count = len(effects)
+    standard_error = math.sqrt(float(np.square(effects).sum()) / (count - 1) / count)
+    half_width = float(stats.t.ppf((1 + level) / 2, count - 1)) * standard_error
+    return mean - half_width, mean + half_width
+
+
+def _bootstrap_method(level: float, resamples: int) -> str:
+    return f"{100 * level:g} % percentile bootstrap clustered by prompt, {resamples} resamples"
+
+
+def _t_method(level: float, count: int) -> str:
+    return f"{100 * level:g} % t interval on prompt means, {count - 1} degrees of freedom"
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}: 0.95 is usual")
+
+
+def _check_options(level: float, resamples: int, count: int) -> None:
+    _check_level(level)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}: 10000 is usual")
+    if count < 2:
+        raise ValueError(f"an interval over prompts needs at least 2 prompts, got {count}: add prompts, not seeds")
