@@ -1,0 +1,8 @@
+"""``python -m fastunlearn``, so that launchers can start it."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""What other tools call, and what the command line calls: :func:`unlearn` and :func:`evaluate`.
+
+Both take a config, do one job in one output folder, and report progress to a :class:`Reporter`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, prompts
+from .bank import Bank, BankPlan, build_bank, plan_bank
+from .config import EvaluateConfig, TrainConfig, from_yaml, to_yaml
+from .engine import TorchEngine
+from .evaluator import (
+    Evaluation,
+    PromptGroups,
+    config_of_run,
+    default_metric,
+    evaluate_models,
+    file_groups,
+    shapes_groups,
+)
+from .generate import SamplerSpec
+from .masks import select_parameters
+from .methods import Method, get_method
+from .models import Model, fingerprint, load_model
+from .perceptual import load_perceptual
+from .recipe import Alternate, Concept, Defaults, Recipe
+from .results import write_results
+from .run_folder import check_output, prepare_output, write_json, write_text
+from .sampling import check_deterministic
+from .trainer import Metrics, Schedule, Trainer
+
+
+class Reporter:
+    """Progress, as nothing.  The command line passes one that prints and draws bars."""
+
+    def plan(self, plan: TrainPlan) -> None:
+        """Called once, before anything is computed."""
+
+    def stage(self, name: str) -> None:
+        """A stage of the run begins."""
+
+    def training(self, step: int, total: int, metrics: Metrics) -> None:
+        """A step was logged."""
+
+    def scoring(self, done: int, total: int) -> None:
+        """``done`` of ``total`` pictures are made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """What a training will do, known before its first step.  Sizes in bytes, work in UNet evaluations of one sample."""
+
+    method: Method
+    settings: Defaults
+    concept: Concept
+    recipe: Recipe
+    names: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    trainable_bytes: int
+    bank: BankPlan
+    loop_forwards: int
+    seconds_per_evaluation: float
+
+    @property
+    def loop_evaluations(self) -> int:
+        """Forward and backward of the student, a backward counted as two forwards."""
+        return 3 * self.loop_forwards
+
+
+def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | None:
+    """Train as configured and write the run's folder.
+
+    Returns the folder of the unlearned pipeline, or None after a dry run.  Raises ValueError for anything wrong in the
+    settings, the prompts or the model, and :class:`~fastunlearn.trainer.Interrupted` when asked to stop.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(config.output)
+    check_output(folder, overwrite=config.overwrite, resume=config.resume)
+    method = get_method(config.method)
+    model = load_model(config.model, config.device)
+    plan = plan_training(config, method, model)
+    groups = _evaluation_groups(config, model)
+    metric = load_perceptual(default_metric(model), model.device) if groups else None  # fails early or not at all
+    reporter.plan(plan)
+    if config.dry_run:
+        return None
+    if config.resume:
+        _check_same_run(config, folder)
+    seconds = {}
+
+    reporter.stage("bank")
+    started = time.monotonic()
+    bank = build_bank(model, plan.recipe, plan.bank)
+    seconds["bank_s"] = round(time.monotonic() - started, 3)
+
+    # Only now, so that nothing is left, or lost, where a bank cannot be made or is not waited for.
+    prepare_output(folder, overwrite=config.overwrite, resume=config.resume)
+    write_text(folder / "config.yaml", to_yaml(_resolved(config, plan)))
+
+    reporter.stage("training")
+    started = time.monotonic()
+    train(model, plan, bank, config, folder, reporter)
+    seconds["training_s"] = round(time.monotonic() - started, 3)
+    write_json(folder / "run.json", _run_record(config, plan, model, folder / "model", seconds))
+
+    if groups and metric:
+        reporter.stage("evaluation")
+        # The original is loaded afresh: the model in memory has been trained.
+        results = evaluate_models(
+            load_model(config.model, config.device),
+            {config.method: load_model(str(folder / "model"), config.device)},
+            groups,
+            metric,
+            SamplerSpec(mixed_precision=config.mixed_precision),
+            describe={config.method: describe_run(config)},
+            on_progress=reporter.scoring,
+        )
+        write_results(folder, results, groups, unseen=_unseen(plan, groups))
+    return folder / "model"
+
+
+def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evaluation:
+    """Score an unlearned pipeline against its original and write records, summary, grid and report."""
+    reporter = reporter or Reporter()
+    check_output(Path(config.output), overwrite=config.overwrite)
+    unlearned = Path(config.unlearned).expanduser()
+    if (unlearned / "model" / "model_index.json").is_file():
+        unlearned = unlearned / "model"
+    name = str(unlearned) if unlearned.is_dir() else config.unlearned
+    original = load_model(config.original, config.device)
+    model = load_model(name, config.device)
+    run = config_of_run(unlearned)
+    concept = config.forget or (run.forget if run else None)
+    if config.prompts == "shapes":
+        if not original.is_bundled:
+            raise ValueError("`--prompts shapes` are the bundled model's. Give a prompt file for other models.")
+        if concept is None:
+            raise ValueError(f"{config.unlearned} does not say what was forgotten. Name it with `--forget`.")
+        groups = shapes_groups(concept)
+    else:
+        groups = file_groups(config.prompts, concept)
+    metric = load_perceptual(config.metric or default_metric(original), original.device)
+    spec = SamplerSpec(config.num_inference_steps, config.guidance_scale, config.batch_size, config.mixed_precision)
+    reporter.stage("evaluation")
+    label = _method_of(unlearned, config.unlearned)
+    results = evaluate_models(
+        original,
+        {label: model},
+        groups,
+        metric,
+        spec,
+        seeds_per_prompt=config.seeds_per_prompt,
+        describe={label: {"method": label, "concept": concept or "the concept", "model": config.original}},
+        on_progress=reporter.scoring,
+    )
+    prepare_output(Path(config.output), overwrite=config.overwrite)  # only now: old results stay until there are new
+    write_results(Path(config.output), results, groups)
+    return results.results[0]
+
+
+def plan_training(config: TrainConfig, method: Method, model: Model) -> TrainPlan:
+    """Resolve settings and prompts, check them, count the work, and time one forward for the estimate."""
+    settings = _settings(config, method, model)
+    concept = _concept(config, method, model, settings)
+    recipe = method.recipe(concept)
+    names = select_parameters(model.denoiser, settings.trainable)
+    parameters = dict(model.denoiser.named_parameters())
+    trainable = sum(parameters[name].numel() for name in names)
+    steps = settings.steps if recipe.rows else 0
+    check_deterministic(model.pipeline.scheduler)
+    model.new_scheduler(config.trajectory_steps)  # refuses more steps than it was made for
+    updates = 2 if isinstance(recipe.rule, Alternate) else 1
+    return TrainPlan(
+        method=method,
+        settings=dataclasses.replace(settings, steps=steps),
+        concept=concept,
+        recipe=recipe,
+        names=tuple(names),
+        trainable_parameters=trainable,
+        total_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        trainable_bytes=4 * trainable,
+        bank=plan_bank(
+            recipe,
+            trajectories=settings.trajectories,
+            num_inference_steps=config.trajectory_steps,
+            guidance_scale=config.trajectory_guidance_scale,
+            seed=config.seed,
+        ),
+        loop_forwards=steps * updates * settings.micro_batch_size,
+        seconds_per_evaluation=_time_evaluation(model, settings.micro_batch_size),
+    )
+
+
+@torch.no_grad()
+def _time_evaluation(model: Model, batch_size: int) -> float:
+    """Seconds a sample of one forward, the second of two."""
+    latents = torch.zeros(batch_size, *model.latent_shape, device=model.device)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+    conditions = model.encode([""]).rows([0] * batch_size)
+    for _ in range(2):
+        started = time.monotonic()
+        model.predict(latents, timesteps, conditions).sum().item()
+        seconds = time.monotonic() - started
+    return seconds / batch_size
+
+
+def train(model: Model, plan: TrainPlan, bank: Bank, config: TrainConfig, folder: Path, reporter: Reporter) -> None:
+    """Train ``model.denoiser`` on a bank, leave the trained weights in it and export them to ``folder/model``."""
+    torch.manual_seed(config.seed)
+    settings = plan.settings
+    engine = TorchEngine(
+        model.denoiser,
+        list(plan.names),
+        learning_rate=settings.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        mixed_precision=config.mixed_precision,
+    )
+    schedule = Schedule(
+        steps=settings.steps,
+        micro_batch_size=settings.micro_batch_size,
+        seed=config.seed,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        lr_scheduler=settings.lr_scheduler,
+    )
+    trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder)
+    if config.resume:
+        trainer.resume()
+    trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
+    engine.export(model, folder / "model")
+
+
+def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
+    """The method's defaults for this model, overridden by what the user set."""
+    defaults = method.defaults_for(model.is_bundled)
+    names = [field.name for field in dataclasses.fields(Defaults)]
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    for name in ("negative_guidance", "kappa"):
+        if name in chosen and getattr(defaults, name) is None:
+            raise ValueError(f"`--{name.replace('_', '-')}` is no setting of the method {method.name}. Leave it out.")
+    return dataclasses.replace(defaults, **chosen)
+
+
+def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaults) -> Concept:
+    """What to forget, what takes its place, what to keep: from the user, else from the bundled world."""
+    word = config.forget.strip()
+    if model.is_bundled and not (config.forget_prompts and config.retain_prompts):
+        own_forget, own_retain = prompts.shapes_prompts(word, "train")
+    else:
+        own_forget, own_retain = [word], []
+    forget = prompts.parse_prompts(config.forget_prompts) if config.forget_prompts else own_forget
+    retain = prompts.parse_prompts(config.retain_prompts) if config.retain_prompts else own_retain
+    for prompt in forget:
+        if model.count_tokens(prompt) == 0:
+            raise ValueError(f"the tokenizer turns the forget prompt {prompt!r} into nothing. Use other words.")
+    prompts.check_disjoint(forget, retain)
+    if method.needs_retain and not retain:
+        raise ValueError(
+            f"the method {method.name} needs retain prompts: give `--retain-prompts` a FILE or 'TEXT;TEXT'."
+        )
+    anchor = config.anchor
+    if anchor is not None and method.anchor == "none":
+        raise ValueError(f"the method {method.name} takes no `--anchor`. Leave it out.")
+    if anchor is None and method.anchor == "needed":
+        anchor = prompts.shapes_anchor(word) if model.is_bundled else ""
+    anchors = {}
+    if anchor is not None:
+        anchors = {prompt: prompts.substitute(prompt, word, anchor.strip()) for prompt in forget}
+    same = [prompt for prompt, replaced in anchors.items() if replaced.lower() == prompt.lower()]
+    if same:
+        raise ValueError(f"`--anchor` {anchor!r} leaves the forget prompt {same[0]!r} as it is. Name something else.")
+    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings)
+
+
+def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None:
+    choice = config.evaluation_prompts or ("shapes" if model.is_bundled else "none")
+    if choice == "none":
+        return None
+    if choice == "shapes":
+        if not model.is_bundled:
+            raise ValueError("`--evaluation-prompts shapes` are the bundled model's. Give a prompt file, or none.")
+        return shapes_groups(config.forget)
+    return file_groups(choice, config.forget if model.is_bundled else None)
+
+
+def _unseen(plan: TrainPlan, groups: PromptGroups) -> bool:
+    """Whether no retain prompt of the evaluation took part in training."""
+    return not set(groups.retain) & set(plan.recipe.prompts())
+
+
+def _resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
+    """The config with every default filled in, as it is saved with the run."""
+    settings = dataclasses.asdict(plan.settings)
+    settings |= {"anchor": plan.concept.anchor, "dry_run": False, "resume": False, "overwrite": False}
+    return dataclasses.replace(config, **settings)
+
+
+def _check_same_run(config: TrainConfig, folder: Path) -> None:
+    """A resumed run must be asked for the same thing; how often it logs or saves may change."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"`--resume`: {folder} holds no run. Leave the flag out to start one.")
+    before = from_yaml(path, TrainConfig)
+    free = {"resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "device"}
+    for field in dataclasses.fields(TrainConfig):
+        now, then = getattr(config, field.name), getattr(before, field.name)
+        if field.name not in free and now is not None and now != then:
+            raise ValueError(
+                f"`--resume`: the run in {folder} has {field.name} = {then!r}, now it is {now!r}. "
+                "Give the same settings, or another `--output`."
+            )
+
+
+def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, exported: Path, seconds: dict[str, float]) -> dict:
+    import diffusers
+
+    return {
+        "fastunlearn": __version__,
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "hashes": {"original": fingerprint(model.source), "unlearned": fingerprint(exported)},
+        "trainable_parameters": plan.trainable_parameters,
+        "total_parameters": plan.total_parameters,
+        "rows": plan.bank.rows,
+        "unet_evaluations": {"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
+        "seconds": seconds,
+    } | describe_run(config)
+
+
+def describe_run(config: TrainConfig) -> dict[str, Any]:
+    """What a run's evaluation says of the run."""
+    return {"method": config.method, "concept": config.forget, "model": config.model}
+
+
+def _method_of(unlearned: Path, name: str) -> str:
+    if (run := config_of_run(unlearned)) is not None:
+        return run.method
+    return "gold" if name.startswith("shapes-gold") else unlearned.name or name

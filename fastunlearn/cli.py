@@ -1,0 +1,182 @@
+"""The commands.  Parses flags into a config, calls one function, turns errors into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
+from . import __version__
+from .config import DemoConfig, EvaluateConfig, TrainConfig, add_flags, build
+
+Command = Callable[[dict[str, Any]], int]
+
+_DESCRIPTION = "Make a text-to-image diffusion model forget a concept, and prove that everything else is unchanged."
+_TRAIN_EXAMPLES = """examples:
+  fastunlearn train --forget star --output run
+  fastunlearn train --model ./stable-diffusion-v1-5 --method esd --forget "Van Gogh" --output run
+  fastunlearn train --model ./stable-diffusion-v1-5 --method ovw --forget "Van Gogh" --anchor "a painter" \\
+                    --retain-prompts "a photo of a dog;a painting by Monet" --output run
+  fastunlearn train --resume --output run
+"""
+_EVALUATE_EXAMPLES = """examples:
+  fastunlearn evaluate --original shapes --unlearned run --output evaluation
+  fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --metric lpips-alex --output evaluation
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, or 2 after one line on stderr that says what to do."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _run(_parser().parse_args(arguments))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except KeyboardInterrupt:
+        return _fail(
+            "stopped; every file written so far is whole. Run the command again; where its output folder is no longer "
+            "empty, with `--overwrite` (or, for train, `--resume`)."
+        )
+    except Exception as error:
+        # Other kinds are mistakes of ours, whose traceback is wanted.
+        expected = isinstance(error, ValueError | TypeError | RuntimeError | OSError) or _disk_is_full(error)
+        if not expected or os.environ.get("FASTUNLEARN_TRACEBACK"):
+            raise
+        return _fail(_explain(error))
+
+
+def _run(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name != "command"}
+    command: Command = args.command
+    return command(flags)
+
+
+def _train(flags: dict[str, Any]) -> int:
+    saved = Path(flags.get("output", "")) / "config.yaml"
+    if flags.get("resume") and "output" in flags and flags.get("config") is None:
+        if saved.is_file():
+            flags["config"] = str(saved)  # `--resume --output RUN` says enough
+        elif "forget" not in flags:
+            raise ValueError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
+    config = build(TrainConfig, flags)
+    from .api import unlearn
+    from .console import Console
+    from .trainer import Interrupted
+
+    with Console() as console:
+        again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
+        try:
+            model = unlearn(config, console)
+        except Interrupted as stop:
+            console.close()
+            return _fail(f"{stop}; the state is saved. Continue with: {again}")
+        except KeyboardInterrupt:
+            console.close()
+            begun = (Path(config.output) / "config.yaml").is_file()
+            return _fail(f"stopped. Continue with: {again}" if begun else "stopped before anything was written.")
+    if model is None:
+        print("dry run: nothing was computed or written.")
+    else:
+        console.result(Path(config.output), model)
+    return 0
+
+
+def _evaluate(flags: dict[str, Any]) -> int:
+    config = build(EvaluateConfig, flags)
+    from .api import evaluate
+    from .console import Console
+
+    with Console() as console:
+        evaluate(config, console)
+    console.result(Path(config.output))
+    return 0
+
+
+def _demo(flags: dict[str, Any]) -> int:
+    config = build(DemoConfig, flags)
+    from .console import Console, table
+    from .demo import demo
+    from .trainer import Interrupted
+
+    started = time.monotonic()
+    with Console(plans=False) as console:
+        try:
+            summaries = demo(config, console)
+        except Interrupted:
+            raise KeyboardInterrupt from None  # a demo is too short to be continued
+    table(summaries)
+    print(f"{time.monotonic() - started:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
+    return 0
+
+
+def _methods(flags: dict[str, Any]) -> int:
+    from .console import methods_table
+
+    methods_table()
+    return 0
+
+
+def _info(flags: dict[str, Any]) -> int:
+    from .console import info
+
+    info()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastunlearn", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"fastunlearn {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable[[dict[str, Any]], int], help: str, kind: Any = None, examples: str = ""
+    ) -> None:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=examples,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        )
+        if kind is not None:
+            add_flags(sub, kind)
+        sub.set_defaults(command=command)
+
+    add("demo", _demo, 'forget "star" in the bundled model three ways and compare them', DemoConfig)
+    add("train", _train, "make a model forget a concept", TrainConfig, _TRAIN_EXAMPLES)
+    add("evaluate", _evaluate, "measure what an unlearned model forgot and kept", EvaluateConfig, _EVALUATE_EXAMPLES)
+    add("methods", _methods, "list the methods: paper, what each needs, what it changes")
+    add("info", _info, "show versions, devices, and which kernels and metrics can run here")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}. See `{self.prog} --help`."))
+
+
+def _explain(error: Exception) -> str:
+    """One line for people.  A full disk comes as an OSError or inside another library's error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if _disk_is_full(error):
+        return "the disk is full: what was being written was removed again. Free some space and run the command again."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return text
+
+
+def _disk_is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _fail(message: str) -> int:
+    print(f"fastunlearn: {' '.join(message.split())}", file=sys.stderr)
+    return 2
