@@ -1,0 +1,68 @@
+"""Fixtures that several files share.  Imports are inside, so that the kernels' tests also run without the engine."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network; subprocesses inherit it
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled model on the CPU.  Tests only look at it: one that trains loads its own."""
+    from fastunlearn.models import load_model
+
+    return load_model("shapes", "cpu")
+
+
+@pytest.fixture
+def pipeline_copy(tmp_path):
+    """A copy of the bundled pipeline's folder, to be damaged."""
+    from fastunlearn.shapes import pipeline_folder
+
+    return Path(shutil.copytree(pipeline_folder("shapes"), tmp_path / "pipeline"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a command gave back."""
+
+    status: int | str | None
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys):
+    """``cli("train", ...)`` runs a command in this process; stderr is no terminal."""
+    from fastunlearn.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return Answer(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(cli):
+    """Runs a command that must refuse: status 2 and one line on stderr, which it returns."""
+
+    def run(*arguments):
+        answer = cli(*arguments)
+        assert answer.status == 2, answer
+        assert answer.err.startswith("fastunlearn: "), answer.err
+        assert answer.err.endswith("\n"), answer.err
+        assert len(answer.err.splitlines()) == 1, answer.err
+        assert "Traceback" not in answer.out + answer.err
+        return answer.err
+
+    return run

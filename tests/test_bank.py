@@ -1,0 +1,119 @@
+"""The bank: what it holds is what a fresh computation gives, at the promised number of UNet evaluations."""
+
+import pytest
+import torch
+
+from fastunlearn.bank import build_bank, plan_bank
+from fastunlearn.recipe import EMPTY, Alternate, Recipe, Row
+from fastunlearn.sampling import initial_noise, sample
+
+FORGET, ANCHOR, RETAIN = "a red star", "a red circle", "a blue ring"
+RECIPE = Recipe(
+    [
+        Row("forget", FORGET, FORGET, {FORGET: -1.0, EMPTY: 2.0}),
+        Row("forget", "star", "star", {ANCHOR: 1.0}),
+        Row("retain", RETAIN, RETAIN, {RETAIN: 1.0}),
+    ],
+    Alternate(),
+)
+
+
+def plan(trajectories=2, steps=3, recipe=RECIPE, seed=0):
+    return plan_bank(recipe, trajectories=trajectories, num_inference_steps=steps, guidance_scale=3.0, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def bank(bundled):
+    return build_bank(bundled, RECIPE, plan())
+
+
+def test_the_plan_counts_the_evaluations_that_are_made(bundled):
+    rows = []
+    hook = bundled.denoiser.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    try:
+        planned = plan(trajectories=4)
+        build_bank(bundled, RECIPE, planned, micro_batch_size=2)
+    finally:
+        hook.remove()
+    assert sum(rows) == planned.unet_evaluations
+    assert planned.rows == 2 * 4 * 3
+    # forget: 2 trajectories with 2 branches, 2 with 3 (the anchor); retain: 4 with 2; each of 3 steps
+    assert planned.unet_evaluations == 3 * (2 * 2 + 2 * 3 + 4 * 2)
+
+
+def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):
+    planned = plan()
+    for place, (row, number) in enumerate(planned.assignments):
+        conditions = bundled.encode(["", row.trajectory])
+        branches = [conditions.of([""]), conditions.of([row.trajectory])]
+        noise = initial_noise([row.trajectory], [number], bundled.latent_shape)
+        points = list(sample(bundled, noise, branches, num_inference_steps=3, guidance_scale=3.0))
+        rows = torch.arange(3 * place, 3 * place + 3)
+        torch.testing.assert_close(bank.latents[rows], torch.cat([p.latents for p in points]), atol=1e-4, rtol=1e-4)
+        assert bank.timesteps[rows].tolist() == [int(p.timestep) for p in points]
+        for branch in (0, 1):
+            fresh = torch.cat([p.predictions[branch] for p in points])
+            torch.testing.assert_close(bank.teacher_preds[branch, rows], fresh, atol=1e-4, rtol=1e-4)
+
+
+def test_coefficients_compose_each_rows_target(bundled, bank):
+    for place, (row, _) in enumerate(plan().assignments):
+        where = 3 * place
+        target = torch.einsum("k,kchw->chw", bank.coefficients[where], bank.teacher_preds[:, where])
+        fresh = torch.zeros_like(target)
+        for prompt, coefficient in row.target.items():
+            conditions = bundled.encode([prompt]).rows([0])
+            with torch.no_grad():
+                prediction = bundled.predict(bank.latents[where : where + 1], bank.timesteps[where], conditions)
+            fresh += coefficient * prediction[0]
+        torch.testing.assert_close(target, fresh, atol=1e-4, rtol=1e-4)
+        assert bank.conditions.prompts[bank.condition[where]] == row.condition
+
+
+def test_batched_and_single_trajectories_agree(bundled, bank):
+    single = build_bank(bundled, RECIPE, plan(), micro_batch_size=1)
+    torch.testing.assert_close(single.latents, bank.latents, atol=1e-4, rtol=1e-4)
+    assert torch.equal(single.coefficients, bank.coefficients)
+
+
+def test_a_bank_is_a_function_of_its_seed(bundled, bank):
+    again = build_bank(bundled, RECIPE, plan())
+    assert torch.equal(again.latents, bank.latents)
+    assert torch.equal(again.teacher_preds, bank.teacher_preds)
+    assert not torch.equal(build_bank(bundled, RECIPE, plan(seed=1)).latents, bank.latents)
+
+
+def test_an_unconditional_trajectory_counts_its_prediction_once(bundled):
+    recipe = Recipe([Row("retain", EMPTY, EMPTY, {EMPTY: 1.0})], Alternate())
+    small = build_bank(bundled, recipe, plan(trajectories=1, recipe=recipe))
+    target = torch.einsum("nk,knchw->nchw", small.coefficients, small.teacher_preds)
+    assert torch.equal(target, small.teacher_preds[0])
+
+
+def test_batches_pass_through_an_epoch_without_repeats_and_differ(bank):
+    size = len(bank.role_rows["forget"])
+    seen = torch.cat([bank.batch([("forget", 2)], step, 0).row_index for step in range(size // 2)])
+    assert sorted(seen.tolist()) == sorted(bank.role_rows["forget"].tolist())
+    following = torch.cat([bank.batch([("forget", 2)], step, 0).row_index for step in range(size // 2, size)])
+    assert sorted(following.tolist()) == sorted(seen.tolist())
+    assert following.tolist() != seen.tolist()
+
+
+def test_a_batch_depends_on_nothing_but_its_step(bank):
+    one = bank.batch([("forget", 2), ("retain", 3)], 17, 5)
+    two = bank.batch([("forget", 2), ("retain", 3)], 17, 5)
+    assert torch.equal(one.row_index, two.row_index)
+    assert set(one.row_index[:2].tolist()) <= set(bank.role_rows["forget"].tolist())
+    assert set(one.row_index[2:].tolist()) <= set(bank.role_rows["retain"].tolist())
+
+
+def test_a_batch_larger_than_the_bank_repeats_rows(bank):
+    size = len(bank.role_rows["retain"])
+    index = bank.batch([("retain", 2 * size + 1)], 0, 0).row_index
+    assert len(index) == 2 * size + 1
+    assert set(index.tolist()) == set(bank.role_rows["retain"].tolist())
+
+
+def test_trajectories_are_dealt_to_all_kinds_of_row():
+    prompts = [row.trajectory for row, _ in plan(trajectories=6).assignments if row.role == "forget"]
+    assert {prompt: prompts.count(prompt) for prompt in prompts} == {FORGET: 3, "star": 3}

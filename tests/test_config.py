@@ -1,0 +1,261 @@
+"""Settings: what a field accepts is the same by flag, by YAML and by constructor, and nonsense is named."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from fastunlearn.config import (
+    DEMO_METHODS,
+    DemoConfig,
+    EvaluateConfig,
+    TrainConfig,
+    add_flags,
+    build,
+    from_yaml,
+    to_yaml,
+)
+
+KINDS = (TrainConfig, EvaluateConfig, DemoConfig)
+REQUIRED = {
+    TrainConfig: {"forget": "star", "output": "run"},
+    EvaluateConfig: {"original": "shapes", "unlearned": "run", "output": "evaluation"},
+    DemoConfig: {},
+}
+NAN, INF = float("nan"), float("inf")
+
+# field: (accepted at the edge, refused)
+TRAIN_NUMBERS = {
+    "steps": ((0, 1), (-1, 10**30)),
+    "micro_batch_size": ((1,), (0, -1, 10**30)),
+    "trajectories": ((1,), (0, -1, 10**30)),
+    "trajectory_steps": ((1,), (0, 10**30)),
+    "log_every": ((1,), (0, -5)),
+    "checkpoint_every": ((0,), (-1,)),
+    "seed": ((0, 2**32 - 1), (-1, 2**32, 10**400)),
+    "learning_rate": ((1e-12, 1.0), (0.0, -1e-3, 1.1, NAN, INF, -INF)),
+    "max_grad_norm": ((1e-6, 100.0), (0.0, -1.0, NAN, INF)),
+    "kappa": ((0.1,), (0.0, NAN, INF)),
+    "trajectory_guidance_scale": ((0.5,), (0.0, NAN, INF)),
+    "weight_decay": ((0.0, 0.1), (-0.1, NAN, INF)),
+    "retain_weight": ((0.0, 5.0), (-1.0, NAN, INF)),
+    "negative_guidance": ((-1.0, 0.0, 7.5), (NAN, INF, -INF)),
+}
+EVALUATE_NUMBERS = {
+    "seeds_per_prompt": ((1,), (0, 10**30)),
+    "batch_size": ((1,), (0, -1)),
+    "num_inference_steps": ((1,), (0,)),
+    "guidance_scale": ((1.0,), (0.0, NAN, INF)),
+}
+NUMBERS = [(TrainConfig, *item) for item in TRAIN_NUMBERS.items()]
+NUMBERS += [(EvaluateConfig, *item) for item in EVALUATE_NUMBERS.items()]
+NUMBERS += [(DemoConfig, "seed", ((0,), (-1, 10**30)))]
+
+
+def make(kind, **values):
+    return kind(**{**REQUIRED[kind], **values})
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(kind, arguments):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(parser, kind)
+    return vars(parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        pytest.param(kind, name, value, id=f"{kind.__name__}-{name}={value}")
+        for kind, name, (good, _) in NUMBERS
+        for value in good
+    ],
+)
+def test_numbers_in_range_are_kept(kind, name, value):
+    assert getattr(make(kind, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        pytest.param(kind, name, value, id=f"{kind.__name__}-{name}={str(value)[:32]}")
+        for kind, name, (_, bad) in NUMBERS
+        for value in bad
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_flags_name(kind, name, value):
+    with pytest.raises(ValueError, match=f"`{flag_of(name)}` must be .*(at least|at most|above)"):
+        make(kind, **{name: value})
+
+
+def test_every_number_has_a_range():
+    """A new numeric field must come with its limits, and with its line in the tables above."""
+    numeric = {
+        (kind, field.name)
+        for kind in KINDS
+        for field in dataclasses.fields(kind)
+        if str(field.type).startswith(("int", "float"))
+    }
+    assert numeric == {(kind, name) for kind, name, _ in NUMBERS}
+
+
+@pytest.mark.parametrize("forget", ["", " ", "\t\n"])
+def test_an_empty_concept_is_refused(forget):
+    with pytest.raises(ValueError, match="`--forget` is empty"):
+        make(TrainConfig, forget=forget)
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    with pytest.raises(ValueError, match=r"--resume.*--overwrite"):
+        make(TrainConfig, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_cannot_be_changed(kind):
+    config = make(kind)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.output = "elsewhere"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_is_a_flag_with_a_help_text(kind):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, kind)
+    flags = {action.option_strings[0]: action for action in parser._actions}
+    assert set(flags) == {"-h", "--config"} | {flag_of(field.name) for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):
+        assert len(field.metadata["help"]) > 5
+        assert field.metadata["help"] in flags[flag_of(field.name)].help.replace("%%", "%")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_not_given_are_absent(kind):
+    assert parse(kind, []) == {"config": None}
+
+
+def test_flags_have_the_types_of_the_fields():
+    given = {
+        "lr-scheduler": "linear",
+        "steps": "3",
+        "learning-rate": "1e-4",
+        "forget": "star",
+        "mixed-precision": "bf16",
+    }
+    values = parse(TrainConfig, ["--dry-run", *(f"--{name}={value}" for name, value in given.items())])
+    assert values == {
+        "config": None,
+        "lr_scheduler": "linear",
+        "steps": 3,
+        "learning_rate": 1e-4,
+        "forget": "star",
+        "dry_run": True,
+        "mixed_precision": "bf16",
+    }
+
+
+CONFIGS = {
+    "defaults": make(TrainConfig),
+    "everything": make(
+        TrainConfig,
+        forget="Van Gogh: “the painter”",
+        anchor="",
+        retain_prompts="a dog; a cat #2",
+        steps=7,
+        learning_rate=3e-7,
+        negative_guidance=-0.5,
+        lr_scheduler="linear",
+        mixed_precision="no",
+        device="cpu",
+        seed=2**32 - 1,
+        overwrite=True,
+    ),
+    "looks like other types": make(TrainConfig, forget="no", output="2024-01-01", anchor="null", trainable="1e3"),
+    "evaluate": make(EvaluateConfig, prompts="a;b", mixed_precision="bf16", guidance_scale=7.5),
+    "demo": make(DemoConfig, output="d", seed=3),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_yaml_gives_back_an_equal_config(config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(path, type(config)) == config
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("forget: ring\nsteps: 5\nlearning-rate: 1e-4\n")
+    config = build(TrainConfig, {"config": str(path), "output": "run", "steps": 9})
+    assert (config.forget, config.steps, config.learning_rate) == ("ring", 9, 1e-4)
+
+
+def test_names_in_a_file_may_have_dashes_or_underscores(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("forget: star\noutput: run\nmicro-batch-size: 3\ntrajectory_steps: 4\n")
+    config = from_yaml(path, TrainConfig)
+    assert (config.micro_batch_size, config.trajectory_steps) == (3, 4)
+
+
+def test_a_bare_no_is_the_precision_and_not_yamls_false(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("forget: star\noutput: run\nmixed_precision: no\n")
+    assert from_yaml(path, TrainConfig).mixed_precision == "no"
+
+
+def test_a_whole_number_written_as_a_float_is_accepted(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("forget: star\noutput: run\nsteps: 20.0\n")
+    assert from_yaml(path, TrainConfig).steps == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("stepz: 3", "unknown name 'stepz'", id="unknown name"),
+        pytest.param("steps: many", "`steps` must be int, got 'many'", id="word for a number"),
+        pytest.param("steps: 1.5", "`steps` must be int, got 1.5", id="fraction of a step"),
+        pytest.param("steps: .inf", "`steps` must be int, got inf", id="infinite steps"),
+        pytest.param("steps: .nan", "`steps` must be int, got nan", id="nan steps"),
+        pytest.param("steps: true", "`steps` must be int, got True", id="truth for a number"),
+        pytest.param("steps: [3]", "`steps` must be int", id="list for a number"),
+        pytest.param("steps: -3", "`--steps` must be at least 0", id="negative steps"),
+        pytest.param("learning_rate: .nan", "`--learning-rate` must be a number above 0", id="nan rate"),
+        pytest.param("learning_rate: " + "9" * 400, "`learning_rate` must be float", id="rate past floats"),
+        pytest.param("dry_run: maybe", "`dry_run` must be bool", id="word for a truth"),
+        pytest.param("lr_scheduler: cosine", "`lr_scheduler` must be constant or linear", id="unknown optional choice"),
+        pytest.param("device: tpu", "`device` must be auto or cpu or cuda", id="unknown choice"),
+        pytest.param("forget:", "`forget` must be str, got None", id="required left empty"),
+        pytest.param("trajectory_steps:", "`trajectory_steps` must be int, got None", id="number left empty"),
+        pytest.param("forget: {a: b}", "`forget` must be str", id="mapping for a text"),
+        pytest.param("- forget", "must hold `name: value` lines", id="list"),
+        pytest.param("", "must hold `name: value` lines", id="empty file"),
+        pytest.param("a: [", "cannot read the config file", id="no yaml"),
+        pytest.param("!!python/object/apply:os.getcwd []", "cannot read the config file", id="code in yaml"),
+    ],
+)
+def test_mistakes_in_a_file_are_named_in_one_line(text, said, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"config file|must be") as error:
+        build(TrainConfig, {"config": str(path), "output": "run"} | ({} if "forget" in text else {"forget": "star"}))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the config file .*nowhere\.yaml"):
+        build(TrainConfig, {"config": str(tmp_path / "nowhere.yaml")})
+
+
+def test_a_missing_setting_is_named_as_a_flag():
+    with pytest.raises(ValueError, match="missing: --forget, --output"):
+        build(TrainConfig, {})
+
+
+def test_the_demos_methods_exist():
+    from fastunlearn.methods import all_methods
+
+    assert set(DEMO_METHODS) <= set(all_methods())

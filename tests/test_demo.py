@@ -1,0 +1,96 @@
+"""The main job, end to end, with the real weights and settings: what the README's first screen promises."""
+
+import json
+
+import pytest
+
+from fastunlearn import cli
+from fastunlearn.config import EvaluateConfig, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    assert cli.main(["demo", "--output", str(folder)]) == 0
+    return folder
+
+
+def summaries(folder):
+    found = json.loads((folder / "demo.json").read_text())["evaluations"]
+    return {summary["name"]: summary for summary in found}
+
+
+@pytest.mark.slow
+def test_ovw_forgets_the_star_and_keeps_the_rest(demo):
+    ovw = summaries(demo)["ovw"]
+    assert ovw["erasure"]["forget_accuracy_original"] >= 0.95
+    assert ovw["erasure"]["forget_accuracy"] <= 0.05
+    assert ovw["erasure"]["forget_valid"] >= 0.9
+    assert ovw["retain"]["shape_accuracy"] >= 0.98
+    assert ovw["integrity"]["retention"] >= 0.93
+    assert ovw["controls"]["repeat"] == 0.0
+
+
+@pytest.mark.slow
+def test_integrity_sees_what_accuracy_does_not(demo):
+    """ESD's accuracies look like OVW's; its pictures are further from the original's, beyond the intervals."""
+    found = summaries(demo)
+    esd, ovw, placebo = (found[name] for name in ("esd", "ovw", "placebo"))
+    assert esd["retain"]["shape_accuracy"] >= 0.98
+    assert esd["integrity"]["retention_ci95"][1] < ovw["integrity"]["retention_ci95"][0]
+    assert placebo["integrity"]["retention"] >= 0.99
+    assert placebo["erasure"]["forget_accuracy"] >= 0.95
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_its_files(demo):
+    assert {path.name for path in demo.iterdir()} == {"demo.json", "esd", "grid.png", "ovw", "placebo", "report.html"}
+    for method in ("esd", "ovw", "placebo"):
+        names = {path.name for path in (demo / method).iterdir()}
+        assert {"config.yaml", "run.json", "metrics.jsonl", "model", "pairs.jsonl", "evaluation.json"} <= names
+        lines = (demo / method / "pairs.jsonl").read_text().splitlines()
+        assert len(lines) == 96
+    assert not list(demo.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_as_the_demo_did(demo, tmp_path):
+    """`evaluate` on the demo's model gives the demo's numbers, to the last bit."""
+    from fastunlearn import evaluate
+
+    found = evaluate(EvaluateConfig(original="shapes", unlearned=str(demo / "ovw"), output=str(tmp_path / "again")))
+    ours, theirs = found.summary, summaries(demo)["ovw"]
+    assert ours["integrity"] == theirs["integrity"]
+    assert ours["erasure"] == theirs["erasure"]
+    assert ours["spec"]["hashes"] == theirs["spec"]["hashes"]
+
+
+@pytest.mark.slow
+def test_gold_never_draws_the_star(tmp_path):
+    from fastunlearn import evaluate
+
+    gold = EvaluateConfig(original="shapes", unlearned="shapes-gold-star", forget="star", output=str(tmp_path / "gold"))
+    summary = evaluate(gold).summary
+    assert summary["erasure"]["forget_accuracy"] <= 0.05
+    assert summary["retain"]["shape_accuracy"] >= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["saddle"])
+def test_other_methods_forget_with_their_defaults(tmp_path, method):
+    from fastunlearn import unlearn
+
+    unlearn(TrainConfig(forget="star", method=method, output=str(tmp_path / "run")))
+    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert summary["erasure"]["forget_accuracy"] <= 0.10
+    assert summary["retain"]["shape_accuracy"] >= 0.95
+
+
+def test_the_readme_quotes_its_results_files(request):
+    """Every figure between the README's marks comes from a file in benchmarks/results/."""
+    import subprocess
+    import sys
+
+    script = request.config.rootpath / "benchmarks" / "readme.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

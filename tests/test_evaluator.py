@@ -1,0 +1,207 @@
+"""The evaluator: exact where it must be, calibrated at both ends, and refusing what cannot be compared."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastunlearn import evaluator
+from fastunlearn.api import evaluate
+from fastunlearn.config import EvaluateConfig
+from fastunlearn.evaluator import PromptGroups, check_comparable, evaluate_models, file_groups, shapes_groups
+from fastunlearn.generate import SamplerSpec
+from fastunlearn.models import load_model
+from fastunlearn.perceptual import load_perceptual
+from fastunlearn.results import write_results
+
+SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
+GROUPS = PromptGroups(
+    ("a red star on a plain background", "a blue star on a dotted background"),
+    (
+        "a red ring on a plain background",
+        "a blue circle on a dotted background",
+        "a pink heart on a striped background",
+        "a green cross",
+    ),
+    "star",
+)
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return load_perceptual("shapes", "cpu")
+
+
+@pytest.fixture(scope="module")
+def damaged(bundled, tmp_path_factory):
+    """The bundled model with noise on its cross-attention: a stand-in for an unlearned one."""
+    folder = tmp_path_factory.mktemp("damaged") / "model"
+    shutil.copytree(bundled.source, folder)
+    model = load_model(str(folder), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.denoiser.named_parameters():
+        if "attn2" in name and parameter.dim() == 2:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def result(bundled, damaged, metric):
+    return evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC)
+
+
+def test_a_model_against_itself_changes_nothing(bundled, metric):
+    found = evaluate_models(bundled, {"same": bundled}, GROUPS, metric, SPEC).results[0]
+    assert {record["distance"] for record in found.pairs} == {0.0}
+    assert found.summary["integrity"]["mean"] == 0.0
+    assert found.summary["integrity"]["retention"] == 1.0
+    assert found.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+
+
+def test_a_model_that_ignores_prompts_and_noise_keeps_nothing(bundled, metric, monkeypatch):
+    """Its pictures are those of other prompts: R is near 0 or below."""
+    genuine = evaluator.generate
+    other = load_model("shapes", "cpu")
+
+    def shuffled(model, prompts, seeds, spec):
+        if model is other:
+            prompts, seeds = [prompts[-1]] * len(prompts), [seed + 900 for seed in seeds]
+        return genuine(model, prompts, seeds, spec)
+
+    monkeypatch.setattr(evaluator, "generate", shuffled)
+    found = evaluate_models(bundled, {"other": other}, GROUPS, metric, SPEC).results[0]
+    assert found.summary["integrity"]["retention"] < 0.25
+
+
+def test_summary_has_the_promised_fields(result):
+    summary = result.results[0].summary
+    for section, names in {
+        "integrity": "mean ci95 ceiling retention n_pairs n_prompts metric",
+        "erasure": "forget_accuracy forget_accuracy_original",
+        "retain": "shape_accuracy color_accuracy background_accuracy",
+        "controls": "repeat",
+        "spec": "sampler steps guidance_scale dtype hashes",
+    }.items():
+        assert set(names.split()) <= summary[section].keys()
+    assert summary["controls"]["repeat"] == 0.0
+    assert summary["integrity"]["n_pairs"] == summary["integrity"]["n_prompts"] == 4
+    assert summary["integrity"]["mean"] > 0
+    json.dumps(summary, allow_nan=False)
+
+
+def test_summary_is_the_mean_of_the_records(result):
+    evaluation = result.results[0]
+    distances = [record["distance"] for record in evaluation.pairs if record["group"] == "retain"]
+    assert evaluation.summary["integrity"]["mean"] == pytest.approx(sum(distances) / len(distances))
+    assert len(evaluation.pairs) == 6
+    shown = [record["shape"] == "star" for record in evaluation.pairs if record["group"] == "forget"]
+    assert evaluation.summary["erasure"]["forget_accuracy"] == sum(shown) / 2
+
+
+def test_the_order_of_prompts_changes_no_bit(bundled, damaged, metric, result):
+    reordered = PromptGroups(GROUPS.forget[::-1], GROUPS.retain[::-1], "star")
+    again = evaluate_models(bundled, {"damaged": damaged}, reordered, metric, SPEC).results[0]
+
+    def by_key(records):
+        return sorted(records, key=lambda record: (record["prompt"], record["seed"]))
+
+    assert by_key(again.pairs) == by_key(result.results[0].pairs)
+    assert again.summary["integrity"] == result.results[0].summary["integrity"]
+
+
+def test_a_second_model_changes_nothing_for_the_first(bundled, damaged, metric, result):
+    both = evaluate_models(bundled, {"same": bundled, "damaged": damaged}, GROUPS, metric, SPEC)
+    assert both.results[1].pairs == result.results[0].pairs
+
+
+def test_several_seeds_a_prompt_are_clustered(bundled, damaged, metric):
+    found = evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC, seeds_per_prompt=2).results[0]
+    assert found.summary["integrity"]["n_pairs"] == 8
+    assert found.summary["integrity"]["n_prompts"] == 4
+    assert {record["seed"] for record in found.pairs} == {0, 1}
+
+
+def test_an_original_that_does_not_repeat_is_not_scored(bundled, damaged, metric, monkeypatch):
+    genuine, calls = evaluator.generate, []
+
+    def unsteady(*args):
+        calls.append(1)
+        pictures = genuine(*args)
+        return pictures.flip(3) if len(calls) == 2 else pictures
+
+    monkeypatch.setattr(evaluator, "generate", unsteady)
+    with pytest.raises(RuntimeError, match="does not repeat itself"):
+        evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC)
+
+
+def test_progress_reaches_its_total(bundled, damaged, metric):
+    seen = []
+    evaluate_models(
+        bundled, {"d": damaged}, GROUPS, metric, SPEC, on_progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_another_sampler_is_refused(bundled, tmp_path):
+    shutil.copytree(bundled.source, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    content = json.loads(path.read_text()) | {"beta_end": 0.02}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="beta_end"):
+        check_comparable(bundled, load_model(str(tmp_path / "model"), "cpu"), "other")
+
+
+def test_prompts_without_a_retain_group_are_refused():
+    with pytest.raises(ValueError, match="no retain prompt"):
+        PromptGroups(("a star",), (), "star")
+    with pytest.raises(ValueError, match="also retain prompts"):
+        PromptGroups(("A  star",), ("a star",), "star")
+
+
+def test_groups_come_from_a_column(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,group\na star,forget\na ring,near\na red ring,\n", encoding="utf-8")
+    groups = file_groups(str(path), "star")
+    assert groups.forget == ("a star",)
+    assert groups.retain == ("a ring", "a red ring")
+
+
+def test_bundled_groups_are_the_evaluation_split():
+    groups = shapes_groups("star")
+    assert len(groups.retain) == 56
+    assert all("star" in prompt for prompt in groups.forget)
+
+
+def test_results_are_written_whole(tmp_path, result):
+    write_results(tmp_path, result, GROUPS)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "evaluation.json",
+        "grid.png",
+        "pairs.jsonl",
+        "report.html",
+    }
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert lines == result.results[0].pairs
+    html = (tmp_path / "report.html").read_text()
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "data:image/png;base64," in html
+
+
+def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):
+    shutil.copytree(bundled.source, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("forget: star\noutput: run\nmethod: identity\n")
+    found = evaluate(
+        EvaluateConfig(
+            original="shapes",
+            unlearned=str(tmp_path / "run"),
+            output=str(tmp_path / "out"),
+            prompts="a red ring;a blue circle;a star",
+            num_inference_steps=2,
+            batch_size=4,
+        )
+    )
+    assert found.summary["concept"] == "star"
+    assert found.summary["method"] == "identity"
+    assert found.summary["integrity"]["retention"] == 1.0

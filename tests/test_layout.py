@@ -1,0 +1,194 @@
+"""The plan of the packages, held by reading imports: who may know whom, what is heavy, what is shipped."""
+
+import ast
+import graphlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import fastunlearn_kernels
+import pytest
+
+import fastunlearn
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE = Path(fastunlearn.__file__).parent
+KERNELS = Path(fastunlearn_kernels.__file__).parent
+
+
+def module_name(path):
+    parts = path.relative_to(ENGINE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ENGINE.rglob("*.py"))}
+
+
+def is_for_type_checkers(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(path, *, at_import_time):
+    """Absolute names that a file imports: all of them, or those that run when it is imported."""
+    name = module_name(path)
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+
+    def visit(node):
+        if is_for_type_checkers(node) or (at_import_time and isinstance(node, ast.FunctionDef | ast.Lambda)):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import x` names a module or something in the package
+            submodules = {f"{source}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found.update(submodules or {source})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def ours(names):
+    return {name for name in names if name.split(".")[0] == "fastunlearn"}
+
+
+def tops(names):
+    return {name.split(".")[0] for name in names}
+
+
+ALL = {name: imports_of(path, at_import_time=False) for name, path in MODULES.items()}
+AT_IMPORT = {name: imports_of(path, at_import_time=True) for name, path in MODULES.items()}
+HEAVY = {"torch", "diffusers", "transformers", "deepspeed", "xformers", "lpips", "torchvision", "fastunlearn_kernels"}
+
+
+def test_the_reading_of_imports_sees_what_is_there():
+    """Else the tests below could pass by seeing nothing."""
+    assert {"torch", "fastunlearn_kernels", "fastunlearn.bank", "fastunlearn.recipe"} <= AT_IMPORT[
+        "fastunlearn.trainer"
+    ]
+    assert "fastunlearn.shapes" in AT_IMPORT["fastunlearn.models"]
+    assert {"fastunlearn.recipe", "fastunlearn.methods"} <= AT_IMPORT["fastunlearn.methods.esd"]
+    assert "fastunlearn.api" in ALL["fastunlearn.cli"] - AT_IMPORT["fastunlearn.cli"]
+
+
+def test_the_kernels_know_nothing_of_the_engine():
+    for path in KERNELS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = ["." * node.level + (node.module or "")]
+            for name in names:
+                assert name.split(".")[0] not in ("fastunlearn", "fastunlearn_kernels"), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("fastunlearn.methods.")])
+def test_a_method_knows_the_recipe_and_little_else(name):
+    assert ours(ALL[name]) <= {"fastunlearn.recipe", "fastunlearn.methods"}
+    assert not tops(ALL[name]) & HEAVY
+
+
+def test_the_vocabulary_and_the_settings_are_light():
+    for name in ("recipe", "config", "methods", "run_folder"):
+        assert not tops(ALL[f"fastunlearn.{name}"]) & HEAVY, name
+
+
+def test_training_and_evaluating_do_not_know_each_other():
+    def reach(name, seen):
+        for other in ours(ALL[name]) & MODULES.keys():
+            if other not in seen:
+                reach(other, seen | {other})
+                seen.add(other)
+        return seen
+
+    assert "fastunlearn.evaluator" not in reach("fastunlearn.trainer", set())
+    assert "fastunlearn.trainer" not in reach("fastunlearn.evaluator", set())
+
+
+def test_only_the_engine_may_import_deepspeed_and_only_inside():
+    assert {name for name in MODULES if "deepspeed" in tops(ALL[name])} <= {"fastunlearn.engine"}
+    assert not [name for name in MODULES if "deepspeed" in tops(AT_IMPORT[name])]
+
+
+def test_diffusers_and_transformers_are_imported_inside():
+    for name in MODULES:
+        assert not tops(AT_IMPORT[name]) & {"diffusers", "transformers", "lpips", "torchvision"}, name
+
+
+def test_only_models_and_the_bundled_training_know_diffusers():
+    """`api` and `evaluator` ask for its version, to record it."""
+    knowing = {name for name in MODULES if tops(ALL[name]) & {"diffusers", "transformers"}}
+    assert knowing <= {"fastunlearn.api", "fastunlearn.evaluator", "fastunlearn.models", "fastunlearn.shapes.train"}
+
+
+def test_nothing_imports_the_command_line():
+    knowing = {name for name in MODULES if "fastunlearn.cli" in ALL[name]}
+    assert knowing == {"fastunlearn.__main__"}
+
+
+def test_imports_have_no_cycle():
+    graph = {name: (ours(AT_IMPORT[name]) & MODULES.keys()) - {name, "fastunlearn"} for name in MODULES}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("module", ["fastunlearn", "fastunlearn.cli", "fastunlearn.config", "fastunlearn.methods"])
+def test_a_light_module_loads_nothing_heavy(module):
+    script = f"import {module}, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    assert set(dir(fastunlearn)) == set(fastunlearn.__all__)
+    assert all(getattr(fastunlearn, name) is not None for name in fastunlearn.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        fastunlearn.nonsense  # noqa: B018
+
+
+def test_the_installed_top_level_names_are_ours_alone():
+    """A top-level `kernels`, `tests` or `benchmarks` would shadow, or be shadowed by, other packages."""
+    listed = importlib.metadata.distribution("fastunlearn").read_text("top_level.txt")
+    assert set(listed.split()) == {"fastunlearn", "fastunlearn_kernels"}
+
+
+@pytest.mark.parametrize("folder", ["kernels", "benchmarks", "tests"])
+def test_a_folder_of_the_repository_is_no_package(folder):
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_module_lies_in_kernels_itself():
+    """A top-level `kernels` with code would be imported by diffusers in place of the package of that name."""
+    assert not list((ROOT / "kernels").glob("*.py"))
+
+
+@pytest.mark.slow
+def test_the_wheel_ships_both_packages_the_weights_and_the_template(tmp_path):
+    source = tmp_path / "source"
+    leave = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "run")
+    shutil.copytree(ROOT, source, ignore=leave)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source)]
+    try:
+        if int(importlib.metadata.version("setuptools").split(".")[0]) >= 77:
+            command.append("--no-isolation")
+    except importlib.metadata.PackageNotFoundError:
+        pass  # an isolated build fetches it
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    info = {name for name in names if ".dist-info/" in name}
+    assert tops(name.replace("/", ".") for name in names - info) == {"fastunlearn", "fastunlearn_kernels"}
+    for package, top in ((ENGINE, ENGINE.parent), (KERNELS, KERNELS.parent)):
+        wanted = {path.relative_to(top).as_posix() for path in package.rglob("*") if path.is_file()}
+        assert {name for name in wanted if "__pycache__" not in name} <= names
+    assert "fastunlearn/templates/report.html.j2" in names
+    assert "fastunlearn/shapes/weights/pipeline/unet/diffusion_pytorch_model.safetensors" in names
+    assert any(name.endswith("entry_points.txt") for name in info)
+    assert any("LICENSE" in name for name in info)

@@ -1,0 +1,187 @@
+"""Methods are data: which rows each makes, that every target is a prediction, and how others join."""
+
+import dataclasses
+import itertools
+import types
+
+import pytest
+
+from fastunlearn import methods
+from fastunlearn.config import TrainConfig
+from fastunlearn.methods import Method, all_methods, get_method
+from fastunlearn.recipe import EMPTY, Alternate, Concept, Recipe, Row, Saddle, Sum
+
+NAMES = ("esd", "ovw", "saddle", "placebo", "identity")
+FAMILIES = ("shapes", "stable-diffusion")
+
+
+def concept(name, family="shapes", **settings):
+    defaults = dataclasses.replace(get_method(name).defaults[family], **settings)
+    anchors = {"a star": "a circle", "star": "circle"}
+    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults)
+
+
+def recipe(name, **settings):
+    return get_method(name).recipe(concept(name, **settings))
+
+
+def rows_of(found, role):
+    return [row for row in found.rows if row.role == role]
+
+
+def test_the_methods_are_these_in_this_order():
+    assert tuple(all_methods()) == NAMES
+    assert all(name == method.name for name, method in all_methods().items())
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown method 'oww'.*esd, ovw, saddle"):
+        get_method("oww")
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 2.0, 7.5])
+def test_esd_guides_the_concept_away_from_itself(eta):
+    """T(c) - eta * (T(c) - T("")), on the concept's own trajectory, and nothing about other prompts."""
+    told = dataclasses.replace(concept("esd", negative_guidance=eta), anchor=None, anchors={})
+    found = get_method("esd").recipe(told)
+    assert found.rule == Sum()
+    assert [row.condition for row in found.rows] == ["a star", "star"]
+    for row in found.rows:
+        assert (row.role, row.trajectory) == ("forget", row.condition)
+        assert dict(row.target) == {row.condition: 1 - eta, EMPTY: eta}
+
+
+def test_esd_with_an_anchor_starts_from_the_anchor():
+    """T(a) - eta * (T(c) - T(""))."""
+    rows = recipe("esd", negative_guidance=2.0).rows
+    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows] == [
+        ("a star", "a star", {"a circle": 1.0, "a star": -2.0, EMPTY: 2.0}),
+        ("star", "star", {"circle": 1.0, "star": -2.0, EMPTY: 2.0}),
+    ]
+
+
+def test_esd_with_the_empty_anchor_counts_the_unconditional_once():
+    told = dataclasses.replace(
+        concept("esd", negative_guidance=2.0), anchor="", anchors={"a star": EMPTY, "star": EMPTY}
+    )
+    assert [dict(row.target) for row in get_method("esd").recipe(told).rows] == [
+        {EMPTY: 3.0, "a star": -2.0},
+        {EMPTY: 3.0, "star": -2.0},
+    ]
+
+
+def test_which_methods_take_an_anchor():
+    assert {name: method.anchor for name, method in all_methods().items()} == {
+        "esd": "optional",
+        "ovw": "needed",
+        "saddle": "none",
+        "placebo": "none",
+        "identity": "none",
+    }
+
+
+def test_ovw_overwrites_by_the_anchor_and_holds_the_rest():
+    found = recipe("ovw", retain_weight=3.0)
+    assert found.rule == Alternate(retain_weight=3.0)
+    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(found, "forget")] == [
+        ("a star", "a star", {"a circle": 1.0}),
+        ("star", "star", {"circle": 1.0}),
+    ]
+    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(found, "retain")] == [
+        ("a ring", "a ring", {"a ring": 1.0}),
+        ("a heart", "a heart", {"a heart": 1.0}),
+    ]
+
+
+def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
+    found = recipe("saddle", kappa=2.5)
+    assert isinstance(found.rule, Saddle)
+    assert found.rule.kappa == 2.5
+    assert [dict(row.target) for row in rows_of(found, "forget")] == [
+        {"a star": 2.0, EMPTY: -1.0},
+        {"star": 2.0, EMPTY: -1.0},
+    ]
+    assert [dict(row.target) for row in rows_of(found, "retain")] == [{"a ring": 1.0}, {"a heart": 1.0}]
+    assert "circle" not in " ".join(found.prompts())
+
+
+def test_the_placebo_forgets_nothing():
+    found = recipe("placebo", retain_weight=2.0)
+    assert found.rule == Sum(retain_weight=2.0)
+    assert {row.role for row in found.rows} == {"retain"}
+    assert all(dict(row.target) == {row.condition: 1.0} and row.trajectory == row.condition for row in found.rows)
+
+
+def test_the_identity_has_no_rows():
+    assert not recipe("identity").rows
+    assert all(defaults.steps == 0 for defaults in get_method("identity").defaults.values())
+
+
+@pytest.mark.parametrize(("name", "family"), list(itertools.product(NAMES, FAMILIES)))
+def test_defaults_are_settings_that_a_user_could_give(name, family):
+    defaults = dataclasses.asdict(get_method(name).defaults[family])
+    config = TrainConfig(forget="star", output="run", **defaults)
+    assert all(getattr(config, field) == value for field, value in defaults.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle")])
+def test_a_methods_own_setting_belongs_to_it_alone(setting, owner, family):
+    having = [m.name for m in all_methods().values() if getattr(m.defaults[family], setting) is not None]
+    assert having == [owner]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_that_uses_retain_rows_asks_for_retain_prompts(name):
+    assert get_method(name).needs_retain == bool(rows_of(recipe(name), "retain"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_are_those_without_forget_rows(name):
+    assert get_method(name).is_control == (not rows_of(recipe(name), "forget"))
+
+
+@pytest.mark.parametrize("is_bundled", [True, False])
+def test_a_family_picks_its_defaults(is_bundled):
+    method = get_method("esd")
+    assert method.defaults_for(is_bundled) is method.defaults["shapes" if is_bundled else "stable-diffusion"]
+
+
+@pytest.mark.parametrize("target", [{}, {"a": 0.5}, {"a": 1.0, "": 1.0}, {"a": float("nan")}, {"a": 1 + 1e-6}], ids=str)
+def test_a_target_that_is_no_mix_of_predictions_is_refused(target):
+    with pytest.raises(ValueError, match="must sum to 1"):
+        Row("forget", "a", "a", target)
+
+
+def test_rounding_in_a_target_is_no_mistake():
+    row = Row("retain", "a", "a", {"a": 0.1, "b": 0.2, "c": 0.7})
+    assert dict(row.target) == {"a": 0.1, "b": 0.2, "c": 0.7}
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(ValueError, match=r"role is one of .*'forget', 'retain'.*'keep'"):
+        Row("keep", "a", "a", {"a": 1.0})
+
+
+def test_a_recipe_lists_every_prompt_once_the_empty_one_first():
+    rows = [Row("forget", "x", "y", {"z": 2.0, EMPTY: -1.0}), Row("retain", "z", "z", {"z": 1.0})]
+    assert Recipe(rows, Sum()).prompts() == [EMPTY, "x", "y", "z"]
+
+
+def entry(name, method):
+    return types.SimpleNamespace(name=name, load=lambda: method)
+
+
+def test_methods_of_other_packages_join_and_cannot_replace_ours(monkeypatch):
+    theirs = dataclasses.replace(get_method("esd"), name="theirs")
+    impostor = dataclasses.replace(theirs, name="ovw")
+    asked = []
+    monkeypatch.setattr(
+        methods, "entry_points", lambda group: asked.append(group) or [entry("theirs", theirs), entry("ovw", impostor)]
+    )
+    found = all_methods()
+    assert asked == ["fastunlearn.methods"]
+    assert tuple(found) == (*NAMES, "theirs")
+    assert found["theirs"] is theirs
+    assert isinstance(found["ovw"], Method)
+    assert found["ovw"] is not impostor

@@ -1,0 +1,370 @@
+"""The report says in words what the numbers say, escapes what users wrote, and needs nothing but its own file."""
+
+import base64
+import copy
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastunlearn.report import Gallery, GalleryRow, Report, percent, percent_range, verdict, write_grid, write_report
+
+
+def evaluation(name="ovw", method="ovw", **changes):
+    content = {
+        "name": name,
+        "method": method,
+        "concept": "star",
+        "model": "shapes",
+        "integrity": {
+            "mean": 0.0247,
+            "ci95": [0.0206, 0.0294],
+            "ceiling": 0.4127,
+            "retention": 0.94,
+            "retention_ci95": [0.924, 0.952],
+            "n_pairs": 224,
+            "n_prompts": 56,
+            "metric": "lpips-form/shapes-classifier@0123456789ab",
+            "interval": "95 % percentile bootstrap clustered by prompt, 10000 resamples",
+            "quantiles": {"q50": 0.01, "q90": 0.05, "q95": 0.08, "q99": 0.2},
+        },
+        "erasure": {
+            "concept": "star",
+            "forget_accuracy": 0.0,
+            "forget_accuracy_ci95": [0.0, 0.0876],
+            "forget_accuracy_original": 1.0,
+            "forget_valid": 1.0,
+            "n_pictures": 40,
+        },
+        "retain": {
+            "shape_accuracy": 0.9955,
+            "color_accuracy": 0.97,
+            "background_accuracy": 0.96,
+            "shape_accuracy_original": 1.0,
+            "color_accuracy_original": 0.98,
+            "background_accuracy_original": 0.95,
+            "n_pictures": 224,
+        },
+        "controls": {"repeat": 0.0, "redrawn": 0.4127},
+        "spec": {
+            "sampler": "DDIMScheduler",
+            "steps": 25,
+            "guidance_scale": 3.0,
+            "dtype": "float32",
+            "micro_batch_size": 32,
+            "seeds_per_prompt": 4,
+            "hashes": {"original": "a" * 64, "unlearned": "b" * 64},
+            "versions": {"torch": "2.13.0"},
+        },
+    }
+    for path, value in changes.items():
+        part, _, key = path.partition("__")
+        if key:
+            content[part][key] = value
+        else:
+            content[part] = value
+    return content
+
+
+def picture(seed=0, size=8):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of the file: open elements, loads, and the visible text."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.open, self.loads, self.tags, self.words = [], [], [], []
+        self.feed(markup)
+        self.close()
+        assert not self.open, f"unclosed: {self.open}"
+        self.text = " ".join(" ".join(self.words).replace("\xa0", " ").split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for key, value in attributes if key in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("meta", "img", "br", "line", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in ("meta", "img", "br", "line", "circle"):
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def page(tmp_path, report):
+    write_report(tmp_path / "report.html", report)
+    markup = (tmp_path / "report.html").read_text(encoding="utf-8")
+    return markup, Page(markup)
+
+
+def test_verdict_in_plain_words():
+    assert verdict(evaluation(), "prompts that no loss has seen").replace("\xa0", " ") == (
+        "The model no longer draws “star”: 0 of 40 pictures show it (before: 40 of 40; 95 % interval now 0 to 9 %). "
+        "On 56 prompts that no loss has seen it keeps on average 94 % of each picture (95 % interval 92 to 95 %), "
+        "where 100 % is the same picture and 0 % one redrawn from other noise; the shape asked for is there in "
+        "99.6 % of 224 pictures (before: 100 %)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "claim", "count"),
+    [
+        (0.05, "hardly ever draws", "2 of 40"),
+        (0.075, "sometimes draws", "3 of 40"),
+        (0.5, "sometimes draws", "20 of 40"),
+        (1.0, "still draws", "40 of 40"),
+    ],
+)
+def test_verdict_follows_the_share(share, claim, count):
+    words = verdict(evaluation(erasure__forget_accuracy=share))
+    assert f"The model {claim} “star”: {count} pictures" in words
+
+
+def test_verdict_names_breakage_collapse_and_what_was_not_measured():
+    assert "Only 40\xa0% of them are sound pictures" in verdict(evaluation(erasure__forget_valid=0.4))
+    collapsed = verdict(evaluation(integrity__retention=-0.12, integrity__retention_ci95=[-0.2, -0.05]))
+    assert "further from the original's than" in collapsed
+    assert "retention −12\xa0%" in collapsed
+    unmeasured = verdict(evaluation(erasure=None, retain=None))
+    assert "was not measured" in unmeasured
+    assert "no longer" not in unmeasured
+    assert "shape" not in unmeasured
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0 %"),
+        (1.0, "100 %"),
+        (0.94, "94 %"),
+        (0.996, "99.6 %"),
+        (0.9996, "99.96 %"),
+        (0.004, "0.4 %"),
+        (-0.12, "−12 %"),
+    ],
+)
+def test_percent_reads_0_or_100_only_where_it_is(share, text):
+    assert percent(share) == text.replace(" ", "\xa0")
+
+
+def test_percent_range():
+    assert percent_range([0.0, 0.0876]) == "0 to 9\xa0%"
+    assert percent_range([0.985, 0.9991]) == "98.5 to 99.9\xa0%"
+
+
+def test_report_holds_the_numbers(tmp_path):
+    models = [
+        evaluation(
+            "esd", "esd", integrity__retention=0.73, integrity__retention_ci95=[0.69, 0.76], integrity__mean=0.1114
+        ),
+        evaluation("ovw", "ovw"),
+        evaluation("placebo", "placebo", integrity__retention=0.999, erasure__forget_accuracy=1.0),
+    ]
+    markup, found = page(tmp_path, Report("Forgetting star", "star", models, notes=["Trained in 41 s."]))
+    for expected in (
+        "Forgetting star",
+        "0 of 40",
+        "94.0 % 92.4 to 95.2 %",
+        "0.1114",
+        "0.4127",
+        "Trained in 41 s.",
+        "guidance_scale",
+        "a" * 64,
+        "q99 0.2000",
+        "Counting right shapes hardly tells these models apart",
+        "ovw keeps 94 % of each picture, esd only 73 %",
+        "OVW and Saddle are reconstructions",
+        "Running the original twice must give a distance of exactly 0; here it gave 0.",
+    ):
+        assert expected in found.text
+    assert markup.count('<article class="verdict">') == 2, "a control gets no verdict beside real models"
+    assert "Control placebo : the same training without the forgetting part" in found.text
+    rungs = re.findall(r'aria-label="([^"]*): [^"]*"', markup)
+    assert rungs == ["same model, run again", "ovw", "placebo", "esd", "redrawn from other noise"]
+    # The ladder is drawn to scale.
+    assert f'cx="{100 * 0.1114 / 0.4127:.2f}%"' in markup
+    assert 'cx="0.00%"' in markup
+    assert 'cx="100.00%"' in markup
+
+
+def test_report_stands_alone(tmp_path):
+    gallery = Gallery(
+        "Before", "", ["original", "ovw"], [GalleryRow("a circle", [picture(1), picture(2, 400)], ["", "far"])]
+    )
+    markup, found = page(tmp_path, Report("Title", "star", [evaluation()], [gallery]))
+    assert len(found.loads) == 2
+    assert all(load.startswith("data:image/png;base64,") for load in found.loads)
+    assert not {"script", "link", "iframe"} & set(found.tags)
+    assert "http:" not in markup
+    assert "https:" not in markup
+    assert "url(" not in markup
+    assert "prefers-color-scheme: dark" in markup
+    assert "width=device-width" in markup
+    first, second = (Image.open(io.BytesIO(base64.b64decode(load.partition(",")[2]))) for load in found.loads)
+    assert np.array_equal(np.asarray(first), picture(1)), "small pictures are embedded as they are"
+    assert second.size == (320, 320)
+
+
+def test_report_escapes_what_users_wrote(tmp_path):
+    evil = '<script>alert("1")</script>&'
+    gallery = Gallery(evil, evil, [evil], [GalleryRow(evil, [picture()], [evil])])
+    one = evaluation(evil, concept=evil, spec__sampler=evil, integrity__metric=evil)
+    markup, found = page(tmp_path, Report(evil, evil, [one], [gallery], [evil], evil))
+    assert "script" not in found.tags
+    assert '<script>alert("1")' not in markup
+    assert found.text.count(evil) > 15
+
+
+def test_report_without_classifier(tmp_path):
+    _, found = page(tmp_path, Report("Title", "star", [evaluation(method="esd", erasure=None, retain=None)]))
+    assert "Whether the model still draws “star” was not measured" in found.text
+    assert "94 % of each picture kept" in found.text
+    assert "reconstructions" not in found.text
+    assert "Counting right shapes" not in found.text
+
+
+def test_report_on_controls_only(tmp_path):
+    same = evaluation("identity", "identity", integrity__mean=0.0, integrity__ci95=[0.0, 0.0], integrity__retention=1.0)
+    markup, found = page(tmp_path, Report("Title", "star", [same]))
+    assert markup.count('<article class="verdict">') == 1
+    assert "identity control" in found.text
+
+
+def test_ladders_keep_metrics_and_ceilings_apart(tmp_path):
+    other = evaluation("b", integrity__metric="lpips/alex@0", controls__redrawn=0.6)
+    third = evaluation("c", controls__redrawn=0.5)
+    markup, found = page(tmp_path, Report("Title", "star", [evaluation("a"), other, third]))
+    assert markup.count('<div class="ladder">') == 2
+    assert "redrawn from other noise (a)" in found.text
+    assert "redrawn from other noise (c)" in found.text
+
+
+def test_no_insight_where_intervals_overlap_or_accuracies_differ(tmp_path):
+    near = evaluation("near", integrity__retention=0.93, integrity__retention_ci95=[0.91, 0.96])
+    worse = evaluation(
+        "worse", integrity__retention=0.5, integrity__retention_ci95=[0.4, 0.6], retain__shape_accuracy=0.8
+    )
+    for other in (near, worse):
+        _, found = page(tmp_path, Report("Title", "star", [evaluation(), other]))
+        assert "hardly tells" not in found.text
+
+
+def test_same_report_same_bytes_and_nothing_else_left(tmp_path):
+    report = Report("Title", "star", [evaluation()], [Gallery("g", "", ["o"], [GalleryRow("r", [picture()])])])
+    first, _ = page(tmp_path, report)
+    second, _ = page(tmp_path, copy.deepcopy(report))
+    assert first == second
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "grid.png").write_text("old")
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(tmp_path / "report.html", Report("Title", "star", [evaluation()]))
+    with pytest.raises(OSError, match="disk full"):
+        write_grid(tmp_path / "grid.png", ["a"], ["b"], [[picture()]])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.html": "old", "grid.png": "old"}
+
+
+def without(part, key=None):
+    content = evaluation()
+    del (content[part] if key else content)[key or part]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (Report("t", "star", []), "at least one evaluation"),
+        (Report("t", "star", [without("integrity")]), "'ovw' lacks integrity"),
+        (Report("t", "star", [without("erasure")]), "'ovw' lacks erasure"),
+        (Report("t", "star", [without("integrity", "retention_ci95")]), "'ovw' lacks integrity.retention_ci95"),
+        (Report("t", "star", [evaluation(controls=None)]), "'ovw' lacks controls"),
+        (Report("t", "star", [evaluation(integrity__mean=float("nan"))]), "NaN or infinity in 'integrity'"),
+        (Report("t", "star", [evaluation(integrity__ci95=[0.1, float("inf")])]), "NaN or infinity in 'integrity'"),
+        (Report("t", "heart", [evaluation()]), "about 'heart', evaluation 'ovw' about 'star'"),
+        (
+            Report("t", "star", [evaluation()], [Gallery("g", "", ["a", "b"], [GalleryRow("r", [picture()])])]),
+            "gallery 'g', row 'r': got 1 pictures for 2 columns",
+        ),
+        (
+            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [picture()], ["x", "y"])])]),
+            "got 2 captions for 1 pictures",
+        ),
+        (
+            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [picture() / 255])])]),
+            r"must be \(H, W, 3\) uint8",
+        ),
+    ],
+)
+def test_bad_reports_are_refused(tmp_path, report, message):
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path / "report.html", report)
+    assert not list(tmp_path.iterdir())
+
+
+def test_grid_shows_every_picture_where_it_belongs(tmp_path):
+    flat = [
+        [np.full((16, 16, 3), (40 + 60 * row, 50 + 40 * column, 200), np.uint8) for column in range(4)]
+        for row in range(2)
+    ]
+    columns = ["a star", "a very long prompt " * 6, "wordwithoutanyspaceatallbutlong" * 2, ""]
+    write_grid(
+        tmp_path / "grid.png",
+        ["before", "after"],
+        columns,
+        flat,
+        groups=["forget", "forget", "retain", "retain"],
+        title="T",
+        cell=64,
+    )
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    boxes = {}
+    for row in range(2):
+        for column in range(4):
+            ys, xs = np.nonzero((pixels == flat[row][column][0, 0]).all(axis=2))
+            assert len(ys) == 64 * 64, "whole, and nothing drawn over it"
+            boxes[row, column] = (ys.min(), xs.min())
+    assert boxes[0, 0][0] == boxes[0, 3][0] < boxes[1, 0][0]
+    lefts = [boxes[0, column][1] for column in range(4)]
+    assert lefts == sorted(lefts) == [boxes[1, column][1] for column in range(4)]
+    assert lefts[2] - lefts[1] > lefts[1] - lefts[0] == lefts[3] - lefts[2], "groups stand apart"
+    assert (pixels[: boxes[0, 0][0]] < 128).any(), "column labels"
+    assert (pixels[boxes[0, 0][0] :, : lefts[0]] < 128).any(), "row labels"
+
+
+def test_grid_takes_pictures_of_any_shape(tmp_path):
+    write_grid(tmp_path / "grid.png", ["r"], ["c"], [[np.full((20, 200, 3), (9, 200, 9), np.uint8)]], cell=100)
+    green = (np.asarray(Image.open(tmp_path / "grid.png")) == (9, 200, 9)).all(axis=2)
+    assert green.sum() == 100 * 10
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([], ["c"], []), {}, "needs rows, columns"),
+        ((["r"], ["c"], [[picture()]]), {"cell": 4}, "cell >= 16"),
+        ((["r"], ["c"], [[picture(), picture()]]), {}, "1 rows and 1 columns"),
+        ((["r"], ["c"], [[picture()]]), {"groups": ["a", "b"]}, "got 2 names for 1 columns"),
+        ((["r"], ["c"], [[picture()[:, :, 0]]]), {}, r"must be \(H, W, 3\) uint8"),
+    ],
+)
+def test_bad_grids_are_refused(tmp_path, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        write_grid(tmp_path / "grid.png", *arguments, **options)
+    assert not list(tmp_path.iterdir())

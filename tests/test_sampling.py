@@ -1,0 +1,87 @@
+"""Sampling: diffusers' own result, deterministic, and independent of the company in a batch."""
+
+import pytest
+import torch
+
+from fastunlearn.generate import SamplerSpec, generate
+from fastunlearn.models import import_diffusers
+from fastunlearn.sampling import check_deterministic, initial_noise, sample
+
+PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a circle"]
+
+
+def run(model, prompts, seeds, steps=4, guidance=3.0):
+    conditions = model.encode(["", *prompts])
+    branches = [conditions.of([""] * len(prompts)), conditions.of(prompts)]
+    noise = initial_noise(prompts, seeds, model.latent_shape)
+    return list(sample(model, noise, branches, num_inference_steps=steps, guidance_scale=guidance))
+
+
+def test_noise_is_a_function_of_prompt_and_seed_alone():
+    shape = (8, 5, 3)
+    together = initial_noise(PROMPTS, [0, 1, 2], shape)
+    assert torch.equal(together[1], initial_noise([PROMPTS[1]], [1], shape)[0])
+    assert not torch.equal(together[0], initial_noise([PROMPTS[0]], [1], shape)[0])
+    assert not torch.equal(together[0], initial_noise([PROMPTS[1]], [0], shape)[0])
+    assert abs(float(initial_noise(["x"], [0], (8, 64, 64)).std()) - 1) < 0.02
+
+
+def test_noise_stays_the_same_between_versions():
+    """Cached originals and published numbers depend on it."""
+    value = initial_noise(["a red star"], [7], (1, 1, 4))[0].flatten()
+    expected = torch.tensor([0.20401, 0.82213, -0.30908, -0.10001])
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_latents_equal_those_of_the_diffusers_pipeline(bundled, scheduler):
+    diffusers = import_diffusers()
+    pipeline = bundled.pipeline
+    before = pipeline.scheduler
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+    try:
+        pipeline.set_progress_bar_config(disable=True)
+        noise = initial_noise(PROMPTS, [0, 1, 2], bundled.latent_shape)
+        theirs = pipeline(
+            PROMPTS, latents=noise.clone(), num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+        ).images
+        ours = run(bundled, PROMPTS, [0, 1, 2], steps=5)[-1].next_latents
+    finally:
+        pipeline.scheduler = before
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_the_sampler_calls_the_denoiser_once_a_step(bundled):
+    calls = []
+    hook = bundled.denoiser.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    try:
+        points = run(bundled, PROMPTS, [0, 0, 0], steps=6)
+    finally:
+        hook.remove()
+    assert calls == [2 * len(PROMPTS)] * 6
+    assert len(points) == 6
+
+
+def test_pictures_do_not_depend_on_their_place_in_a_batch(bundled):
+    spec = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
+    forward = generate(bundled, PROMPTS, [0, 1, 2], spec)
+    backward = generate(bundled, PROMPTS[::-1], [2, 1, 0], spec)
+    assert forward.dtype == torch.uint8
+    assert forward.shape == (3, 3, 64, 64)
+    assert torch.equal(forward, backward.flip(0))
+    alone = generate(bundled, PROMPTS[1:2], [1], spec)  # padded to the same batch size
+    assert torch.equal(alone[0], forward[1])
+
+
+def test_more_keys_than_a_batch_give_the_same_pictures(bundled):
+    spec = SamplerSpec(num_inference_steps=2, micro_batch_size=2)
+    three = generate(bundled, PROMPTS, [0, 1, 2], spec)
+    assert torch.equal(three[:2], generate(bundled, PROMPTS[:2], [0, 1], spec))
+    assert torch.equal(three[2:], generate(bundled, PROMPTS[2:], [2], spec))
+
+
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"])
+def test_samplers_that_draw_noise_are_refused(bundled, scheduler):
+    kind = getattr(import_diffusers(), scheduler)
+    with pytest.raises(ValueError, match="adds noise at every step"):
+        check_deterministic(kind.from_config(bundled.pipeline.scheduler.config))

@@ -1,0 +1,235 @@
+"""Training and export: what may move moves, nothing else does, and a run is a function of its seed."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastunlearn import trainer as trainer_module
+from fastunlearn.api import Reporter, plan_training, unlearn
+from fastunlearn.bank import build_bank
+from fastunlearn.config import TrainConfig
+from fastunlearn.engine import TorchEngine, overlay
+from fastunlearn.masks import select_parameters
+from fastunlearn.methods import get_method
+from fastunlearn.models import import_diffusers, load_model
+from fastunlearn.recipe import Alternate, Saddle, Sum
+from fastunlearn.trainer import Interrupted, Schedule, Trainer
+
+TINY = {"forget": "star", "trajectories": 1, "trajectory_steps": 4, "micro_batch_size": 4, "evaluation_prompts": "none"}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def config(tmp_path, name="run", **changes):
+    return TrainConfig(output=str(tmp_path / name), **{**TINY, "steps": 3, **changes})
+
+
+def weights(folder):
+    return load_file(folder / "model" / UNET)
+
+
+def make_trainer(tmp_path, method="ovw", rule=None, steps=4, **settings):
+    """A trainer on a fresh bundled model, as `unlearn` builds it."""
+    model = load_model("shapes", "cpu")
+    plan = plan_training(config(tmp_path, method=method), get_method(method), model)
+    bank = build_bank(model, plan.recipe, plan.bank)
+    engine = TorchEngine(model.denoiser, list(plan.names), learning_rate=1e-3, **settings)
+    schedule = Schedule(steps, micro_batch_size=4, seed=0, log_every=1, checkpoint_every=0)
+    return Trainer(model, bank, rule or plan.recipe.rule, engine, schedule, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run with checkpoints, for the tests that only look."""
+    folder = tmp_path_factory.mktemp("finished")
+    unlearn(config(folder, steps=4, checkpoint_every=1, log_every=1))
+    return folder / "run"
+
+
+def test_what_is_not_selected_keeps_its_bytes(finished, bundled):
+    original, trained = load_file(bundled.source / UNET), weights(finished)
+    selected = set(select_parameters(bundled.denoiser, "cross-attention"))
+    assert original.keys() == trained.keys()
+    for name, before in original.items():
+        after = trained[name]
+        assert before.dtype == after.dtype
+        if name not in selected:
+            assert torch.equal(before.view(torch.int16), after.view(torch.int16)), name
+    for path in sorted(bundled.source.rglob("*")):
+        relative = path.relative_to(bundled.source)
+        if path.is_file() and relative.as_posix() != UNET:
+            assert (finished / "model" / relative).read_bytes() == path.read_bytes(), relative
+
+
+def test_every_selected_tensor_moves(finished, bundled):
+    original, trained = load_file(bundled.source / UNET), weights(finished)
+    for name in select_parameters(bundled.denoiser, "cross-attention"):
+        assert not torch.equal(original[name], trained[name]), name
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_small_rates_are_not_lost_to_rounding(tmp_path, precision):
+    """ESD's bf16 weights lose most updates of 5e-5; float32 weights must take a step of that size everywhere."""
+    run = make_trainer(tmp_path, steps=1, mixed_precision=precision)
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = 5e-5
+    before = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
+    run.run()
+    moved = [(p - before[name]).ne(0).float().mean().item() for name, p in run.engine.parameters.items()]
+    assert min(moved) > 0.9
+
+
+def test_the_exported_pipeline_is_the_trained_module(finished, tmp_path):
+    run = make_trainer(tmp_path, steps=2)
+    run.run()
+    run.engine.export(run.model, tmp_path / "model")
+    reloaded = load_model(str(tmp_path / "model"), "cpu")
+    for name, parameter in run.model.denoiser.named_parameters():
+        assert torch.equal(parameter, dict(reloaded.denoiser.named_parameters())[name]), name
+    pipeline = import_diffusers().DiffusionPipeline.from_pretrained(finished / "model", safety_checker=None)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+
+
+def test_an_export_that_finds_no_tensor_says_so(tmp_path, bundled):
+    with pytest.raises(ValueError, match="no tensor"):
+        overlay(bundled.source / "vae", {"not.there": torch.zeros(1)})
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, finished):
+    unlearn(config(tmp_path, steps=4, checkpoint_every=0))
+    ours, theirs = weights(tmp_path / "run"), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    unlearn(config(tmp_path, "other", steps=4, seed=1))
+    assert any(not torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path / "other").items())
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, finished):
+    class Stop(Reporter):
+        def training(self, step, total, metrics):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="step 2 of 4"):
+        unlearn(config(tmp_path, steps=4, log_every=1, checkpoint_every=0), Stop())
+    assert not (tmp_path / "run" / "model").exists()
+    unlearn(config(tmp_path, steps=4, log_every=1, checkpoint_every=0, resume=True))
+    ours, theirs = weights(tmp_path / "run"), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_damaged_newest_checkpoint_is_an_error_that_names_it(tmp_path, finished):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-4" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-4 is damaged"):
+        unlearn(config(tmp_path, steps=4, resume=True, checkpoint_every=1, log_every=1))
+
+
+def test_resuming_another_run_is_an_error_that_names_the_setting(tmp_path, finished):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(ValueError, match="learning_rate"):
+        unlearn(config(tmp_path, steps=4, learning_rate=0.5, resume=True))
+
+
+def test_two_checkpoints_are_kept(finished):
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-3", "step-4"]
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    genuine, calls = trainer_module.noise_pred_loss, []
+
+    def poisoned(noise_pred, *args, **kwargs):
+        calls.append(1)
+        return genuine(noise_pred * (float("nan") if len(calls) > 4 else 1.0), *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "noise_pred_loss", poisoned)
+    with pytest.raises(ValueError, match=r"not a finite number by step 3.*step-2"):
+        unlearn(config(tmp_path, steps=6, checkpoint_every=1, log_every=3))
+    saved = tmp_path / "run" / "checkpoints" / "step-2" / "state.safetensors"
+    assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_alternate_takes_two_updates_a_step_and_sum_one(tmp_path, monkeypatch):
+    for rule, updates in ((Alternate(), 2), (Sum(), 1)):
+        run = make_trainer(tmp_path, rule=rule, steps=3)
+        count = []
+        step = run.engine.step
+        monkeypatch.setattr(run.engine, "step", lambda step=step, count=count: count.append(1) or step())
+        run.run()
+        assert len(count) == 3 * updates
+
+
+def test_the_loss_of_a_step_is_the_weighted_sum_of_its_roles(tmp_path):
+    run = make_trainer(tmp_path, rule=Sum(retain_weight=3.0), steps=1)
+    seen = {}
+    run.run(lambda step, metrics: seen.update(metrics))
+    assert seen["loss"] == pytest.approx(seen["forget_loss"] + 3.0 * seen["retain_loss"], rel=1e-5)
+
+
+def test_retain_rows_start_at_zero_loss(tmp_path):
+    """Student and teacher agree before training: self-distillation has nothing to correct yet."""
+    run = make_trainer(tmp_path, method="placebo", steps=1)
+    seen = {}
+    run.run(lambda step, metrics: seen.update(metrics))
+    assert seen["retain_loss"] < 1e-9
+
+
+def test_the_dual_rises_below_the_margin_and_falls_above_it(tmp_path):
+    run = make_trainer(tmp_path, method="saddle", steps=1)
+    assert isinstance(run.rule, Saddle)
+    start = run.dual.item()
+    run.run()
+    assert run.dual.item() > start
+    run.margin = 1e-9  # far exceeded
+    run.schedule = dataclasses.replace(run.schedule, steps=2)
+    run.run()
+    assert run.dual.item() == 0.0
+
+
+def test_saddle_starts_one_unit_from_its_reference(tmp_path):
+    run = make_trainer(tmp_path, method="saddle", steps=1)
+    run.schedule = dataclasses.replace(run.schedule, micro_batch_size=2 * len(run.bank.role_rows["forget"]))
+    seen = {}
+    run.run(lambda step, metrics: seen.update(metrics))
+    assert seen["forget_loss"] == pytest.approx(run.bank.concept_strength(), rel=1e-3)
+
+
+def test_identity_exports_the_original(tmp_path, bundled):
+    unlearn(config(tmp_path, method="identity"))
+    for path in bundled.source.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "run" / "model" / path.relative_to(bundled.source)).read_bytes() == path.read_bytes()
+
+
+def test_a_run_leaves_its_files_and_no_scraps(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "run.json",
+    }
+    record = json.loads((finished / "run.json").read_text())
+    assert record["rows"] == 8
+    assert record["hashes"]["original"] != record["hashes"]["unlearned"]
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_a_linear_rate_falls_to_zero_and_a_constant_one_stays(tmp_path):
+    for kind, expected in (("linear", [1e-3, 7.5e-4, 5e-4, 2.5e-4]), ("constant", [1e-3] * 4)):
+        run = make_trainer(tmp_path, method="esd", steps=4)
+        run.schedule = dataclasses.replace(run.schedule, lr_scheduler=kind)
+        seen = []
+        run.run(lambda step, metrics, run=run, seen=seen: seen.append(run.engine.optimizer.param_groups[0]["lr"]))
+        assert seen == pytest.approx(expected)
