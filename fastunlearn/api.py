@@ -258,6 +258,8 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
         own_forget, own_retain = prompts.shapes_prompts(word, "train")
     else:
         own_forget, own_retain = [word], []
+    if method.concept_alone:
+        own_forget = [word]
     forget = prompts.parse_prompts(config.forget_prompts) if config.forget_prompts else own_forget
     retain = prompts.parse_prompts(config.retain_prompts) if config.retain_prompts else own_retain
     for prompt in forget:

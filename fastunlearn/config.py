@@ -91,7 +91,7 @@ class EvaluateConfig:
     )
     seeds_per_prompt: int = _setting("pictures a prompt", 1)
     batch_size: int = _setting("pictures a forward; a part of the result's definition", 32)
-    num_inference_steps: int = _setting("sampler steps", 25)
+    num_inference_steps: int = _setting("sampler steps", 20)
     guidance_scale: float = _setting("classifier-free guidance", 3.0)
     mixed_precision: Literal["no", "bf16"] = _setting("of both models", "no")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes a GPU where there is one", "auto")

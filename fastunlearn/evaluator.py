@@ -143,8 +143,9 @@ def evaluate_models(
     for place, (name, model) in enumerate(unlearned.items()):
         summary = _summarize(records[place], redrawn, repeat, metric, groups, judge, original_labels)
         spec_record = _spec_record(original, model, spec, seeds_per_prompt)
-        described = (describe or {}).get(name, {})
-        results.append(Evaluation(name, {"name": name} | described | summary | {"spec": spec_record}, records[place]))
+        described = {"name": name, "method": name, "concept": groups.concept or "the concept", "model": original.name}
+        described |= (describe or {}).get(name, {})
+        results.append(Evaluation(name, described | summary | {"spec": spec_record}, records[place]))
     return Evaluations(results, keep.gallery, keep.most(), keep.least())
 
 

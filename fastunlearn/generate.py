@@ -16,7 +16,7 @@ from .sampling import initial_noise, sample
 class SamplerSpec:
     """How pictures are made; the same for every model that is compared."""
 
-    num_inference_steps: int = 25
+    num_inference_steps: int = 20
     guidance_scale: float = 3.0
     micro_batch_size: int = 32
     mixed_precision: str = "no"

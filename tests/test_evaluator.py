@@ -154,7 +154,7 @@ def test_another_sampler_is_refused(bundled, tmp_path):
 
 
 def test_prompts_without_a_retain_group_are_refused():
-    with pytest.raises(ValueError, match="no retain prompt"):
+    with pytest.raises(ValueError, match="at least 2 retain prompts"):
         PromptGroups(("a star",), (), "star")
     with pytest.raises(ValueError, match="also retain prompts"):
         PromptGroups(("A  star",), ("a star",), "star")

@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 
 def test_what_is_not_selected_keeps_its_bytes(finished, bundled):
     original, trained = load_file(bundled.source / UNET), weights(finished)
-    selected = set(select_parameters(bundled.denoiser, "cross-attention"))
+    selected = set(select_parameters(bundled.denoiser, "cross-attention-kv"))
     assert original.keys() == trained.keys()
     for name, before in original.items():
         after = trained[name]
@@ -67,7 +67,7 @@ def test_what_is_not_selected_keeps_its_bytes(finished, bundled):
 
 def test_every_selected_tensor_moves(finished, bundled):
     original, trained = load_file(bundled.source / UNET), weights(finished)
-    for name in select_parameters(bundled.denoiser, "cross-attention"):
+    for name in select_parameters(bundled.denoiser, "cross-attention-kv"):
         assert not torch.equal(original[name], trained[name]), name
 
 

@@ -27,6 +27,7 @@ class Method:
     recipe: Callable[[Concept], Recipe]
     defaults: Mapping[str, Defaults]
     anchor: Literal["none", "optional", "needed"] = "none"
+    concept_alone: bool = False  # unless told otherwise, trains on the bare concept, as its authors do
     needs_retain: bool = False
     is_control: bool = False
 

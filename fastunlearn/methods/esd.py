@@ -32,8 +32,9 @@ ESD = Method(
     summary="guides the prediction for the concept away from it",
     recipe=recipe,
     anchor="optional",
+    concept_alone=True,
     defaults={
-        "shapes": Defaults(40, 7e-4, 16, 16, "cross-attention", "linear", negative_guidance=2.0),
+        "shapes": Defaults(60, 7e-4, 16, 8, "cross-attention", "linear", negative_guidance=2.0),
         "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention", negative_guidance=2.0),
     },
 )

@@ -33,6 +33,7 @@ from .world import BACKGROUNDS, COLORS, SHAPES, render, sample_scenes
 POOL = 40_000  # pictures a stage trains on, drawn once
 GOLD_SHAPE = "star"
 QUALITY_PICTURES = 500
+QUALITY_SPEC = SamplerSpec(num_inference_steps=25, guidance_scale=3.0)
 _MAX_TOKENS = 16
 _TEXT_WIDTH = 128
 
@@ -283,6 +284,13 @@ def train_unet(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    _declare_float32(folder / "text_encoder")
+
+
+def _declare_float32(folder: Path) -> None:
+    """Have transformers load the half-precision file as float32, as diffusers does with the other parts."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"dtype": "float32"})
 
 
 def train_gold(args: argparse.Namespace) -> None:
@@ -293,6 +301,7 @@ def train_gold(args: argparse.Namespace) -> None:
     unfinished = folder.with_suffix(".tmp")
     unet.half().save_pretrained(unfinished / "unet")
     text_encoder.half().save_pretrained(unfinished / "text_encoder")
+    _declare_float32(unfinished / "text_encoder")
     unfinished.rename(folder)
 
 
@@ -304,8 +313,8 @@ def write_card(args: argparse.Namespace) -> None:
         shutil.copytree(args.output / f"gold-{GOLD_SHAPE}", gold, dirs_exist_ok=True)
         quality = {
             "pictures": QUALITY_PICTURES,
-            "steps": SamplerSpec().num_inference_steps,
-            "guidance_scale": SamplerSpec().guidance_scale,
+            "steps": QUALITY_SPEC.num_inference_steps,
+            "guidance_scale": QUALITY_SPEC.guidance_scale,
             "original": measure_quality(load_model(str(args.output / "pipeline")), args.output),
             "gold": measure_quality(load_model(str(gold)), args.output),
         }
@@ -326,7 +335,7 @@ def measure_quality(model: Model, weights: Path, count: int = QUALITY_PICTURES) 
         model,
         [full_caption(c, s, b) for s, c, b in asked],
         [i // len(combinations) for i in range(count)],
-        SamplerSpec(),
+        QUALITY_SPEC,
     )
     shown = classifier.predict(pictures)
     truth = {

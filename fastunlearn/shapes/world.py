@@ -69,7 +69,7 @@ def sample_scenes(count: int, seed: int, shapes: Sequence[str] = SHAPES) -> Scen
 
     allowed = torch.tensor([SHAPES.index(name) for name in shapes])
     cells = len(allowed) * len(COLORS) * len(BACKGROUNDS)
-    cell = torch.randperm(math.ceil(count / cells) * cells, generator=generator)[:count] % cells
+    cell = torch.randperm(max(count, cells), generator=generator)[:count] % cells
     color = cell // len(allowed) % len(COLORS)
     light = uniform(0.50, 0.62)
     return Scenes(
