@@ -76,8 +76,7 @@ def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
         f"200 training rows of ESD on the bundled model, {speed['threads']} CPU threads, medians of one run; the "
         f"usual loop takes {speed['usual_s']:.1f} s. Beside each ratio what it costs: training on 200 rows a role "
         "from so many trajectories against 200 rows from 200 fresh ones, distance to the original on unseen retain "
-        "prompts "
-        f"(mean of {len(next(iter(quality['methods'].values()))[0]['retention'])} training seeds).",
+        f"prompts (training seeds: {len(next(iter(quality['methods'].values()))[0]['retention'])}).",
         "",
         "| trajectories | batch 1 | batch 8 | "
         + " | ".join(f"{m}: star shown, R, distance minus fresh (95 %)" for m in quality["methods"])

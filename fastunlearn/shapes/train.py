@@ -273,7 +273,8 @@ def train_unet(args: argparse.Namespace) -> None:
         return
     diffusers = import_diffusers()
     tokenizer, text_encoder, unet = _train_denoiser(args, "unet", SHAPES)
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").half()
+    vae.register_to_config(_name_or_path="")  # the path of the machine that trained it
     diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder.half(),
