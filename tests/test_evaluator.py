@@ -157,7 +157,7 @@ def test_prompts_without_a_retain_group_are_refused():
     with pytest.raises(ValueError, match="at least 2 retain prompts"):
         PromptGroups(("a star",), (), "star")
     with pytest.raises(ValueError, match="also retain prompts"):
-        PromptGroups(("A  star",), ("a star",), "star")
+        PromptGroups(("A  star",), ("a star", "a ring"), "star")
 
 
 def test_groups_come_from_a_column(tmp_path):

@@ -33,7 +33,7 @@ def _assemble_gold(name: str) -> Path:
     import shutil
     import tempfile
 
-    parts = sorted((WEIGHTS / name).rglob("*.safetensors"))
+    parts = [path for part in ("pipeline", name) for path in sorted((WEIGHTS / part).rglob("*")) if path.is_file()]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastunlearn"
     folder = cache / f"shapes-{name}-{version}"
