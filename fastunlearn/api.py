@@ -6,7 +6,6 @@ Both take a config, do one job in one output folder, and report progress to a :c
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from .evaluator import (
 from .generate import SamplerSpec
 from .masks import select_parameters
 from .methods import Method, get_method
-from .models import Model, fingerprint, load_model
+from .models import Model, fingerprint, load_model, versions
 from .perceptual import load_perceptual
 from .recipe import Alternate, Concept, Defaults, Recipe
 from .results import write_results
@@ -324,15 +323,9 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
 
 
 def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, exported: Path, seconds: dict[str, float]) -> dict:
-    import diffusers
-
     return {
         "fastunlearn": __version__,
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": versions(),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "hashes": {"original": fingerprint(model.source), "unlearned": fingerprint(exported)},

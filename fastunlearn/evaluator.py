@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from . import prompts as prompt_lists
 from .config import TrainConfig, from_yaml
 from .generate import SamplerSpec, generate
-from .models import Model, fingerprint, sampler_config
+from .models import Model, fingerprint, sampler_config, versions
 from .perceptual import PerceptualDistance
 from .shapes import load_classifier
 from .shapes.classifier import HEADS
@@ -336,8 +335,6 @@ def _retained(records: list[dict[str, Any]], before: list[dict[str, Any]]) -> di
 
 
 def _spec_record(original: Model, unlearned: Model, spec: SamplerSpec, seeds_per_prompt: int) -> dict[str, Any]:
-    import diffusers
-
     sampler = sampler_config(original.source)
     return {
         "sampler": sampler["_class_name"],
@@ -349,11 +346,7 @@ def _spec_record(original: Model, unlearned: Model, spec: SamplerSpec, seeds_per
         "seeds_per_prompt": seeds_per_prompt,
         "device": original.device.type,
         "hashes": {"original": fingerprint(original.source), "unlearned": fingerprint(unlearned.source)},
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": versions(),
     }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -203,6 +204,15 @@ def fingerprint(source: Path) -> str:
             digest.update(path.relative_to(source).as_posix().encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a result was computed with, for the records of a run and of an evaluation."""
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "diffusers": import_diffusers().__version__,
+    }
 
 
 def _resolve_source(name: str) -> Path:
