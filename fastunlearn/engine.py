@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastunlearn_kernels import MaskedAdamW
 from torch import nn
 
 from .models import Model
@@ -38,9 +39,7 @@ class TorchEngine:
         self.module = module.requires_grad_(False)
         self.parameters: dict[str, torch.Tensor] = {name: parameters[name].requires_grad_(True) for name in names}
         self.learning_rate, self.max_grad_norm, self.mixed_precision = learning_rate, max_grad_norm, mixed_precision
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = MaskedAdamW(self.parameters.values(), lr=learning_rate, weight_decay=weight_decay)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the student's forward."""
@@ -57,8 +56,8 @@ class TorchEngine:
 
     def step(self) -> torch.Tensor:
         """Clip, update, forget the gradients.  Returns the gradient's norm before clipping, a scalar on the device."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
-        self.optimizer.step()
+        factor, norm = self.optimizer.clip_factor(self.max_grad_norm)
+        self.optimizer.step(grad_scale=factor)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -99,8 +98,7 @@ class TorchEngine:
         for key, value in tensors.items():
             kind, name = key.split("/", 1)
             parameter = self.parameters[name]
-            on_host = kind == "step"  # torch keeps the step count on the host
-            self.optimizer.state[parameter][kind] = value if on_host else value.to(parameter.device)
+            self.optimizer.state[parameter][kind] = value.to(parameter.device)
         return state
 
     def export(self, model: Model, folder: Path) -> None:

@@ -17,6 +17,7 @@ REFERENCES = (
     "noise_pred_loss",
     "lpips_distance",
     "masked_adamw_",
+    "fused_adamw_",
     "select_largest",
     "accumulate_saliency_",
     "gradient_dots",

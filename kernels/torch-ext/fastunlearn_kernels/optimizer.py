@@ -205,7 +205,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _tensor_step(
         self, param: torch.Tensor, selection: _Selection | None, other_grads: Mapping | None
     ) -> TensorStep:
-        order = _memory_order(param)
+        order = None if param.is_contiguous() else _memory_order(param)
         state = self.state[param]
         if not state:
             self._init_state(param, selection)
@@ -213,7 +213,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         is_packed = self.compact and selection is not None
 
         def flat(tensor):
-            return tensor.permute(order).reshape(-1)
+            return (tensor if order is None else tensor.permute(order)).reshape(-1)
 
         def flat_grad(name, grad):
             if grad is None or grad.shape != param.shape:
@@ -298,6 +298,11 @@ def _layout(param: torch.Tensor) -> tuple[int, ...]:
 
 
 def _run_reference(tensors, mode, lr, betas, eps, weight_decay, grad_scale, other_coefficient) -> None:
+    first = tensors[0]
+    is_plain = mode == "dense" and first.master is None and first.other_grad is None
+    if is_plain and first.param.is_cpu and first.grad.dtype == torch.float32:
+        columns = ([getattr(t, name) for t in tensors] for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step"))
+        return reference.fused_adamw_(*columns, float(lr), betas, eps, weight_decay, grad_scale)
     for tensor in tensors:
         tensor.step.add_(1)
         reference.masked_adamw_(

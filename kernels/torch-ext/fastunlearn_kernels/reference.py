@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.optim.adamw import adamw
 
 LPIPS_EPS = 1e-10  # added to the norm, not under the root, as lpips.normalize_tensor does
 
@@ -143,6 +144,27 @@ def masked_adamw_(
             if master is not None:
                 torch.where(chosen, new_weight, weight, out=weight)
             torch.where(chosen, new_weight.to(param.dtype), param[here], out=param[here])
+
+
+def fused_adamw_(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+) -> None:
+    """The same step of whole fp32 tensors by torch's own fused AdamW, on a CPU several times as fast; counts steps."""
+    if grad_scale is not None:  # not handed on: torch would write the scaled gradients back
+        grads = torch._foreach_mul(grads, grad_scale)
+    adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
+        beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
+    )  # fmt: skip
 
 
 def accumulate_saliency_(saliency: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], mode: str) -> None:
