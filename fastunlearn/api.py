@@ -262,8 +262,13 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
     forget = prompts.parse_prompts(config.forget_prompts) if config.forget_prompts else own_forget
     retain = prompts.parse_prompts(config.retain_prompts) if config.retain_prompts else own_retain
     for prompt in forget:
-        if model.count_tokens(prompt) == 0:
+        tokens = model.count_tokens(prompt)
+        if tokens == 0:
             raise ValueError(f"the tokenizer turns the forget prompt {prompt!r} into nothing. Use other words.")
+        if tokens > model.max_tokens:
+            raise ValueError(
+                f"the forget prompt {prompt!r} has {tokens} tokens and the model reads {model.max_tokens}. Shorten it."
+            )
     prompts.check_disjoint(forget, retain)
     if method.needs_retain and not retain:
         raise ValueError(

@@ -132,7 +132,7 @@ def _info(flags: dict[str, Any]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastunlearn", description=_DESCRIPTION)
+    parser = _Parser(prog="fastunlearn", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastunlearn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             help=help,
             description=help[0].upper() + help[1:] + ".",
             epilog=examples,
+            allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         )
         if kind is not None:

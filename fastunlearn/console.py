@@ -140,7 +140,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> None:
 def methods_table() -> None:
     """Every method: paper, what it needs, what it changes."""
     from .masks import GROUPS
-    from .methods import all_methods
+    from .methods import all_methods, broken_methods
 
     grid = Table()
     for name in ("method", "paper", "needs", "what it does", "changes by default"):
@@ -149,7 +149,10 @@ def methods_table() -> None:
         selector = method.defaults["stable-diffusion"].trainable
         changes = "nothing" if method.name == "identity" else f"{selector}: {GROUPS.get(selector, selector)}"
         grid.add_row(method.name, method.paper, method.needs, method.summary, changes)
-    Terminal().print(grid)
+    out = Terminal()
+    out.print(grid)
+    for name, why in broken_methods().items():
+        out.print(f"{name}: cannot be loaded ({why})", markup=False)
 
 
 def info() -> None:

@@ -107,6 +107,11 @@ class Model:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         return sum(token not in tokenizer.all_special_ids for token in ids)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that the text encoder reads, not counting begin and end marks."""
+        return self.pipeline.tokenizer.model_max_length - 2
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """Encode each distinct prompt once."""

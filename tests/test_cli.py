@@ -241,6 +241,7 @@ CALLS = {
     "empty concept": (["train", "--forget", " ", "--output", "run"], "`--forget` is empty"),
     "missing config": (["train", "--config", "nowhere.yaml"], "cannot read the config file nowhere.yaml"),
     "config that is a folder": (["train", "--config", "."], "cannot read the config file"),
+    "abbreviated flag": (["train", "--forg", "star", "--output", "run"], "--forg"),
     "resume nothing": (["train", "--resume", "--output", "nowhere"], "`--resume`: nowhere holds no run"),
     "resume and overwrite": (
         ["train", "--forget", "star", "--output", "run", "--resume", "--overwrite"],
@@ -292,6 +293,7 @@ ASKED = {
     "one evaluation prompt": (["--evaluation-prompts", "a red ring"], r"at least 2 retain prompts"),
     "separators only": (["--retain-prompts", " ; "], r"holds no prompt"),
     "folder for a file": (["--retain-prompts", "{here}/empty"], r"is a folder"),
+    "too long": (["--forget-prompts", "star " * 20], r"forget prompt 'star .* has 20 tokens and the model reads 14"),
     "no tokens": (["--forget-prompts", "<|endoftext|>"], r"tokenizer turns .*'<\|endoftext\|>' into nothing"),
     "concept the model lacks": (["--forget", "dog"], r"does not know the concept 'dog'.*circle"),
     "forget prompt to keep": (

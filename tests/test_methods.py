@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from fastunlearn import methods
+from fastunlearn import console, methods
 from fastunlearn.config import TrainConfig
 from fastunlearn.methods import Method, all_methods, get_method
 from fastunlearn.recipe import EMPTY, Alternate, Concept, Recipe, Row, Saddle, Sum
@@ -185,3 +185,17 @@ def test_methods_of_other_packages_join_and_cannot_replace_ours(monkeypatch):
     assert found["theirs"] is theirs
     assert isinstance(found["ovw"], Method)
     assert found["ovw"] is not impostor
+
+
+def test_a_broken_method_of_another_package_stops_only_those_who_ask_for_it(monkeypatch, capsys):
+    def fail():
+        raise ImportError("no module named theirs")
+
+    monkeypatch.setattr(
+        methods, "entry_points", lambda group: [types.SimpleNamespace(name="theirs", load=fail), entry("esd", None)]
+    )
+    assert tuple(all_methods()) == NAMES
+    with pytest.raises(ValueError, match=r"'theirs' of another package .*ImportError: no module named theirs"):
+        get_method("theirs")
+    console.methods_table()
+    assert "theirs: cannot be loaded (ImportError: no module named theirs)" in capsys.readouterr().out

@@ -36,22 +36,38 @@ class Method:
 
 
 def all_methods() -> dict[str, Method]:
-    """Every method by name: ours, then those of installed packages."""
+    """Every method by name: ours, then those of installed packages that can be loaded."""
+    return _installed()[0]
+
+
+def broken_methods() -> dict[str, str]:
+    """Methods of installed packages that cannot be loaded, by name, and why."""
+    return _installed()[1]
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``; ValueError lists what there is."""
+    methods, broken = _installed()
+    if name in broken:
+        raise ValueError(f"the method {name!r} of another package cannot be loaded: {broken[name]}. Mend that package.")
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}. There are: {', '.join(methods)} (`fastunlearn methods`).")
+    return methods[name]
+
+
+def _installed() -> tuple[dict[str, Method], dict[str, str]]:
     from .controls import IDENTITY, PLACEBO
     from .esd import ESD
     from .ovw import OVW
     from .saddle import SADDLE
 
     methods = {method.name: method for method in (ESD, OVW, SADDLE, PLACEBO, IDENTITY)}
+    broken: dict[str, str] = {}
     for entry in entry_points(group="fastunlearn.methods"):
-        if entry.name not in methods:
+        if entry.name in methods:
+            continue
+        try:
             methods[entry.name] = entry.load()
-    return methods
-
-
-def get_method(name: str) -> Method:
-    """The method called ``name``; ValueError lists what there is."""
-    methods = all_methods()
-    if name not in methods:
-        raise ValueError(f"unknown method {name!r}. There are: {', '.join(methods)} (`fastunlearn methods`).")
-    return methods[name]
+        except Exception as error:  # another package's fault must not stop a run that does not use it
+            broken[entry.name] = " ".join(f"{type(error).__name__}: {error}".split())
+    return methods, broken
