@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def render(text: str) -> str:
     sections = {
         "demo": demo_section(_read("demo.json")),
         "bank": bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
+        "kernels": kernels_section([json.loads(path.read_text()) for path in sorted(RESULTS.glob("kernels-*.json"))]),
     }
     for name, content in sections.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -73,10 +75,11 @@ def demo_section(demo: dict[str, Any]) -> str:
 def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
     trajectories = sorted({row["trajectories"] for row in speed["bank"]})
     lines = [
-        f"200 training rows of ESD on the bundled model, {speed['threads']} CPU threads, medians of one run; the "
-        f"usual loop takes {speed['usual_s']:.1f} s. Beside each ratio what it costs: training on 200 rows a role "
-        "from so many trajectories against 200 rows from 200 fresh ones, distance to the original on unseen retain "
-        f"prompts (training seeds: {len(next(iter(quality['methods'].values()))[0]['retention'])}).",
+        f"200 training rows of ESD on the bundled model, {speed['threads']} CPU threads, one run, each time beside the "
+        f"usual loop (median {speed['usual_s']:.0f} s): how many times as fast, in brackets the range over "
+        f"{speed['rounds']} rounds. Beside each ratio what it costs: training on 200 rows a role from so many "
+        "trajectories against 200 rows from 200 fresh ones, distance to the original on unseen retain prompts "
+        f"(training seeds: {len(next(iter(quality['methods'].values()))[0]['retention'])}).",
         "",
         "| trajectories | batch 1 | batch 8 | "
         + " | ".join(f"{m}: star shown, R, distance minus fresh (95 %)" for m in quality["methods"])
@@ -87,7 +90,11 @@ def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
         ratios = []
         for batch_size in (1, 8):
             found = [r for r in speed["bank"] if (r["trajectories"], r["batch_size"]) == (count, batch_size)]
-            ratios.append(f"{found[0]['times_faster']:.1f}x" if found else "1x" if batch_size == 1 else "")
+            if found:
+                low, high = found[0]["times_faster_range"]
+                ratios.append(f"{found[0]['times_faster']:.1f}x ({low:.1f} to {high:.1f})")
+            else:
+                ratios.append("1x" if batch_size == 1 else "")
         cells = []
         for rows in quality["methods"].values():
             row = next(r for r in rows if r["trajectories"] == count)
@@ -101,20 +108,49 @@ def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels_section(results: list[dict[str, Any]]) -> str:
+    """Our provider of every operation beside the first, which is eager torch, a device after the other."""
+    lines = []
+    for result in sorted(results, key=lambda result: result["environment"]["kind"], reverse=True):
+        environment = result["environment"]
+        lines += [
+            f"{environment['kind']} ({environment['device']}, torch {environment['torch']}), medians of one run:",
+            "",
+            "| operation | size | beside | ms | ours, ms | times as fast |",
+            "|---|---|---|---|---|---|",
+        ]
+        first: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in result["rows"]:
+            beside = first.setdefault((row["operation"], row["size"]), row)
+            if row["provider"].startswith("fastunlearn"):
+                theirs, ours = _seconds(beside), _seconds(row)
+                detail = row["provider"].removeprefix("fastunlearn").lstrip(" ,")
+                size = f"{row['size']}{', ' * bool(detail)}{detail}"
+                cells = [row["operation"], size, beside["provider"], f"{1e3 * theirs:.3g}", f"{1e3 * ours:.3g}"]
+                lines.append(f"| {' | '.join(cells)} | {theirs / ours:.2f}x |")
+        lines.append("")
+    if not any(result["environment"]["kind"] == "GPU" for result in results):
+        lines.append("GPU: not measured yet; `benchmarks/gpu_check.sh` checks and measures on a machine that has one.")
+    return "\n".join(lines).rstrip()
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return row.get("device_median_s", row["wall_median_s"])
+
+
 def distil(path: Path) -> None:
     """Keep of a pytest-benchmark file what the README quotes and what it was measured on."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    by_name = {entry["name"]: entry for entry in report["benchmarks"]}
-    usual = by_name["test_usual_loop"]
-    bank = [
-        {"median_s": round(entry["stats"]["median"], 3), **entry["extra_info"]}
-        for name, entry in by_name.items()
-        if name.startswith("test_bank")
-    ]
+    bank = []
+    for entry in report["benchmarks"]:
+        info = dict(entry["extra_info"])
+        threads, usual = info.pop("threads"), info.pop("usual_seconds")
+        bank.append({"median_s": round(entry["stats"]["median"], 3), "usual_s": round(usual, 1), **info})
     content = {
         "machine": {key: report["machine_info"][key] for key in ("processor", "python_version", "machine")},
-        "usual_s": round(usual["stats"]["median"], 3),
-        **usual["extra_info"],
+        "threads": threads,
+        "rounds": entry["stats"]["rounds"],
+        "usual_s": statistics.median(row["usual_s"] for row in bank),
         "bank": bank,
     }
     (RESULTS / "bank_speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
