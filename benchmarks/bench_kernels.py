@@ -129,7 +129,7 @@ else:
 LOSS_PROVIDERS = ["eager", "torch.compile", "fastunlearn"] + ["fastunlearn, CUDA graph"] * ON_GPU
 
 
-@pytest.mark.parametrize(("size", "provider"), itertools.product(LOSS_SIZES, LOSS_PROVIDERS))
+@pytest.mark.parametrize(("size", "provider"), list(itertools.product(LOSS_SIZES, LOSS_PROVIDERS)))
 def test_noise_pred_loss(benchmark, size, provider):
     shape = LOSS_SIZES[size]
     sets = []
@@ -405,7 +405,7 @@ if not ON_GPU:
 LPIPS_PROVIDERS = ["lpips", "lpips, no graph"] + ["lpips, bfloat16 channels_last"] * ON_GPU + ["fastunlearn"]
 
 
-@pytest.mark.parametrize(("case", "provider"), itertools.product(LPIPS_CASES, LPIPS_PROVIDERS))
+@pytest.mark.parametrize(("case", "provider"), list(itertools.product(LPIPS_CASES, LPIPS_PROVIDERS)))
 def test_lpips_pair(benchmark, case, provider):
     """From images: two passes and the head as ``lpips`` has them, or one pass of both sides and the fused head."""
     name, size, batch = case
