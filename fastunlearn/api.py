@@ -5,8 +5,12 @@ Both take a config, do one job in one output folder, and report progress to a :c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import random
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,11 @@ import torch
 
 from . import __version__, prompts
 from .bank import Bank, BankPlan, build_bank, plan_bank
-from .config import EvaluateConfig, TrainConfig, from_yaml, to_yaml
-from .engine import TorchEngine
+from .config import ApplyConfig, EvaluateConfig, MaskConfig, TrainConfig, from_yaml, to_yaml
+from .deepspeed_config import read_deepspeed
+from .distributed import ALONE, World, join, world_of_environment
+from .engine import Engine, TorchEngine
+from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evaluator import (
     Evaluation,
     PromptGroups,
@@ -25,11 +32,12 @@ from .evaluator import (
     file_groups,
     shapes_groups,
 )
+from .export import apply_delta
 from .generate import SamplerSpec
-from .masks import select_parameters
+from .masks import GradMask, load_mask, make_mask, select_parameters
 from .methods import Method, get_method
-from .models import Model, fingerprint, load_model, versions
-from .perceptual import load_perceptual
+from .models import Model, fingerprint, load_model, resolve_device, resolve_source, versions
+from .perceptual import PerceptualDistance, load_perceptual
 from .recipe import Alternate, Concept, Defaults, Recipe
 from .results import write_results
 from .run_folder import check_output, prepare_output, write_json, write_text
@@ -62,6 +70,10 @@ class TrainPlan:
     concept: Concept
     recipe: Recipe
     names: tuple[str, ...]
+    mask: GradMask | None
+    world: World
+    deepspeed: Mapping[str, Any] | None  # the checked configuration
+    accumulation: int
     trainable_parameters: int
     total_parameters: int
     trainable_bytes: int
@@ -78,15 +90,19 @@ class TrainPlan:
 def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | None:
     """Train as configured and write the run's folder.
 
-    Returns the folder of the unlearned pipeline, or None after a dry run.  Raises ValueError for anything wrong in the
-    settings, the prompts or the model, and :class:`~fastunlearn.trainer.Interrupted` when asked to stop.
+    Returns the folder of the unlearned pipeline, or the file of its delta, or None after a dry run.  Raises ValueError
+    for anything wrong in the settings, the prompts or the model, and :class:`~fastunlearn.trainer.Interrupted` when
+    asked to stop.
     """
     reporter = reporter or Reporter()
     folder = Path(config.output)
+    world = world_of_environment()
+    if world.size > 1 and config.deepspeed is None:
+        raise ValueError(f"{world.size} processes need `--deepspeed FILE`, which says how they divide the work.")
     check_output(folder, overwrite=config.overwrite, resume=config.resume)
     method = get_method(config.method)
-    model = load_model(config.model, config.device)
-    plan = plan_training(config, method, model)
+    model = load_model(config.model, _device_of(config, world))
+    plan = plan_training(config, method, model, world)
     groups = _evaluation_groups(config, model)
     metric = load_perceptual(default_metric(model), model.device) if groups else None  # fails early or not at all
     reporter.plan(plan)
@@ -96,27 +112,60 @@ def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | Non
         _check_same_run(config, folder)
     seconds = {}
 
+    mask = plan.mask or _mask_of_run(config, folder, model)
+    if mask is None and plan.settings.mask_density is not None:
+        reporter.stage("mask")
+        started = time.monotonic()
+        mask = _make_mask(config, plan, model)
+        seconds["mask_s"] = round(time.monotonic() - started, 3)
+
     reporter.stage("bank")
     started = time.monotonic()
     bank = build_bank(model, plan.recipe, plan.bank)
     seconds["bank_s"] = round(time.monotonic() - started, 3)
 
     # Only now, so that nothing is left, or lost, where a bank cannot be made or is not waited for.
-    prepare_output(folder, overwrite=config.overwrite, resume=config.resume)
-    write_text(folder / "config.yaml", to_yaml(_resolved(config, plan)))
+    if plan.deepspeed is not None:
+        join(world, model.device)
+        world.barrier()  # until all have looked at the folder
+    if world.is_main:
+        prepare_output(folder, overwrite=config.overwrite, resume=config.resume)
+        write_text(folder / "config.yaml", to_yaml(_resolved(config, plan)))
+        if mask is not None:
+            mask.save(folder / "mask.safetensors")
 
     reporter.stage("training")
     started = time.monotonic()
-    train(model, plan, bank, config, folder, reporter)
+    exported = train(model, plan, bank, mask, config, folder, reporter)
     seconds["training_s"] = round(time.monotonic() - started, 3)
-    write_json(folder / "run.json", _run_record(config, plan, model, folder / "model", seconds))
+    if not world.is_main:
+        return exported
+    unlearned = folder / "model"
+    with contextlib.ExitStack() as scratch:
+        if config.save == "delta":
+            unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory())) / "model"
+            apply_delta(model.source, exported, unlearned)
+        write_json(folder / "run.json", _run_record(config, plan, model, unlearned, seconds))
+        _evaluate_run(config, plan, groups, metric, unlearned, folder, reporter)
+    return exported
+
+
+def _evaluate_run(
+    config: TrainConfig,
+    plan: TrainPlan,
+    groups: PromptGroups | None,
+    metric: PerceptualDistance | None,
+    unlearned: Path,
+    folder: Path,
+    reporter: Reporter,
+) -> None:
 
     if groups and metric:
         reporter.stage("evaluation")
         # The original is loaded afresh: the model in memory has been trained.
         results = evaluate_models(
             load_model(config.model, config.device),
-            {config.method: load_model(str(folder / "model"), config.device)},
+            {config.method: load_model(str(unlearned), config.device)},
             groups,
             metric,
             SamplerSpec(mixed_precision=config.mixed_precision),
@@ -124,7 +173,61 @@ def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | Non
             on_progress=reporter.scoring,
         )
         write_results(folder, results, groups, unseen=_unseen(plan, groups))
-    return folder / "model"
+
+
+def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
+    """Find the weights that matter most for a concept and write their mask to a file; see :func:`masks.make_mask`."""
+    reporter = reporter or Reporter()
+    path = Path(config.output)
+    if path.is_dir() or (path.exists() and not config.overwrite):
+        kind = "is a folder. Name a file" if path.is_dir() else "exists. Use another name or `--overwrite`"
+        raise ValueError(f"`--output` {path} {kind}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"`--output` {path}: the folder {path.parent} does not exist. Make it first.")
+    model = load_model(config.model, config.device)
+    defaults = get_method("salun").defaults_for(model.is_bundled)
+    word = config.forget.strip()
+    if config.forget_prompts:
+        forget = prompts.parse_prompts(config.forget_prompts)
+    else:
+        forget = prompts.shapes_prompts(word, "train")[0] if model.is_bundled else [word]
+    _check_tokens(model, forget)
+    names = select_parameters(model.denoiser, config.trainable)
+    check_deterministic(model.pipeline.scheduler)
+    reporter.stage("mask")
+    found = make_mask(
+        model,
+        forget,
+        names,
+        density=config.density,
+        granularity=config.granularity,
+        trajectories=config.trajectories or defaults.trajectories,
+        num_inference_steps=config.trajectory_steps,
+        trajectory_guidance_scale=config.trajectory_guidance_scale,
+        micro_batch_size=config.micro_batch_size or defaults.micro_batch_size,
+        seed=config.seed,
+        mixed_precision=config.mixed_precision,
+    )
+    found.save(path)
+    return found
+
+
+def apply(config: ApplyConfig) -> Path:
+    """Rebuild an unlearned pipeline from its original and a delta; returns its folder."""
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output` {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not config.overwrite:
+            raise ValueError(f"`--output` {folder} is not empty. Use another folder, or `--overwrite`.")
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"`--overwrite`: {folder} holds no pipeline. Empty it yourself.")
+    source = resolve_source(config.model)
+    if folder.resolve() == source:
+        raise ValueError(f"`--output` {folder} is the original itself. Name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    apply_delta(source, Path(config.delta), folder)
+    return folder
 
 
 def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evaluation:
@@ -166,35 +269,65 @@ def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evalua
     return results.results[0]
 
 
-def plan_training(config: TrainConfig, method: Method, model: Model) -> TrainPlan:
+def plan_training(config: TrainConfig, method: Method, model: Model, world: World = ALONE) -> TrainPlan:
     """Resolve settings and prompts, check them, count the work, and time one forward for the estimate."""
     settings = _settings(config, method, model)
+    accumulation = config.gradient_accumulation_steps or 1
+    deepspeed = None
+    if config.deepspeed is not None:
+        deepspeed = read_deepspeed(
+            Path(config.deepspeed),
+            world_size=world.size,
+            micro_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            max_grad_norm=config.max_grad_norm,
+            default_micro_batch_size=settings.micro_batch_size,
+        )
+        check_deepspeed(deepspeed, model.device)
+        accumulation = deepspeed["gradient_accumulation_steps"]
+        settings = dataclasses.replace(settings, micro_batch_size=deepspeed["train_micro_batch_size_per_gpu"])
     concept = _concept(config, method, model, settings)
     recipe = method.recipe(concept)
     names = select_parameters(model.denoiser, settings.trainable)
     parameters = dict(model.denoiser.named_parameters())
     trainable = sum(parameters[name].numel() for name in names)
+    mask = None
+    if config.mask is not None:
+        mask = load_mask(Path(config.mask), model)
+        mask = mask.restrict(names if config.trainable else mask.names)
+        names = mask.names
+        trainable = sum(mask.count(name) for name in names)
+        settings = dataclasses.replace(settings, mask_density=None)
+    elif settings.mask_density is not None:
+        trainable = round(settings.mask_density * trainable)
     steps = settings.steps if recipe.rows else 0
     check_deterministic(model.pipeline.scheduler)
     model.new_scheduler(config.trajectory_steps)  # refuses more steps than it was made for
     updates = 2 if isinstance(recipe.rule, Alternate) else 1
+    bank = plan_bank(
+        recipe,
+        trajectories=settings.trajectories,
+        num_inference_steps=config.trajectory_steps,
+        guidance_scale=config.trajectory_guidance_scale,
+        seed=config.seed,
+    )
+    if recipe.rows and bank.rows < world.size:
+        raise ValueError(f"there are more processes, {world.size}, than rows, {bank.rows}. Use more `--trajectories`.")
     return TrainPlan(
         method=method,
         settings=dataclasses.replace(settings, steps=steps),
         concept=concept,
         recipe=recipe,
         names=tuple(names),
+        mask=mask,
+        world=world,
+        deepspeed=deepspeed,
+        accumulation=accumulation,
         trainable_parameters=trainable,
         total_parameters=sum(parameter.numel() for parameter in parameters.values()),
         trainable_bytes=4 * trainable,
-        bank=plan_bank(
-            recipe,
-            trajectories=settings.trajectories,
-            num_inference_steps=config.trajectory_steps,
-            guidance_scale=config.trajectory_guidance_scale,
-            seed=config.seed,
-        ),
-        loop_forwards=steps * updates * settings.micro_batch_size,
+        bank=bank,
+        loop_forwards=steps * updates * settings.micro_batch_size * accumulation,
         seconds_per_evaluation=_time_evaluation(model, settings.micro_batch_size),
     )
 
@@ -212,18 +345,19 @@ def _time_evaluation(model: Model, batch_size: int) -> float:
     return seconds / batch_size
 
 
-def train(model: Model, plan: TrainPlan, bank: Bank, config: TrainConfig, folder: Path, reporter: Reporter) -> None:
-    """Train ``model.denoiser`` on a bank, leave the trained weights in it and export them to ``folder/model``."""
+def train(
+    model: Model,
+    plan: TrainPlan,
+    bank: Bank,
+    mask: GradMask | None,
+    config: TrainConfig,
+    folder: Path,
+    reporter: Reporter,
+) -> Path:
+    """Train ``model.denoiser`` on a bank, leave the trained weights in it, export them and return where to."""
     torch.manual_seed(config.seed)
     settings = plan.settings
-    engine = TorchEngine(
-        model.denoiser,
-        list(plan.names),
-        learning_rate=settings.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        mixed_precision=config.mixed_precision,
-    )
+    engine = _engine(model, plan, mask, config)
     schedule = Schedule(
         steps=settings.steps,
         micro_batch_size=settings.micro_batch_size,
@@ -236,7 +370,64 @@ def train(model: Model, plan: TrainPlan, bank: Bank, config: TrainConfig, folder
     if config.resume:
         trainer.resume()
     trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
-    engine.export(model, folder / "model")
+    exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
+    engine.export(model, exported, config.save)
+    engine.close()
+    return exported
+
+
+def _engine(model: Model, plan: TrainPlan, mask: GradMask | None, config: TrainConfig) -> Engine:
+    names = list(plan.names) if mask is None else mask.names
+    options: dict[str, Any] = {
+        "learning_rate": plan.settings.learning_rate,
+        "weight_decay": config.weight_decay,
+        "mixed_precision": config.mixed_precision,
+        "bits": None if mask is None else mask.bits,
+        "clip_scope": config.clip_scope,
+    }
+    if plan.deepspeed is not None:
+        return DeepSpeedEngine(model.denoiser, names, settings=plan.deepspeed, world=plan.world, **options)
+    return TorchEngine(
+        model.denoiser, names, max_grad_norm=config.max_grad_norm, accumulation=plan.accumulation, **options
+    )
+
+
+def _device_of(config: TrainConfig, world: World) -> torch.device:
+    """This process' device: of several CUDA devices, that of its number on the machine."""
+    device = resolve_device(config.device)
+    if device.type == "cuda" and world.size > 1:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+                "Start fewer processes."
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _mask_of_run(config: TrainConfig, folder: Path, model: Model) -> GradMask | None:
+    """The mask that a run to be resumed has made, if it came that far."""
+    path = folder / "mask.safetensors"
+    return load_mask(path, model) if config.resume and path.is_file() else None
+
+
+def _make_mask(config: TrainConfig, plan: TrainPlan, model: Model) -> GradMask:
+    settings = plan.settings
+    assert settings.mask_density is not None
+    return make_mask(
+        model,
+        plan.concept.forget_prompts,
+        plan.names,
+        density=settings.mask_density,
+        granularity=config.mask_granularity,
+        trajectories=settings.trajectories,
+        num_inference_steps=config.trajectory_steps,
+        trajectory_guidance_scale=config.trajectory_guidance_scale,
+        micro_batch_size=settings.micro_batch_size,
+        seed=config.seed,
+        mixed_precision=config.mixed_precision,
+    )
 
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
@@ -261,14 +452,7 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
         own_forget = [word]
     forget = prompts.parse_prompts(config.forget_prompts) if config.forget_prompts else own_forget
     retain = prompts.parse_prompts(config.retain_prompts) if config.retain_prompts else own_retain
-    for prompt in forget:
-        tokens = model.count_tokens(prompt)
-        if tokens == 0:
-            raise ValueError(f"the tokenizer turns the forget prompt {prompt!r} into nothing. Use other words.")
-        if tokens > model.max_tokens:
-            raise ValueError(
-                f"the forget prompt {prompt!r} has {tokens} tokens and the model reads {model.max_tokens}. Shorten it."
-            )
+    _check_tokens(model, forget)
     prompts.check_disjoint(forget, retain)
     if method.needs_retain and not retain:
         raise ValueError(
@@ -281,11 +465,24 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
         anchor = prompts.shapes_anchor(word) if model.is_bundled else ""
     anchors = {}
     if anchor is not None:
-        anchors = {prompt: prompts.substitute(prompt, word, anchor.strip()) for prompt in forget}
+        choices = [text.strip() for text in anchor.split(";") if text.strip()] or [""]
+        draw = random.Random(config.seed)
+        anchors = {prompt: prompts.substitute(prompt, word, draw.choice(choices)) for prompt in forget}
     same = [prompt for prompt, replaced in anchors.items() if replaced.lower() == prompt.lower()]
     if same:
         raise ValueError(f"`--anchor` {anchor!r} leaves the forget prompt {same[0]!r} as it is. Name something else.")
     return Concept(anchor, tuple(forget), anchors, tuple(retain), settings)
+
+
+def _check_tokens(model: Model, forget: Sequence[str]) -> None:
+    for prompt in forget:
+        tokens = model.count_tokens(prompt)
+        if tokens == 0:
+            raise ValueError(f"the tokenizer turns the forget prompt {prompt!r} into nothing. Use other words.")
+        if tokens > model.max_tokens:
+            raise ValueError(
+                f"the forget prompt {prompt!r} has {tokens} tokens and the model reads {model.max_tokens}. Shorten it."
+            )
 
 
 def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None:
@@ -318,6 +515,7 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
         raise ValueError(f"`--resume`: {folder} holds no run. Leave the flag out to start one.")
     before = from_yaml(path, TrainConfig)
     free = {"resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "device"}
+    free |= {"num_processes"}  # what they do together must stay the same, how many they are need not
     for field in dataclasses.fields(TrainConfig):
         now, then = getattr(config, field.name), getattr(before, field.name)
         if field.name not in free and now is not None and now != then:

@@ -7,12 +7,13 @@ Training then runs neither the teacher nor the sampler.  The price is that the p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from .models import Conditions, Model
-from .recipe import EMPTY, ROLES, Recipe, Role, Row
+from .recipe import EMPTY, NOISE, ROLES, Recipe, Role, Row
 from .sampling import initial_noise, sample
 
 
@@ -48,13 +49,18 @@ class Bank:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def batch(self, roles: Sequence[tuple[Role, int]], step: int, seed: int) -> Batch:
+    def batch(self, roles: Sequence[tuple[Role, int]], step: int, seed: int, *, part: int = 0, parts: int = 1) -> Batch:
         """The rows of training step ``step``: for each (role, count), the next ones of that role's shuffled epochs.
 
-        A function of its arguments alone, so a resumed run sees the same rows.
+        A function of its arguments alone, so a resumed run sees the same rows.  ``part`` of ``parts`` is every
+        parts-th of them: whoever takes them, and in how many parts, the rows of a step are the same.
         """
         index = torch.cat([self._rows_of(role, count, step, seed) for role, count in roles])
-        index = index.to(self.latents.device)
+        index = index[part::parts].to(self.latents.device)
+        ends = itertools.accumulate(count for _, count in roles)
+        taken = [len(range(part, end, parts)) for end in ends]  # rows of this part among the first `end`
+        before = [0, *taken[:-1]]
+        roles = [(role, n - m) for (role, _), n, m in zip(roles, taken, before, strict=True) if n > m]
         return Batch(
             latents=self.latents[index],
             timesteps=self.timesteps[index],
@@ -150,6 +156,13 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
             latents[rows[:, number]] = point.latents
             timesteps[rows[:, number]] = point.timestep.to(torch.int64)
             teacher_preds[: len(branches), rows[:, number]] = point.predictions
+        for place, (row, _) in enumerate(group):
+            if NOISE in row.target:
+                where, seeds = rows[place], [f"{row.trajectory}{NOISE}{number}" for number in range(steps)]
+                noise = initial_noise(seeds, [plan.seed * 1_000_003 + group[place][1]] * steps, shape)
+                latents[where], teacher_preds[0, where] = _noised(
+                    model, point.next_latents[place], noise.to(model.device), timesteps[where]
+                )
         for row, names, where in zip(kinds, prompts, rows, strict=True):
             condition[where] = conditions.prompts.index(row.condition)
             coefficients[where, : len(names)] = torch.tensor(_coefficients(row, names), device=model.device)
@@ -159,10 +172,23 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
 
 
 def _branch_prompts(row: Row) -> list[str]:
-    return [EMPTY, row.trajectory, *(prompt for prompt in row.target if prompt not in (EMPTY, row.trajectory))]
+    return [EMPTY, row.trajectory, *(key for key in row.target if key not in (EMPTY, row.trajectory, NOISE))]
+
+
+def _noised(
+    model: Model, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean latents (C, H, W) under ``noise`` (T, C, H, W) at ``timesteps`` (T,), and what the model should predict."""
+    scheduler = model.pipeline.scheduler
+    alphas = scheduler.alphas_cumprod.to(noise.device)[timesteps].view(-1, 1, 1, 1)
+    signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    return signal * clean + sigma * noise, signal * noise - sigma * clean if is_velocity else noise
 
 
 def _coefficients(row: Row, names: list[str]) -> list[float]:
+    if NOISE in row.target:  # stands where the unconditional prediction does in other rows
+        return [1.0, 0.0]
     coefficients = [row.target.get(name, 0.0) for name in names]
     if row.trajectory == EMPTY:  # both guiding branches are the same prediction: count it once
         coefficients[1] = 0.0

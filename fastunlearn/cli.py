@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from . import __version__
-from .config import DemoConfig, EvaluateConfig, TrainConfig, add_flags, build
+from .config import ApplyConfig, DemoConfig, EvaluateConfig, MaskConfig, TrainConfig, add_flags, build
 
 Command = Callable[[dict[str, Any]], int]
 
@@ -24,7 +24,17 @@ _TRAIN_EXAMPLES = """examples:
   fastunlearn train --model ./stable-diffusion-v1-5 --method esd --forget "Van Gogh" --output run
   fastunlearn train --model ./stable-diffusion-v1-5 --method ovw --forget "Van Gogh" --anchor "a painter" \\
                     --retain-prompts "a photo of a dog;a painting by Monet" --output run
+  fastunlearn train --model ./stable-diffusion-v1-5 --method salun --forget "Van Gogh" --mask-density 0.5 \\
+                    --retain-prompts prompts.txt --save delta --output run
   fastunlearn train --resume --output run
+"""
+_MASK_EXAMPLES = """examples:
+  fastunlearn mask --model ./stable-diffusion-v1-5 --forget "Van Gogh" --density 0.1 --output gogh.mask.safetensors
+  fastunlearn train --model ./stable-diffusion-v1-5 --method esd --forget "Van Gogh" \\
+                    --mask gogh.mask.safetensors --output run
+"""
+_APPLY_EXAMPLES = """examples:
+  fastunlearn apply --model ./stable-diffusion-v1-5 --delta run/delta.safetensors --output unlearned
 """
 _EVALUATE_EXAMPLES = """examples:
   fastunlearn evaluate --original shapes --unlearned run --output evaluation
@@ -35,6 +45,7 @@ _EVALUATE_EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, or 2 after one line on stderr that says what to do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(_parser().parse_args(arguments))
     except BrokenPipeError:
@@ -53,6 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_explain(error))
 
 
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The deepspeed launcher puts ``--local_rank=N`` before our own words; the environment says the same."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", next(words, "0"))
+        elif word.startswith(("--local_rank=", "--local-rank=")):
+            os.environ.setdefault("LOCAL_RANK", word.split("=", 1)[1])
+        else:
+            kept.append(word)
+    return kept
+
+
 def _run(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name != "command"}
     command: Command = args.command
@@ -67,25 +92,76 @@ def _train(flags: dict[str, Any]) -> int:
         elif "forget" not in flags:
             raise ValueError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
     config = build(TrainConfig, flags)
-    from .api import unlearn
+    again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
+    if config.num_processes is not None and "RANK" not in os.environ:
+        return _train_in_processes(config, again)
+    from .api import Reporter, unlearn
     from .console import Console
+    from .distributed import is_lost_peer, world_of_environment
     from .trainer import Interrupted
 
-    with Console() as console:
-        again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
+    world = world_of_environment()
+    with Console(quiet=not world.is_main) as console:
         try:
-            model = unlearn(config, console)
+            model = unlearn(config, console if world.is_main else Reporter())
         except Interrupted as stop:
             console.close()
-            return _fail(f"{stop}; the state is saved. Continue with: {again}")
+            return _fail(f"{stop}; the state is saved. Continue with: {again}") if world.is_main else 2
+        except RuntimeError as error:
+            console.close()
+            if world.size == 1 or not is_lost_peer(error):
+                raise
+            return _fail(
+                f"process {world.rank}: another process of this run has died, so this one stops too ({error})."
+            )
         except KeyboardInterrupt:
             console.close()
             begun = (Path(config.output) / "config.yaml").is_file()
             return _fail(f"stopped. Continue with: {again}" if begun else "stopped before anything was written.")
+    if not world.is_main:
+        return 0
     if model is None:
         print("dry run: nothing was computed or written.")
     else:
         console.result(Path(config.output), model)
+    return 0
+
+
+def _train_in_processes(config: TrainConfig, again: str) -> int:
+    """Start ``--num-processes`` of this command, which see by their environment that they are already started."""
+    import tempfile
+
+    from .config import to_yaml
+    from .distributed import launch
+
+    assert config.num_processes is not None
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "config.yaml"
+        settings.write_text(to_yaml(config), encoding="utf-8")
+        said = launch(["train", "--config", str(settings)], config.num_processes)
+    if said:
+        begun = (Path(config.output) / "config.yaml").is_file()
+        _fail(f"{said} Continue with: {again}" if begun else said)
+    return 0 if said is None else 2
+
+
+def _mask(flags: dict[str, Any]) -> int:
+    config = build(MaskConfig, flags)
+    from .api import mask
+    from .console import Console
+
+    with Console():
+        found = mask(config)
+    selected = sum(found.count(name) for name in found.names)
+    print(f"mask: {config.output}, {selected:,} elements of {len(found.names)} parameters (`train --mask`)")
+    return 0
+
+
+def _apply(flags: dict[str, Any]) -> int:
+    config = build(ApplyConfig, flags)
+    from .api import apply
+
+    print(f"model: {apply(config)}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
     return 0
 
 
@@ -153,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("demo", _demo, 'forget "star" in the bundled model three ways and compare them', DemoConfig)
     add("train", _train, "make a model forget a concept", TrainConfig, _TRAIN_EXAMPLES)
+    add("mask", _mask, "find the weights that matter most for a concept", MaskConfig, _MASK_EXAMPLES)
+    add("apply", _apply, "rebuild an unlearned model from its original and a delta", ApplyConfig, _APPLY_EXAMPLES)
     add("evaluate", _evaluate, "measure what an unlearned model forgot and kept", EvaluateConfig, _EVALUATE_EXAMPLES)
     add("methods", _methods, "list the methods: paper, what each needs, what it changes")
     add("info", _info, "show versions, devices, and which kernels and metrics can run here")
@@ -179,5 +257,7 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
+    if os.environ.get("RANK", "0") != "0" and not message.startswith("process "):
+        message = f"process {os.environ['RANK']}: {message}"
     print(f"fastunlearn: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -31,7 +31,7 @@ class TrainConfig:
     model: str = _setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes")
     method: str = _setting("see `fastunlearn methods`", "ovw")
     anchor: str | None = _setting(
-        "what the concept becomes; default: nothing, or its neighbour in the bundled world", None
+        "what the concept becomes (of TEXT;TEXT each prompt draws one); default: nothing, or its neighbour", None
     )
     forget_prompts: str | None = _setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: the concept", None
@@ -52,11 +52,25 @@ class TrainConfig:
     retain_weight: float | None = _setting("weight of the retain loss", None)
     negative_guidance: float | None = _setting("esd: eta", None)
     kappa: float | None = _setting("saddle: the margin, in units of the concept's strength", None)
+    mask: str | None = _setting("FILE of `fastunlearn mask`: only the elements that it selects may change", None)
+    mask_density: float | None = _setting("share of the trainable elements that may change, the most salient", None)
+    mask_granularity: Literal["element", "sector", "row"] = _setting(
+        "what is selected: single elements, 8 neighbours or rows", "element"
+    )
     weight_decay: float = _setting("AdamW's decay", 0.0)
     max_grad_norm: float = _setting("gradient clipping", 1.0)
+    clip_scope: Literal["selected", "all"] = _setting(
+        "whose gradients the norm sees: the mask's elements' or all of the trainable parameters'", "selected"
+    )
+    gradient_accumulation_steps: int | None = _setting("student forwards an update", None)
     seed: int = _setting("of trajectories and row order", 0)
     mixed_precision: Literal["no", "bf16"] = _setting("bf16 runs the networks in bfloat16; weights stay float32", "no")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes a GPU where there is one", "auto")
+    deepspeed: str | None = _setting("JSON: train by DeepSpeed as this file of its settings says", None)
+    num_processes: int | None = _setting("start so many processes on this machine, with `--deepspeed`", None)
+    save: Literal["model", "delta"] = _setting(
+        "the whole pipeline, or only what changed (`fastunlearn apply`)", "model"
+    )
     checkpoint_every: int = _setting("steps between checkpoints; 0: only at the end or when stopped", 50)
     log_every: int = _setting("steps between lines of metrics.jsonl", 5)
     evaluation_prompts: str | None = _setting("prompts to evaluate on after training: FILE, `shapes` or `none`", None)
@@ -70,6 +84,12 @@ class TrainConfig:
         _at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
         _at_least(self, -_LARGEST, "negative_guidance")
         _at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
+        _at_least(self, 1, "gradient_accumulation_steps", "num_processes")
+        _density(self.mask_density, "mask_density")
+        if self.mask is not None and self.mask_density is not None:
+            raise ValueError("`--mask` brings its own density: leave `--mask-density` out.")
+        if self.num_processes is not None and self.deepspeed is None:
+            raise ValueError("`--num-processes` needs `--deepspeed FILE`, which says how they divide the work.")
         _above(self, 0, "learning_rate", "max_grad_norm", "kappa", "trajectory_guidance_scale")
         if self.learning_rate is not None and self.learning_rate > 1:
             raise ValueError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
@@ -103,6 +123,49 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What `mask` does.  A setting left at None takes SalUn's default for the model."""
+
+    forget: str = _setting('the concept whose weights to find, e.g. "star"')
+    output: str = _setting("FILE for the mask, e.g. star.mask.safetensors")
+    model: str = _setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes")
+    density: float = _setting("share of the trainable elements to select", 0.5)
+    granularity: Literal["element", "sector", "row"] = _setting(
+        "what is selected: single elements, 8 neighbours or rows", "element"
+    )
+    trainable: str = _setting("cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", "all")
+    forget_prompts: str | None = _setting(
+        "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None
+    )
+    trajectories: int | None = _setting("teacher trajectories; their last latents are the pictures", None)
+    trajectory_steps: int = _setting("sampler steps of a trajectory", 50)
+    trajectory_guidance_scale: float = _setting("guidance of a trajectory", 3.0)
+    micro_batch_size: int | None = _setting("rows a forward", None)
+    seed: int = _setting("of trajectories and noise", 0)
+    mixed_precision: Literal["no", "bf16"] = _setting("bf16 runs the networks in bfloat16", "no")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto takes a GPU where there is one", "auto")
+    overwrite: bool = _setting("replace the file", False)
+
+    def __post_init__(self) -> None:
+        if not self.forget.strip():
+            raise ValueError("`--forget` is empty: name the concept to forget.")
+        _at_least(self, 0, "seed")
+        _at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps")
+        _above(self, 0, "trajectory_guidance_scale")
+        _density(self.density, "density")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ApplyConfig:
+    """What `apply` does."""
+
+    model: str = _setting("the original: `shapes` (bundled), a diffusers folder, or a hub id")
+    delta: str = _setting("FILE that `train --save delta` wrote")
+    output: str = _setting("folder for the pipeline")
+    overwrite: bool = _setting("replace a pipeline that an earlier `apply` left in the output folder", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """What `demo` does: forget "star" three ways and show them side by side."""
 
@@ -114,7 +177,7 @@ class DemoConfig:
         _at_least(self, 0, "seed")
 
 
-Config = TypeVar("Config", TrainConfig, EvaluateConfig, DemoConfig)
+Config = TypeVar("Config", TrainConfig, EvaluateConfig, MaskConfig, ApplyConfig, DemoConfig)
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
@@ -222,6 +285,11 @@ def _at_least(config: Any, low: float, *names: str) -> None:
         if value is not None and not low <= value <= _LARGEST:
             limit = f"at most {_LARGEST}" if value > _LARGEST else f"at least {low:g}"
             raise ValueError(f"`--{name.replace('_', '-')}` must be {limit}, got {value}.")
+
+
+def _density(value: float | None, name: str) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(f"`--{name.replace('_', '-')}` must be above 0 and at most 1, got {value:g}.")
 
 
 def _above(config: Any, low: float, *names: str) -> None:

@@ -20,7 +20,7 @@ from .trainer import Metrics
 class Console(Reporter):
     """Prints plans to stdout and draws bars on stderr, where it is a terminal."""
 
-    def __init__(self, *, plans: bool = True) -> None:
+    def __init__(self, *, plans: bool = True, quiet: bool = False) -> None:
         self.out = Terminal(highlight=False, soft_wrap=True)
         self.plans = plans
         terminal = Terminal(stderr=True)
@@ -31,7 +31,7 @@ class Console(Reporter):
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(compact=True),
             console=terminal,
-            disable=not terminal.is_terminal,
+            disable=quiet or not terminal.is_terminal,
         )
         self.task: TaskID | None = None
         self.name = ""
@@ -81,7 +81,9 @@ class Console(Reporter):
             table([summary])
             self.out.print(verdict(summary))
             self.out.print(f"report: {folder / 'report.html'}")
-        if model is not None:
+        if model is not None and model.suffix == ".safetensors":
+            self.out.print(f"delta:  {model}  (rebuild the model with `fastunlearn apply`)")
+        elif model is not None:
             self.out.print(f"model:  {model}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
 
 
@@ -102,11 +104,19 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     lines += [
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
+        *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
         f"bank        {plan.bank.rows:,} rows from {len(plan.bank.assignments)} trajectories, "
         f"{plan.bank.unet_evaluations:,} UNet evaluations",
         f"loop        {settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations (a backward counts as two)",
     ]
     return [*lines, f"estimate    {_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"]
+
+
+def _mask_line(plan: TrainPlan) -> str:
+    if plan.mask is not None:
+        return f"from a file, made for {_some([plan.mask.made.get('prompts', '?')])}"
+    density = plan.settings.mask_density
+    return f"the {density:.0%} of the elements that are most salient for the concept" if density is not None else ""
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> None:

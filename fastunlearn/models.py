@@ -135,17 +135,32 @@ class Model:
             tensors |= {"text_embeds": encoded[2], "time_ids": time_ids.expand(len(prompts), -1)}
         return tensors
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's weights: float32, but where an engine keeps them in bfloat16."""
+        return next(self.denoiser.parameters()).dtype
+
     def predict(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, torch.Tensor]
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        denoiser: nn.Module | None = None,
     ) -> torch.Tensor:
         """The denoiser's output, (B, C, H, W) float32, in whatever its ``prediction_type`` is.
 
-        ``latents``: (B, C, H, W) as the scheduler scales them, ``timesteps``: (B,) or a scalar.
+        ``latents``: (B, C, H, W) as the scheduler scales them, ``timesteps``: (B,) or a scalar.  ``denoiser``: what to
+        call in its place, where an engine has wrapped it.
         """
-        extra = {name: values for name, values in conditions.items() if name != "encoder_hidden_states"}
-        hidden = conditions["encoder_hidden_states"]
-        prediction = self.denoiser(
-            latents, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=extra or None, return_dict=False
+        inputs = {name: values.to(self.dtype) for name, values in conditions.items()}
+        hidden = inputs.pop("encoder_hidden_states")
+        network = self.denoiser if denoiser is None else denoiser
+        prediction = network(
+            latents.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=hidden,
+            added_cond_kwargs=inputs or None,
+            return_dict=False,
         )
         return prediction[0].float()
 
@@ -171,7 +186,7 @@ def load_model(name: str, device: str | torch.device = "auto") -> Model:
     truncated or missing weights.
     """
     device = resolve_device(device)
-    source = _resolve_source(name)
+    source = resolve_source(name)
     family = _pipeline_class(source, name)
     _check_weight_files(source)
     diffusers = import_diffusers()
@@ -211,6 +226,11 @@ def fingerprint(source: Path) -> str:
     return digest.hexdigest()
 
 
+def denoiser_hash(model: Model) -> str:
+    """:func:`fingerprint` of the denoiser's files alone: the weights that a mask or a delta belongs to."""
+    return fingerprint(model.source / model.denoiser_folder)
+
+
 def versions() -> dict[str, str]:
     """What a result was computed with, for the records of a run and of an evaluation."""
     return {
@@ -220,7 +240,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _resolve_source(name: str) -> Path:
+def resolve_source(name: str) -> Path:
+    """The folder of a model's files, fetched where it is a hub id.  ValueError for an unknown name."""
     if name in shapes.MODELS:
         return shapes.pipeline_folder(name)
     folder = Path(name).expanduser()
@@ -241,6 +262,10 @@ def _resolve_source(name: str) -> Path:
 
 def _pipeline_class(source: Path, name: str) -> str:
     index = source / "model_index.json"
+    if (source / "delta.safetensors").is_file() and not index.is_file():
+        raise ValueError(
+            f"{name!r} is a run saved as a delta. Rebuild its model with `fastunlearn apply` and pass that."
+        )
     if not index.is_file():
         raise ValueError(f"{name!r} is no diffusers pipeline: it has no model_index.json. Pass the pipeline's folder.")
     try:

@@ -14,6 +14,7 @@ from typing import Literal
 Role = Literal["forget", "retain"]
 ROLES: tuple[Role, ...] = ("forget", "retain")
 EMPTY = ""
+NOISE = "\0noise"  # in a target: the noise itself; no prompt holds this sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Row:
 
     At ``x_t`` from the teacher's trajectory for the prompt ``trajectory``, the student, asked with ``condition``, is
     compared with ``sum_k target[k] * teacher(x_t, t, k)``, where each k is a prompt ("" is the unconditional branch).
+    A target of :data:`NOISE` alone is the usual training loss: x_t is then the trajectory's last latents with fresh
+    noise, and the target what was added (or the velocity, where that is what the model predicts).
     """
 
     role: Role
@@ -36,6 +39,8 @@ class Row:
         if not math.isclose(total, 1.0, abs_tol=1e-9):
             # Only then does the algebra hold for epsilon, v and flow models alike.
             raise ValueError(f"a row's target mix must sum to 1, got {total:g} from {dict(self.target)}.")
+        if NOISE in self.target and len(self.target) > 1:
+            raise ValueError(f"a row's target is noise or a mix of predictions, not both, got {dict(self.target)}.")
 
 
 def mix(*parts: tuple[str, float]) -> dict[str, float]:
@@ -48,9 +53,10 @@ def mix(*parts: tuple[str, float]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """One step on the mean forget loss plus ``retain_weight`` times the mean retain loss."""
+    """One step on ``forget_weight`` times the mean forget loss plus ``retain_weight`` times the mean retain loss."""
 
     retain_weight: float = 1.0
+    forget_weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Recipe:
         """Every prompt that must be encoded, each once."""
         prompts = [EMPTY]
         for row in self.rows:
-            prompts += [row.trajectory, row.condition, *row.target]
+            prompts += [row.trajectory, row.condition, *(key for key in row.target if key != NOISE)]
         return list(dict.fromkeys(prompts))
 
 
@@ -96,7 +102,8 @@ class Recipe:
 class Defaults:
     """A method's settings for a family of models, used where the user says nothing.
 
-    ``negative_guidance`` (ESD's eta) and ``kappa`` (Saddle's margin) are None for methods without them.
+    ``negative_guidance`` (ESD's eta) and ``kappa`` (Saddle's margin) are None for methods without them;
+    ``mask_density`` is the share of the trainable elements that a saliency mask lets change, None without a mask.
     """
 
     steps: int
@@ -108,6 +115,7 @@ class Defaults:
     retain_weight: float = 1.0
     negative_guidance: float | None = None
     kappa: float | None = None
+    mask_density: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

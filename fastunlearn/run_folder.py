@@ -14,7 +14,7 @@ from typing import Any
 from .config import DEMO_METHODS, TrainConfig, from_yaml
 
 _OURS = {
-    *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "model", "delta.safetensors"),
+    *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "mask.safetensors", "model", "delta.safetensors"),
     *("pairs.jsonl", "evaluation.json", "grid.png", "report.html", "demo.json"),
 }
 
@@ -23,7 +23,7 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None
     """ValueError unless the folder is new or empty, or is ours and is to be replaced or continued.  Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--output` {folder} is a file. Name a folder.")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and not all(_is_scrap(entry) for entry in folder.iterdir())
     if used and overwrite:
         _refuse_foreign(folder)
     elif used and not resume:
@@ -40,6 +40,7 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> No
     if overwrite and folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_scraps(folder)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -67,6 +68,13 @@ def _is_scrap(entry: Path) -> bool:
     return entry.name.startswith(".") and entry.suffix == ".tmp"
 
 
+def remove_scraps(folder: Path) -> None:
+    """Delete what killed runs were in the middle of writing."""
+    for entry in folder.iterdir():
+        if _is_scrap(entry):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside ``path``; on success it becomes ``path``, on any error it is gone."""
@@ -89,15 +97,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         unfinished.chmod(0o777 & ~_umask())
         yield unfinished
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-                _flush(file)
+        flush_folder(unfinished)
         if path.exists():
             shutil.rmtree(path)
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """See that all files below the folder are on the disk, readable as the user's other files are."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+            _flush(file)
 
 
 def write_text(path: Path, text: str) -> None:

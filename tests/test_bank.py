@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastunlearn.bank import build_bank, plan_bank
-from fastunlearn.recipe import EMPTY, Alternate, Recipe, Row
+from fastunlearn.recipe import EMPTY, NOISE, Alternate, Recipe, Row, Sum
 from fastunlearn.sampling import initial_noise, sample
 
 FORGET, ANCHOR, RETAIN = "a red star", "a red circle", "a blue ring"
@@ -117,3 +117,30 @@ def test_a_batch_larger_than_the_bank_repeats_rows(bank):
 def test_trajectories_are_dealt_to_all_kinds_of_row():
     prompts = [row.trajectory for row, _ in plan(trajectories=6).assignments if row.role == "forget"]
     assert {prompt: prompts.count(prompt) for prompt in prompts} == {FORGET: 3, "star": 3}
+
+
+def test_noise_rows_are_the_last_latents_under_noise_and_their_target_is_the_noise(bundled):
+    recipe = Recipe([Row("retain", RETAIN, RETAIN, {NOISE: 1.0}), Row("forget", "star", "star", {ANCHOR: 1.0})], Sum())
+    bank = build_bank(bundled, recipe, plan(trajectories=1, recipe=recipe))
+    rows = bank.role_rows["retain"]
+    branches = [bundled.encode([""]).of([""]), bundled.encode([RETAIN]).of([RETAIN])]
+    noise = initial_noise([RETAIN], [0], bundled.latent_shape)
+    points = list(sample(bundled, noise, branches, num_inference_steps=3, guidance_scale=3.0))
+    alphas = bundled.pipeline.scheduler.alphas_cumprod[bank.timesteps[rows]].view(-1, 1, 1, 1)
+    target = (bank.coefficients[rows].T[:, :, None, None, None] * bank.teacher_preds[:, rows]).sum(0)
+    clean = (bank.latents[rows] - (1 - alphas).sqrt() * target) / alphas.sqrt()
+    torch.testing.assert_close(clean, points[-1].next_latents.expand_as(clean), atol=1e-3, rtol=1e-3)
+    assert 0.8 < target.std() < 1.2
+    assert not torch.equal(target[0], target[1]), "every point has noise of its own"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_parts_of_a_batch_are_its_rows_each_once(bank, parts):
+    roles = [("forget", 3), ("retain", 2)]
+    whole = bank.batch(roles, 1, 0)
+    dealt = [bank.batch(roles, 1, 0, part=part, parts=parts) for part in range(parts)]
+    assert sorted(torch.cat([batch.row_index for batch in dealt]).tolist()) == sorted(whole.row_index.tolist())
+    for batch in dealt:
+        assert len(batch.timesteps) == sum(count for _, count in batch.roles) > 0
+        expected = [role for role, count in batch.roles for _ in range(count)]
+        assert [next(r for r, rows in bank.role_rows.items() if i in rows) for i in batch.row_index] == expected

@@ -31,11 +31,19 @@ FLAGS = {
     "demo": {"config", "output", "seed", "overwrite"},
     "train": {
         *("config", "model", "method", "forget", "anchor", "forget-prompts", "retain-prompts", "output"),
+        *("mask", "mask-density", "mask-granularity", "clip-scope", "gradient-accumulation-steps", "save"),
+        *("deepspeed", "num-processes"),
         *("steps", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories", "trajectory-steps"),
         *("trajectory-guidance-scale", "trainable", "retain-weight", "negative-guidance", "kappa", "weight-decay"),
         *("max-grad-norm", "seed", "mixed-precision", "device", "checkpoint-every", "log-every"),
         *("evaluation-prompts", "dry-run", "resume", "overwrite"),
     },
+    "mask": {
+        *("config", "forget", "output", "model", "density", "granularity", "trainable", "forget-prompts"),
+        *("trajectories", "trajectory-steps", "trajectory-guidance-scale", "micro-batch-size", "seed"),
+        *("mixed-precision", "device", "overwrite"),
+    },
+    "apply": {"config", "model", "delta", "output", "overwrite"},
     "evaluate": {
         *("config", "original", "unlearned", "prompts", "output", "forget", "metric", "seeds-per-prompt"),
         *("batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device", "overwrite"),
@@ -90,14 +98,19 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
     from fastunlearn import cli as module
 
     taken = []
-    for name in ("_train", "_evaluate"):
+    for name in ("_train", "_mask", "_apply", "_evaluate"):
         monkeypatch.setattr(module, name, lambda flags: taken.append(flags) or 0)
-    for text in (module._TRAIN_EXAMPLES, module._EVALUATE_EXAMPLES):
+    for text in (
+        module._TRAIN_EXAMPLES,
+        module._MASK_EXAMPLES,
+        module._APPLY_EXAMPLES,
+        module._EVALUATE_EXAMPLES,
+    ):
         for line in re.sub(r"\\\n\s*", "", text).splitlines()[1:]:
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
             assert words[0] == "fastunlearn"
             assert cli(*words[1:]).status == 0, line
-    assert len(taken) == 6
+    assert len(taken) == 10
 
 
 def test_the_version_is_the_packages(cli):
@@ -214,6 +227,8 @@ NUMBERS = [
     *(("train", "--learning-rate", value) for value in ("0", "-1e-3", "2", "nan", "inf", "-inf", "1e999", "fast")),
     *(("train", flag, "0") for flag in ("--trajectories", "--trajectory-steps", "--log-every", "--max-grad-norm")),
     *(("train", flag, "-1") for flag in ("--checkpoint-every", "--seed", "--retain-weight", "--weight-decay")),
+    *(("train", flag, value) for flag in ("--mask-density",) for value in ("0", "1.5", "nan")),
+    ("train", "--gradient-accumulation-steps", "0"),
     *(("train", flag, "nan") for flag in ("--kappa", "--negative-guidance", "--weight-decay", "--retain-weight")),
     *(("evaluate", flag, "0") for flag in ("--seeds-per-prompt", "--batch-size", "--num-inference-steps")),
     *(("evaluate", "--guidance-scale", value) for value in ("0", "nan", "inf")),

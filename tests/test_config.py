@@ -7,8 +7,10 @@ import pytest
 
 from fastunlearn.config import (
     DEMO_METHODS,
+    ApplyConfig,
     DemoConfig,
     EvaluateConfig,
+    MaskConfig,
     TrainConfig,
     add_flags,
     build,
@@ -16,10 +18,12 @@ from fastunlearn.config import (
     to_yaml,
 )
 
-KINDS = (TrainConfig, EvaluateConfig, DemoConfig)
+KINDS = (TrainConfig, EvaluateConfig, MaskConfig, ApplyConfig, DemoConfig)
 REQUIRED = {
     TrainConfig: {"forget": "star", "output": "run"},
     EvaluateConfig: {"original": "shapes", "unlearned": "run", "output": "evaluation"},
+    MaskConfig: {"forget": "star", "output": "star.mask.safetensors"},
+    ApplyConfig: {"model": "shapes", "delta": "delta.safetensors", "output": "model"},
     DemoConfig: {},
 }
 NAN, INF = float("nan"), float("inf")
@@ -33,6 +37,9 @@ TRAIN_NUMBERS = {
     "log_every": ((1,), (0, -5)),
     "checkpoint_every": ((0,), (-1,)),
     "seed": ((0, 2**32 - 1), (-1, 2**32, 10**400)),
+    "gradient_accumulation_steps": ((1,), (0, -1, 10**30)),
+    "num_processes": ((), (0, -1, 10**30)),
+    "mask_density": ((1e-6, 1.0), (0.0, -0.5, 1.1, NAN, INF)),
     "learning_rate": ((1e-12, 1.0), (0.0, -1e-3, 1.1, NAN, INF, -INF)),
     "max_grad_norm": ((1e-6, 100.0), (0.0, -1.0, NAN, INF)),
     "kappa": ((0.1,), (0.0, NAN, INF)),
@@ -47,8 +54,17 @@ EVALUATE_NUMBERS = {
     "num_inference_steps": ((1,), (0,)),
     "guidance_scale": ((1.0,), (0.0, NAN, INF)),
 }
+MASK_NUMBERS = {
+    "density": ((1e-6, 1.0), (0.0, 1.1, NAN)),
+    "trajectories": ((1,), (0,)),
+    "trajectory_steps": ((1,), (0,)),
+    "trajectory_guidance_scale": ((0.5,), (0.0, NAN)),
+    "micro_batch_size": ((1,), (0,)),
+    "seed": ((0,), (-1,)),
+}
 NUMBERS = [(TrainConfig, *item) for item in TRAIN_NUMBERS.items()]
 NUMBERS += [(EvaluateConfig, *item) for item in EVALUATE_NUMBERS.items()]
+NUMBERS += [(MaskConfig, *item) for item in MASK_NUMBERS.items()]
 NUMBERS += [(DemoConfig, "seed", ((0,), (-1, 10**30)))]
 
 

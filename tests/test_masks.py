@@ -1,9 +1,16 @@
-"""Selection of parameters: groups and patterns, in the module's order, and never silently nothing."""
+"""What may change: parameters by groups and patterns, never silently nothing, and elements by a saliency mask."""
+
+import math
 
 import pytest
+import torch
+from fastunlearn_kernels import unpack_bits
+from safetensors.torch import load_file
 from torch import nn
 
-from fastunlearn.masks import GROUPS, select_parameters
+from fastunlearn.bank import build_bank, plan_bank
+from fastunlearn.masks import GROUPS, GradMask, load_mask, make_mask, select_parameters
+from fastunlearn.recipe import NOISE, Recipe, Row, Sum
 
 
 class Attention(nn.Module):
@@ -93,3 +100,110 @@ def test_a_selector_that_selects_nothing_is_refused_with_what_there_is(selector,
 def test_a_group_that_a_module_lacks_is_refused(group):
     with pytest.raises(ValueError, match="selects no parameter"):
         select_parameters(nn.Linear(2, 2), group)
+
+
+# ---- masks of elements -----------------------------------------------------------------------------------------------
+
+SETTINGS = {"trajectories": 1, "num_inference_steps": 3, "trajectory_guidance_scale": 3.0, "micro_batch_size": 2}
+KV = "cross-attention-kv"
+
+
+def make(model, density=0.25, **changes):
+    names = select_parameters(model.denoiser, KV)
+    return make_mask(model, ["star"], names, density=density, **{**SETTINGS, "seed": 0, **changes})
+
+
+@pytest.fixture(scope="module")
+def mask(bundled):
+    return make(bundled)
+
+
+@pytest.mark.parametrize("granularity", ["element", "sector", "row"])
+def test_a_mask_has_its_density_and_granularity(bundled, granularity):
+    found = make(bundled, granularity=granularity)
+    total = sum(math.prod(shape) for shape in found.shapes.values())
+    assert sum(found.count(name) for name in found.bits) == total // 4
+    for name, bits in found.bits.items():
+        unpacked = unpack_bits(bits, found.shapes[name])
+        if granularity == "row":
+            assert torch.equal(unpacked.any(1), unpacked.all(1))
+        if granularity == "sector":
+            assert set(bits.tolist()) <= {0, 255}
+
+
+def test_a_mask_selects_where_the_guided_denoising_loss_is_steepest(bundled, mask):
+    """Against the gradient by autograd on the same rows, in one batch."""
+    recipe = Recipe([Row("forget", "star", "star", {NOISE: 1.0})], Sum())
+    plan = plan_bank(recipe, trajectories=1, num_inference_steps=3, guidance_scale=3.0, seed=0)
+    bank = build_bank(bundled, recipe, plan)
+    parameters = [dict(bundled.denoiser.named_parameters())[name].requires_grad_(True) for name in mask.bits]
+    predict = [bundled.predict(bank.latents, bank.timesteps, bank.conditions.of([p] * 3)) for p in ("star", "")]
+    loss = (8.5 * predict[0] - 7.5 * predict[1] - bank.teacher_preds[0]).square().mean()
+    gradients = torch.autograd.grad(loss, parameters)
+    bundled.denoiser.requires_grad_(False)
+    magnitudes = torch.cat([g.abs().flatten() for g in gradients])
+    chosen = torch.cat([unpack_bits(bits, mask.shapes[name]).flatten() for name, bits in mask.bits.items()])
+    threshold = magnitudes.sort(descending=True).values[int(chosen.sum())]
+    assert (chosen == (magnitudes > threshold)).float().mean() > 0.999
+
+
+def test_making_a_mask_leaves_the_model_as_it_was(bundled):
+    before = {name: p.clone() for name, p in bundled.denoiser.named_parameters()}
+    make(bundled)
+    for name, p in bundled.denoiser.named_parameters():
+        assert torch.equal(p, before[name])
+        assert not p.requires_grad
+        assert p.grad is None
+
+
+def test_a_mask_is_read_as_it_was_written(bundled, mask, tmp_path):
+    mask.save(tmp_path / "mask.safetensors")
+    found = load_mask(tmp_path / "mask.safetensors", bundled)
+    assert found.shapes == mask.shapes
+    assert found.made == mask.made
+    assert all(torch.equal(found.bits[name], bits) for name, bits in mask.bits.items())
+    plain = load_file(tmp_path / "mask.safetensors")  # by safetensors alone: bits, least significant first
+    name = next(iter(plain))
+    assert bool(plain[name][1] >> 2 & 1) == bool(unpack_bits(mask.bits[name], mask.shapes[name]).view(-1)[10])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_hash": "0" * 64}, "of other weights"),
+        ({"rename": "somewhere.else"}, "of another model: it names 'somewhere.else'"),
+        ({"shape": "flat"}, "of another model: .* has the shape"),
+    ],
+)
+def test_a_mask_of_another_model_is_refused(bundled, mask, tmp_path, change, said):
+    name = next(iter(mask.bits))
+    bits, shapes = dict(mask.bits), dict(mask.shapes)
+    if "rename" in change:
+        bits[change["rename"]], shapes[change["rename"]] = bits.pop(name), shapes.pop(name)
+    if "shape" in change:
+        shapes[name] = (math.prod(shapes[name]),)
+    other = GradMask(bits, shapes, change.get("model_hash", mask.model_hash))
+    other.save(tmp_path / "mask.safetensors")
+    with pytest.raises(ValueError, match=said):
+        load_mask(tmp_path / "mask.safetensors", bundled)
+
+
+def test_a_file_that_is_no_mask_is_refused(bundled, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_mask(tmp_path / "none.safetensors", bundled)
+    (tmp_path / "text").write_text("no mask")
+    with pytest.raises(ValueError, match="is no mask"):
+        load_mask(tmp_path / "text", bundled)
+    weights = bundled.source / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match="its format is"):
+        load_mask(weights, bundled)
+
+
+def test_a_density_that_selects_nothing_is_refused(bundled):
+    with pytest.raises(ValueError, match="selects no element"):
+        make(bundled, density=1e-9)
+
+
+def test_a_mask_that_leaves_nothing_of_the_trainable_is_refused(mask):
+    with pytest.raises(ValueError, match="lets no element"):
+        mask.restrict(["conv_in.weight"])

@@ -9,9 +9,9 @@ import pytest
 from fastunlearn import console, methods
 from fastunlearn.config import TrainConfig
 from fastunlearn.methods import Method, all_methods, get_method
-from fastunlearn.recipe import EMPTY, Alternate, Concept, Recipe, Row, Saddle, Sum
+from fastunlearn.recipe import EMPTY, NOISE, Alternate, Concept, Recipe, Row, Saddle, Sum
 
-NAMES = ("esd", "ovw", "saddle", "placebo", "identity")
+NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "placebo", "identity")
 FAMILIES = ("shapes", "stable-diffusion")
 
 
@@ -75,6 +75,8 @@ def test_which_methods_take_an_anchor():
         "esd": "optional",
         "ovw": "needed",
         "saddle": "none",
+        "salun": "needed",
+        "neggrad": "none",
         "placebo": "none",
         "identity": "none",
     }
@@ -105,6 +107,28 @@ def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
     assert "circle" not in " ".join(found.prompts())
 
 
+def test_salun_relabels_the_concept_and_trains_on_what_is_kept():
+    found = recipe("salun", retain_weight=0.3)
+    assert found.rule == Sum(retain_weight=0.3)
+    assert [dict(row.target) for row in rows_of(found, "forget")] == [{"a circle": 1.0}, {"circle": 1.0}]
+    assert [(r.trajectory, r.condition, dict(r.target)) for r in rows_of(found, "retain")] == [
+        ("a ring", "a ring", {NOISE: 1.0}),
+        ("a heart", "a heart", {NOISE: 1.0}),
+    ]
+
+
+def test_neggrad_ascends_the_concepts_loss_and_descends_the_others():
+    found = recipe("neggrad", retain_weight=0.5)
+    assert found.rule == Sum(retain_weight=0.5, forget_weight=-1.0)
+    assert all(row.condition == row.trajectory and dict(row.target) == {NOISE: 1.0} for row in found.rows)
+    assert found.prompts() == [EMPTY, "a star", "star", "a ring", "a heart"]
+
+
+def test_noise_does_not_mix_with_predictions():
+    with pytest.raises(ValueError, match="noise or a mix"):
+        Row("forget", "a", "a", {NOISE: 0.5, "a": 0.5})
+
+
 def test_the_placebo_forgets_nothing():
     found = recipe("placebo", retain_weight=2.0)
     assert found.rule == Sum(retain_weight=2.0)
@@ -125,7 +149,9 @@ def test_defaults_are_settings_that_a_user_could_give(name, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle")])
+@pytest.mark.parametrize(
+    ("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle"), ("mask_density", "salun")]
+)
 def test_a_methods_own_setting_belongs_to_it_alone(setting, owner, family):
     having = [m.name for m in all_methods().values() if getattr(m.defaults[family], setting) is not None]
     assert having == [owner]

@@ -13,7 +13,8 @@ from fastunlearn import trainer as trainer_module
 from fastunlearn.api import Reporter, plan_training, unlearn
 from fastunlearn.bank import build_bank
 from fastunlearn.config import TrainConfig
-from fastunlearn.engine import TorchEngine, overlay
+from fastunlearn.engine import TorchEngine
+from fastunlearn.export import overlay
 from fastunlearn.masks import select_parameters
 from fastunlearn.methods import get_method
 from fastunlearn.models import import_diffusers, load_model
@@ -127,7 +128,7 @@ def test_a_damaged_newest_checkpoint_is_an_error_that_names_it(tmp_path, finishe
     import shutil
 
     shutil.copytree(finished, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "step-4" / "state.safetensors"
+    path = tmp_path / "run" / "checkpoints" / "step-4" / "rank-0.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="step-4 is damaged"):
         unlearn(config(tmp_path, steps=4, resume=True, checkpoint_every=1, log_every=1))
@@ -155,7 +156,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, monke
     monkeypatch.setattr(trainer_module, "noise_pred_loss", poisoned)
     with pytest.raises(ValueError, match=r"not a finite number by step 3.*step-2"):
         unlearn(config(tmp_path, steps=6, checkpoint_every=1, log_every=3))
-    saved = tmp_path / "run" / "checkpoints" / "step-2" / "state.safetensors"
+    saved = tmp_path / "run" / "checkpoints" / "step-2" / "rank-0.safetensors"
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
     assert not (tmp_path / "run" / "model").exists()
 

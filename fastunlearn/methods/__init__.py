@@ -58,10 +58,12 @@ def get_method(name: str) -> Method:
 def _installed() -> tuple[dict[str, Method], dict[str, str]]:
     from .controls import IDENTITY, PLACEBO
     from .esd import ESD
+    from .neggrad import NEGGRAD
     from .ovw import OVW
     from .saddle import SADDLE
+    from .salun import SALUN
 
-    methods = {method.name: method for method in (ESD, OVW, SADDLE, PLACEBO, IDENTITY)}
+    methods = {method.name: method for method in (ESD, OVW, SADDLE, SALUN, NEGGRAD, PLACEBO, IDENTITY)}
     broken: dict[str, str] = {}
     for entry in entry_points(group="fastunlearn.methods"):
         if entry.name in methods:

@@ -1,0 +1,37 @@
+"""SalUn: saliency unlearning (Fan et al., ICLR 2024, arXiv 2310.12508, equations 3 to 6).
+
+The student, asked for the concept, learns the teacher's prediction for another class, ``T(a)``; on images to keep it
+learns the noise, as in training, with weight alpha.  Only the elements of a saliency mask change: the share of all
+weights on which the gradient of the concept's denoising loss, summed over its rows, is largest (``masks.py``).
+
+Differs from the authors' code: both kinds of rows lie on the frozen teacher's own generations, not on a data set's
+images; the target is the frozen teacher's prediction, not the student's of the moment; the other class is the anchor,
+or, where ``--anchor`` lists several, one drawn for every prompt (theirs is the next class of ten); the optimizer is
+AdamW without decay, and what the mask leaves out is not written at all, where they multiply gradients by zeros.
+"""
+
+from __future__ import annotations
+
+from ..recipe import NOISE, Concept, Defaults, Recipe, Row, Sum
+from . import Method
+
+
+def recipe(concept: Concept) -> Recipe:
+    rows = [Row("forget", c, c, {concept.anchors[c]: 1.0}) for c in concept.forget_prompts]
+    rows += [Row("retain", r, r, {NOISE: 1.0}) for r in concept.retain_prompts]
+    return Recipe(rows, Sum(concept.settings.retain_weight))
+
+
+SALUN = Method(
+    name="salun",
+    paper="Fan et al. 2024, arXiv 2310.12508",
+    needs="the concept, an anchor (or several), retain prompts",
+    summary="relabels the concept, changing only its most salient weights",
+    recipe=recipe,
+    anchor="needed",
+    defaults={
+        "shapes": Defaults(60, 5e-4, 32, 16, "all", "linear", retain_weight=0.1, mask_density=0.5),
+        "stable-diffusion": Defaults(500, 1e-5, 8, 32, "all", retain_weight=0.1, mask_density=0.5),
+    },
+    needs_retain=True,
+)

@@ -1,0 +1,261 @@
+"""Runs with a mask: what it leaves out keeps its bytes, whatever else is asked; deltas rebuild the same files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastunlearn_kernels import unpack_bits
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastunlearn.api import apply, mask, unlearn
+from fastunlearn.checkpoint import Piece, load_checkpoint, save_checkpoint
+from fastunlearn.config import ApplyConfig, MaskConfig, TrainConfig
+from fastunlearn.distributed import World
+from fastunlearn.engine import TorchEngine
+from fastunlearn.masks import load_mask
+
+TINY = {"forget": "star", "trajectories": 1, "trajectory_steps": 4, "micro_batch_size": 4, "evaluation_prompts": "none"}
+KV = {"trainable": "cross-attention-kv"}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def config(tmp_path, name="run", **changes):
+    return TrainConfig(output=str(tmp_path / name), **{**TINY, "steps": 3, "method": "salun", **KV, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    unlearn(config(folder, mask_density=0.25, weight_decay=0.1, checkpoint_every=1))
+    return folder / "run"
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def changes(bundled, model):
+    """name -> bool mask of the elements whose bits differ from the original's file."""
+    original, trained = load_file(bundled.source / UNET), load_file(model / UNET)
+    return {name: original[name].view(torch.int16) != trained[name].view(torch.int16) for name in original}
+
+
+def test_only_selected_elements_change_and_nearly_all_do(finished, bundled):
+    selected = load_mask(finished / "mask.safetensors", bundled)
+    moved = outside = 0
+    for name, changed in changes(bundled, finished / "model").items():
+        bits = selected.bits.get(name)
+        inside = torch.zeros_like(changed) if bits is None else unpack_bits(bits, changed.shape)
+        moved += int((changed & inside).sum())
+        outside += int((changed & ~inside).sum())
+    assert outside == 0
+    assert moved > 0.95 * sum(selected.count(name) for name in selected.bits)
+
+
+def test_a_run_makes_the_mask_that_the_command_makes(finished, bundled, tmp_path):
+    made = MaskConfig(
+        forget="star",
+        output=str(tmp_path / "mask"),
+        density=0.25,
+        trajectories=1,
+        trajectory_steps=4,
+        micro_batch_size=4,
+        **KV,
+    )
+    mask(made)
+    ours, theirs = load_mask(tmp_path / "mask", bundled), load_mask(finished / "mask.safetensors", bundled)
+    assert (ours.made, ours.shapes) == (theirs.made, theirs.shapes)
+    assert all(torch.equal(ours.bits[name], bits) for name, bits in theirs.bits.items())
+    with pytest.raises(ValueError, match="exists"):
+        mask(made)
+
+
+@pytest.mark.parametrize("method", ["neggrad", "ovw"])
+def test_any_method_takes_a_mask(finished, bundled, tmp_path, method):
+    given = str(finished / "mask.safetensors")
+    unlearn(config(tmp_path, method=method, mask=given, trainable=None, clip_scope="all", steps=1))
+    selected = load_mask(finished / "mask.safetensors", bundled)
+    for name, changed in changes(bundled, tmp_path / "run" / "model").items():
+        inside = unpack_bits(selected.bits[name], changed.shape) if name in selected.bits else torch.zeros_like(changed)
+        assert not (changed & ~inside).any(), name
+
+
+def test_the_states_hold_only_selected_elements(bundled):
+    """At density 0.1, below 20 % of the dense optimizer's bytes, its masks included."""
+
+    def bytes_of(optimizer):
+        states = [v for state in optimizer.state.values() for v in state.values()]
+        masks = [t for s in optimizer._selections.values() for t in (s.bits, s.flat_bits, s.ranks)]
+        return sum(tensor.nbytes for tensor in states + masks)
+
+    def stepped(bits):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(512, 513), torch.nn.Linear(513, 64))
+        names = [name for name, _ in module.named_parameters()]
+        packed = {n: bits(p) for n, p in module.named_parameters()} if bits else None
+        engine = TorchEngine(module, names, learning_rate=1e-3, bits=packed)
+        engine.backward(module(torch.ones(1, 512)).sum())
+        engine.step()
+        return bytes_of(engine.optimizer)
+
+    from fastunlearn_kernels import pack_bits
+
+    assert stepped(lambda p: pack_bits(torch.rand(p.shape) < 0.1)) < 0.2 * stepped(None)
+
+
+def test_two_half_batches_are_one_batch(tmp_path):
+    unlearn(config(tmp_path, "whole", micro_batch_size=4, mask_density=0.5))
+    mask_file = str(tmp_path / "whole" / "mask.safetensors")
+    unlearn(config(tmp_path, "halves", micro_batch_size=2, gradient_accumulation_steps=2, mask=mask_file))
+    logged = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("whole", "halves")]
+    for key in ("loss", "grad_norm", "forget_loss", "retain_loss"):
+        assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-3), key
+    ends = [load_file(tmp_path / name / "checkpoints/step-3/rank-0.safetensors") for name in ("whole", "halves")]
+    for key in ends[0]:
+        if key.startswith("weight/"):  # Adam turns the rounding of a gradient near 0 into a step of any size up to lr
+            assert (ends[0][key] - ends[1][key]).abs().mean() < 1e-6
+
+
+# ---- delta -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_delta_rebuilds_the_model_bit_for_bit(finished, bundled, tmp_path):
+    unlearn(config(tmp_path, mask_density=0.25, weight_decay=0.1, save="delta"))
+    delta = tmp_path / "run" / "delta.safetensors"
+    assert not (tmp_path / "run" / "model").exists()
+    assert delta.stat().st_size < 0.2 * (bundled.source / UNET).stat().st_size
+    apply(ApplyConfig(model="shapes", delta=str(delta), output=str(tmp_path / "model")))
+    assert files_of(tmp_path / "model") == files_of(finished / "model")
+    with pytest.raises(ValueError, match="not empty"):
+        apply(ApplyConfig(model="shapes", delta=str(delta), output=str(tmp_path / "model")))
+
+
+def test_a_delta_is_read_by_safetensors_alone(finished, bundled, tmp_path):
+    unlearn(config(tmp_path, mask_density=0.25, weight_decay=0.1, save="delta"))
+    original, wanted = load_file(bundled.source / UNET), load_file(finished / "model" / UNET)
+    with safe_open(tmp_path / "run" / "delta.safetensors", "pt") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        for name, shape in shapes.items():
+            flat = original[name].flatten().clone()
+            if f"{name}.indices" in file.keys():  # noqa: SIM118 - no mapping
+                where = file.get_tensor(f"{name}.indices").long()
+            else:
+                bits = file.get_tensor(f"{name}.bits").tolist()
+                where = torch.tensor([i for i in range(flat.numel()) if bits[i // 8] >> (i % 8) & 1])
+            flat[where] = file.get_tensor(f"{name}.values")
+            assert torch.equal(flat.view(shape), wanted[name])
+    assert {name for name in wanted if not torch.equal(wanted[name], original[name])} == set(shapes)
+
+
+def test_a_delta_of_another_original_is_refused(pipeline_copy, tmp_path):
+    unlearn(config(tmp_path, steps=1, method="ovw", save="delta"))
+    config_file = pipeline_copy / "unet" / "config.json"
+    config_file.write_text(config_file.read_text() + " ")
+    delta = str(tmp_path / "run" / "delta.safetensors")
+    with pytest.raises(ValueError, match="belongs to another original"):
+        apply(ApplyConfig(model=str(pipeline_copy), delta=delta, output=str(tmp_path / "model")))
+    weights = str(pipeline_copy / UNET)
+    with pytest.raises(ValueError, match="is no delta"):
+        apply(ApplyConfig(model="shapes", delta=weights, output=str(tmp_path / "model")))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_saved_as_a_delta_says_what_to_do(tmp_path):
+    from fastunlearn.models import load_model
+
+    unlearn(config(tmp_path, steps=1, method="ovw", save="delta"))
+    with pytest.raises(ValueError, match="fastunlearn apply"):
+        load_model(str(tmp_path / "run"), "cpu")
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def piece(name, start, stop):
+    values = {kind: torch.arange(start, stop) + offset for kind, offset in (("weight", 0.5), ("exp_avg", 100.0))}
+    return Piece(name, start, values, step=7.0)
+
+
+def test_any_division_of_a_checkpoint_is_read_back_as_any_other(tmp_path):
+    lengths = {"a": 10, "b": 3}
+    for rank, pieces in enumerate([[piece("a", 0, 4)], [piece("a", 4, 10), piece("b", 0, 3)]]):
+        folder = tmp_path / f"alone-{rank}"
+        save_checkpoint(folder, World(), pieces, lengths, {"step": 7})
+    both = tmp_path / "both"
+    shutil.copytree(tmp_path / "alone-0", both)
+    shutil.copy(tmp_path / "alone-1" / "rank-0.safetensors", both / "rank-1.safetensors")
+    state = json.loads((both / "state.json").read_text())
+    (both / "state.json").write_text(json.dumps({**state, "ranks": 2}))
+    found, trainer = load_checkpoint(both, lengths, {"a": (2, 7), "b": (3, 3)})
+    assert trainer == {"step": 7}
+    assert found["a"].values["weight"].tolist() == [2.5, 3.5, 4.5, 5.5, 6.5]
+    assert found["a"].values["exp_avg"].tolist() == [102.0, 103.0, 104.0, 105.0, 106.0]
+    assert found["a"].step == 7.0
+    with pytest.raises(ValueError, match="another run"):
+        load_checkpoint(both, {"a": 11, "b": 3}, {"a": (0, 10)})
+    (both / "rank-0.safetensors").unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(both, lengths, {"a": (0, 10)})
+
+
+KILLED = """
+import os, signal, sys
+from fastunlearn import checkpoint, export, trainer
+from fastunlearn.__main__ import main
+where, count = sys.argv[1], [0]
+
+def die_at(module, name, when):
+    genuine = getattr(module, name)
+    def mortal(*args, **kwargs):
+        count[0] += 1
+        if count[0] == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return genuine(*args, **kwargs)
+    setattr(module, name, mortal)
+
+if where == "in a checkpoint":  # the second: its tensors are written, its state is not
+    die_at(checkpoint, "write_json", 2)
+elif where == "between steps":
+    die_at(trainer.Trainer, "_train_step", 3)
+elif where == "removing a checkpoint":
+    die_at(checkpoint.shutil, "rmtree", 5)
+else:  # the pipeline is copied, its weights are not laid over yet
+    die_at(export, "overlay", 1)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["in a checkpoint", "between steps", "removing a checkpoint", "in the export"])
+def test_a_killed_run_ends_like_one_that_was_not(finished, tmp_path, where):
+    folder = tmp_path / "run"
+    flags = {
+        **TINY,
+        **KV,
+        "steps": 3,
+        "method": "salun",
+        "mask_density": 0.25,
+        "weight_decay": 0.1,
+        "checkpoint_every": 1,
+    }
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**flags, "output": folder}.items()]
+    command = [sys.executable, "-c", KILLED, where, "train", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    saved = sorted((folder / "checkpoints").glob("step-*"))
+    assert saved, "a checkpoint is there"
+    assert not (folder / "model").exists()
+    unlearn(config(tmp_path, mask_density=0.25, weight_decay=0.1, checkpoint_every=1, resume=True))
+    assert files_of(folder / "model") == files_of(finished / "model")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    assert not list(folder.rglob("*.tmp"))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3]
