@@ -11,10 +11,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "EvaluateConfig": "config",
     "TrainConfig": "config",
-    "Evaluation": "evaluator",
+    "EvaluationReport": "results",
     "PerceptualDistance": "perceptual",
     "Reporter": "api",
-    "evaluate": "api",
+    "evaluate": "evaluation",
     "load_model": "models",
     "load_perceptual": "perceptual",
     "unlearn": "api",
@@ -22,7 +22,7 @@ _PUBLIC = {
 
 __all__ = [
     "EvaluateConfig",
-    "Evaluation",
+    "EvaluationReport",
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
@@ -34,11 +34,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .api import Reporter, evaluate, unlearn
+    from .api import Reporter, unlearn
     from .config import EvaluateConfig, TrainConfig
-    from .evaluator import Evaluation
+    from .evaluation import evaluate
     from .models import load_model
     from .perceptual import PerceptualDistance, load_perceptual
+    from .results import EvaluationReport
 
 
 def __getattr__(name: str) -> Any:

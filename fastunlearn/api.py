@@ -1,6 +1,6 @@
-"""What other tools call, and what the command line calls: :func:`unlearn` and :func:`evaluate`.
+"""What other tools call, and what the command line calls, to train: :func:`unlearn`.
 
-Both take a config, do one job in one output folder, and report progress to a :class:`Reporter`.
+It takes a config, does its job in one output folder, and reports progress to a :class:`Reporter`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,12 @@ import torch
 
 from . import __version__, prompts
 from .bank import Bank, BankPlan, build_bank, plan_bank
-from .config import ApplyConfig, EvaluateConfig, MaskConfig, TrainConfig, from_yaml, to_yaml
+from .config import ApplyConfig, MaskConfig, TrainConfig, from_yaml, to_yaml
 from .deepspeed_config import read_deepspeed
 from .distributed import ALONE, World, join, world_of_environment
 from .engine import Engine, TorchEngine
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
-from .evaluator import (
-    Evaluation,
-    PromptGroups,
-    config_of_run,
-    default_metric,
-    evaluate_models,
-    file_groups,
-    shapes_groups,
-)
+from .evaluator import default_metric, evaluate_models, file_groups, shapes_groups
 from .export import apply_delta
 from .generate import SamplerSpec
 from .masks import GradMask, load_mask, make_mask, select_parameters
@@ -39,9 +31,10 @@ from .methods import Method, get_method
 from .models import Model, fingerprint, load_model, resolve_device, resolve_source, versions
 from .perceptual import PerceptualDistance, load_perceptual
 from .recipe import Alternate, Concept, Defaults, Recipe
-from .results import write_results
+from .results import EvaluationReport, write_results
 from .run_folder import check_output, prepare_output, write_json, write_text
 from .sampling import check_deterministic
+from .summary import PromptGroups
 from .trainer import Metrics, Schedule, Trainer
 
 
@@ -59,6 +52,9 @@ class Reporter:
 
     def scoring(self, done: int, total: int) -> None:
         """``done`` of ``total`` pictures are made."""
+
+    def note(self, text: str) -> None:
+        """Something happened that is no mistake but should be known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +159,7 @@ def _evaluate_run(
     if groups and metric:
         reporter.stage("evaluation")
         # The original is loaded afresh: the model in memory has been trained.
-        results = evaluate_models(
+        found = evaluate_models(
             load_model(config.model, config.device),
             {config.method: load_model(str(unlearned), config.device)},
             groups,
@@ -172,7 +168,7 @@ def _evaluate_run(
             describe={config.method: describe_run(config)},
             on_progress=reporter.scoring,
         )
-        write_results(folder, results, groups, unseen=_unseen(plan, groups))
+        write_results(folder, EvaluationReport(found, groups, unseen=_unseen(plan, groups)))
 
 
 def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
@@ -228,45 +224,6 @@ def apply(config: ApplyConfig) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     apply_delta(source, Path(config.delta), folder)
     return folder
-
-
-def evaluate(config: EvaluateConfig, reporter: Reporter | None = None) -> Evaluation:
-    """Score an unlearned pipeline against its original and write records, summary, grid and report."""
-    reporter = reporter or Reporter()
-    check_output(Path(config.output), overwrite=config.overwrite)
-    unlearned = Path(config.unlearned).expanduser()
-    if (unlearned / "model" / "model_index.json").is_file():
-        unlearned = unlearned / "model"
-    name = str(unlearned) if unlearned.is_dir() else config.unlearned
-    original = load_model(config.original, config.device)
-    model = load_model(name, config.device)
-    run = config_of_run(unlearned)
-    concept = config.forget or (run.forget if run else None)
-    if config.prompts == "shapes":
-        if not original.is_bundled:
-            raise ValueError("`--prompts shapes` are the bundled model's. Give a prompt file for other models.")
-        if concept is None:
-            raise ValueError(f"{config.unlearned} does not say what was forgotten. Name it with `--forget`.")
-        groups = shapes_groups(concept)
-    else:
-        groups = file_groups(config.prompts, concept)
-    metric = load_perceptual(config.metric or default_metric(original), original.device)
-    spec = SamplerSpec(config.num_inference_steps, config.guidance_scale, config.batch_size, config.mixed_precision)
-    reporter.stage("evaluation")
-    label = _method_of(unlearned, config.unlearned)
-    results = evaluate_models(
-        original,
-        {label: model},
-        groups,
-        metric,
-        spec,
-        seeds_per_prompt=config.seeds_per_prompt,
-        describe={label: {"method": label, "concept": concept or "the concept", "model": config.original}},
-        on_progress=reporter.scoring,
-    )
-    prepare_output(Path(config.output), overwrite=config.overwrite)  # only now: old results stay until there are new
-    write_results(Path(config.output), results, groups)
-    return results.results[0]
 
 
 def plan_training(config: TrainConfig, method: Method, model: Model, world: World = ALONE) -> TrainPlan:
@@ -543,9 +500,3 @@ def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, exported: Pa
 def describe_run(config: TrainConfig) -> dict[str, Any]:
     """What a run's evaluation says of the run."""
     return {"method": config.method, "concept": config.forget, "model": config.model}
-
-
-def _method_of(unlearned: Path, name: str) -> str:
-    if (run := config_of_run(unlearned)) is not None:
-        return run.method
-    return "gold" if name.startswith("shapes-gold") else unlearned.name or name

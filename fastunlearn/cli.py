@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import os
 import shlex
@@ -38,6 +39,8 @@ _APPLY_EXAMPLES = """examples:
 """
 _EVALUATE_EXAMPLES = """examples:
   fastunlearn evaluate --original shapes --unlearned run --output evaluation
+  fastunlearn evaluate --original shapes --unlearned run1 --unlearned run2 --placebo run3 --output evaluation
+  fastunlearn evaluate --resume --output evaluation
   fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --metric lpips-alex --output evaluation
 """
 
@@ -166,13 +169,25 @@ def _apply(flags: dict[str, Any]) -> int:
 
 
 def _evaluate(flags: dict[str, Any]) -> int:
+    begun = Path(flags.get("output", "")) / "journal" / "evaluate.yaml"
+    if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
+        flags["config"] = str(begun)  # `--resume --output FOLDER` says enough
     config = build(EvaluateConfig, flags)
-    from .api import evaluate
     from .console import Console
+    from .evaluation import evaluate
 
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     with Console() as console:
-        evaluate(config, console)
-    console.result(Path(config.output))
+        try:
+            report = evaluate(**settings, reporter=console)
+        except KeyboardInterrupt:
+            console.close()
+            again = f"fastunlearn evaluate --resume --output {shlex.quote(config.output)}"
+            return _fail(
+                f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet."
+            )
+    if report.evaluations is not None:
+        console.evaluated(report, Path(config.output))
     return 0
 
 

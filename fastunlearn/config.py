@@ -102,24 +102,52 @@ class EvaluateConfig:
     """What `evaluate` does."""
 
     original: str = _setting("`shapes`, a diffusers folder, or a hub id")
-    unlearned: str = _setting("the unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`")
+    unlearned: tuple[str, ...] = _setting(
+        "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times"
+    )
     output: str = _setting("folder for the records and the report")
     prompts: str = _setting("`shapes`, or FILE or TEXT;TEXT; a CSV may have the columns prompt and group", "shapes")
+    placebo: str | None = _setting("the pipeline of the same training without the forgetting part, as a control", None)
     forget: str | None = _setting("the forgotten concept; default: what the unlearned run's config says", None)
     metric: str | None = _setting(
         "shapes (default for the bundled model), lpips-alex (else), lpips-vgg, lpips-squeeze", None
     )
+    metrics: str | None = _setting("further metrics, separated by commas: fid, clip-score, ...", None)
     seeds_per_prompt: int = _setting("pictures a prompt", 1)
     batch_size: int = _setting("pictures a forward; a part of the result's definition", 32)
     num_inference_steps: int = _setting("sampler steps", 20)
     guidance_scale: float = _setting("classifier-free guidance", 3.0)
     mixed_precision: Literal["no", "bf16"] = _setting("of both models", "no")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes a GPU where there is one", "auto")
+    control_pairs: int = _setting("pairs on which the numeric controls are measured", 8)
+    cache: str | None = _setting("folder that keeps the original's pictures for the next evaluation", None)
+    cache_limit_gib: float = _setting("size the cache folder stays below", 4.0)
+    num_processes: int = _setting("processes that share the prompts; with several GPUs one each", 1)
+    resume: bool = _setting("continue the unfinished evaluation in the output folder", False)
     overwrite: bool = _setting("replace an earlier evaluation in the output folder", False)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps")
-        _above(self, 0, "guidance_scale")
+        _at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps", "control_pairs", "num_processes")
+        _above(self, 0, "guidance_scale", "cache_limit_gib")
+        if not self.unlearned:
+            raise ValueError("`--unlearned` is empty: name at least one unlearned pipeline.")
+        if self.resume and self.overwrite:
+            raise ValueError("`--resume` continues an evaluation and `--overwrite` replaces it: give one of them.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What `compare` does."""
+
+    runs: tuple[str, ...] = _setting("folders with the evaluation.json and pairs.jsonl to compare", positional=True)
+    output: str = _setting("folder for the table and the plot")
+    margin: float = _setting("largest harmless difference, as a share of the distance of redrawn pictures", 0.05)
+    overwrite: bool = _setting("replace an earlier comparison in the output folder", False)
+
+    def __post_init__(self) -> None:
+        _above(self, 0, "margin")
+        if len(self.runs) < 2:
+            raise ValueError(f"a comparison needs at least 2 runs, got {len(self.runs)}: name their folders.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +205,7 @@ class DemoConfig:
         _at_least(self, 0, "seed")
 
 
-Config = TypeVar("Config", TrainConfig, EvaluateConfig, MaskConfig, ApplyConfig, DemoConfig)
+Config = TypeVar("Config", TrainConfig, EvaluateConfig, CompareConfig, MaskConfig, ApplyConfig, DemoConfig)
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
@@ -189,6 +217,15 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
         text = f"{field.metadata['help']} ({default})" if default else field.metadata["help"]
         options: dict[str, Any] = {"help": text.replace("%", "%%")}
         flag = "--" + field.name.replace("_", "-")
+        if field.metadata.get("positional"):
+            # Absent when empty, so that what is missing is told in the same words as for flags.
+            options["help"] = field.metadata["help"]
+            parser.add_argument(field.name, metavar="RUN", nargs="*", default=argparse.SUPPRESS, **options)
+            continue
+        if accepted is tuple:
+            options |= {"action": "append", "metavar": field.name.upper()}
+            parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **options)
+            continue
         if accepted is bool:
             parser.add_argument(flag, dest=field.name, action="store_true", default=argparse.SUPPRESS, **options)
             continue
@@ -209,14 +246,14 @@ def build(kind: type[Config], flags: dict[str, Any]) -> Config:
     path = flags.pop("config", None)
     if path is not None:
         values |= _read_yaml(Path(path), kind)
-    values |= flags
+    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     missing = [
-        field.name
+        "RUN" if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
         for field in dataclasses.fields(kind)
         if field.default is dataclasses.MISSING and field.name not in values
     ]
     if missing:
-        raise ValueError(f"missing: {', '.join('--' + name.replace('_', '-') for name in missing)}.")
+        raise ValueError(f"missing: {', '.join(missing)}.")
     return kind(**values)
 
 
@@ -251,6 +288,11 @@ def _converted(kind: type[Config], name: str, value: Any, path: Path) -> Any:
     accepted, choices = _field_type(kind, name)
     if value is None and kind.__dataclass_fields__[name].default is None:
         return None
+    if accepted is tuple:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise ValueError(f"the config file {path}: `{name}` must be a text or a list of texts, got {value!r}.")
+        return tuple(items)
     if value is False and "no" in choices:  # YAML reads a bare `no` so
         return "no"
     try:
@@ -272,6 +314,8 @@ def _field_type(kind: type[Config], name: str) -> tuple[type, tuple[str, ...]]:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is Literal:
         return str, typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return tuple, ()
     return hint, ()
 
 

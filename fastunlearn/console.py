@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from .api import Reporter, TrainPlan
+from .results import EvaluationReport
 from .trainer import Metrics
 
 
@@ -64,6 +65,9 @@ class Console(Reporter):
     def scoring(self, done: int, total: int) -> None:
         self._advance("evaluate", done, total, "pictures")
 
+    def note(self, text: str) -> None:
+        self.bars.console.print(f"note: {text}", highlight=False)
+
     def _advance(self, name: str, done: int, total: int, note: str) -> None:
         if self.task is None:
             self.task = self.bars.add_task(name, total=total, note="")
@@ -85,6 +89,17 @@ class Console(Reporter):
             self.out.print(f"delta:  {model}  (rebuild the model with `fastunlearn apply`)")
         elif model is not None:
             self.out.print(f"model:  {model}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
+
+    def evaluated(self, report: EvaluationReport, folder: Path) -> None:
+        """Say what an evaluation found and where it is."""
+        from .report import verdict
+
+        table([result.summary for result in report.results])
+        for result in report.results:
+            if result.name != report.placebo:
+                name = f"{result.name}: " if len(report.results) > 1 else ""
+                self.out.print(name + verdict(result.summary))
+        self.out.print(f"report: {folder / 'report.html'}")
 
 
 def plan_lines(plan: TrainPlan) -> list[str]:

@@ -16,7 +16,7 @@ from .evaluator import evaluate_models, shapes_groups
 from .generate import SamplerSpec
 from .models import load_model
 from .perceptual import load_perceptual
-from .results import write_records, write_results
+from .results import EvaluationReport, write_results
 from .run_folder import prepare_output, write_json
 
 CONCEPT = "star"
@@ -44,12 +44,11 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[dict[str,
         groups,
         load_perceptual("shapes"),
         SamplerSpec(),
+        placebo="placebo",
         describe={method: describe_run(run) for method, run in runs.items()},
         on_progress=reporter.scoring,
     )
-    for result in results.results:
-        write_records(folder / result.name, result)
-    write_results(folder, results, groups, unseen=True)
+    write_results(folder, EvaluationReport(results, groups, placebo="placebo", unseen=True))
     summaries = [result.summary for result in results.results]
     write_json(folder / "demo.json", {"seconds": round(time.monotonic() - started, 1), "evaluations": summaries})
     return summaries

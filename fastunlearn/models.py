@@ -113,13 +113,19 @@ class Model:
         return self.pipeline.tokenizer.model_max_length - 2
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditions:
-        """Encode each distinct prompt once."""
+    def encode(self, prompts: Sequence[str], batch_size: int | None = None) -> Conditions:
+        """Encode each distinct prompt once.
+
+        With ``batch_size`` every forward has exactly so many rows, the last one filled up, so that a prompt's states do
+        not depend on its company in any bit.
+        """
         prompts = tuple(dict.fromkeys(prompts))
         embeds: dict[str, list[torch.Tensor]] = {}
-        for start in range(0, len(prompts), 64):
-            for name, values in self._encode(list(prompts[start : start + 64])).items():
-                embeds.setdefault(name, []).append(values)
+        for start in range(0, len(prompts), batch_size or 64):
+            chunk = list(prompts[start : start + (batch_size or 64)])
+            filler = (batch_size or len(chunk)) - len(chunk)
+            for name, values in self._encode(chunk + chunk[-1:] * filler).items():
+                embeds.setdefault(name, []).append(values[: len(chunk)])
         return Conditions(prompts, {name: torch.cat(values) for name, values in embeds.items()})
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -166,10 +172,18 @@ class Model:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) to pictures (B, 3, H, W) uint8, rounded to nearest, on the CPU."""
+        """Latents (B, C, H, W) to pictures (B, 3, H, W) uint8, rounded to nearest, on the CPU.
+
+        Raises ValueError for pictures that are no numbers: as bytes they would pass for black ones.
+        """
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
+        if not pixels.isfinite().all():
+            raise ValueError(
+                f"{self.name} draws pictures that are NaN or infinite: its weights are damaged, or too large for this "
+                "precision. Nothing can be compared with them."
+            )
         return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def new_scheduler(self, num_inference_steps: int) -> Any:
@@ -210,10 +224,38 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def sampler_config(source: Path) -> dict[str, Any]:
-    """The scheduler's class and settings as saved with a pipeline, for comparing two models' samplers."""
-    config = json.loads((source / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+def wrap_pipeline(pipeline: Any, name: str) -> Model:
+    """A loaded diffusers pipeline as a :class:`Model`, on its device; put in evaluation mode and float32.
+
+    Raises ValueError for a family that is not supported.
+    """
+    if type(pipeline).__name__ not in _SUPPORTED:
+        raise ValueError(
+            f"{name} is a {type(pipeline).__name__}, a family not supported. Supported: {', '.join(_SUPPORTED)}; or "
+            "pass a function (prompts, noise) -> pictures."
+        )
+    return Model(pipeline, Path(pipeline.name_or_path or "."), name, pipeline.device)
+
+
+def sampler_config(model: Model) -> dict[str, Any]:
+    """The scheduler's class and all its settings, for comparing two models' samplers."""
+    config = json.loads(model.pipeline.scheduler.to_json_string())
     return {key: value for key, value in config.items() if key != "_diffusers_version"}
+
+
+def content_of(pipeline: Any) -> str:
+    """SHA-256 over everything in a loaded pipeline that decides its pictures: weights, settings, tokenizers."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            for key, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if hasattr(part, "get_vocab"):
+            digest.update(json.dumps(part.get_vocab(), sort_keys=True).encode())
+        if hasattr(part, "config"):
+            digest.update(repr(sorted((str(key), str(value)) for key, value in dict(part.config).items())).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(source: Path) -> str:

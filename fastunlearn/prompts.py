@@ -21,14 +21,36 @@ def parse_prompts(value: str) -> list[str]:
 
 
 def parse_grouped_prompts(value: str) -> list[tuple[str, str]]:
-    """As :func:`parse_prompts`, with each prompt's group: the CSV's ``group`` column, else ``retain``."""
+    """As :func:`parse_prompts`, with each prompt's group: the CSV's ``group`` column, else ``retain``.
+
+    The prompt may be empty in the group ``empty``: what a model draws without being asked for anything.
+    """
     if _looks_like_file(value):
         pairs = _read_file(Path(value).expanduser())
     else:
         pairs = [(text, "retain") for text in value.split(";")]
-    pairs = [(prompt.strip(), group.strip() or "retain") for prompt, group in pairs if prompt.strip()]
-    if not pairs:
+    found = _once(pairs)
+    if not found:
         raise ValueError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
+    return found
+
+
+def check_grouped_prompts(given: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Prompts, or (prompt, group), given as a list: each prompt once, its group ``retain`` unless it says another."""
+    pairs = []
+    for item in given:
+        prompt, group = (item, "retain") if isinstance(item, str) else item
+        if not isinstance(prompt, str) or not isinstance(group, str):
+            raise ValueError(f"a prompt is a text or a pair of texts (prompt, group), got {item!r}.")
+        pairs.append((prompt, group))
+    return _once(pairs)
+
+
+def _once(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Without spaces around, without lines that hold no prompt, and without repeats."""
+    pairs = [(prompt.strip(), group.strip() or "retain") for prompt, group in pairs]
+    # A line without a prompt is none, but where it says that it is meant.
+    pairs = [(prompt, group) for prompt, group in pairs if prompt or group == "empty"]
     groups = dict(pairs)
     for prompt, group in pairs:
         if groups[prompt] != group:
@@ -120,7 +142,7 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if path.suffix.lower() not in (".csv", ".tsv"):
-        return [(line, "") for line in text.splitlines()]
+        return [(line, "") for line in text.split("\n")]  # and not at what else Unicode calls the end of a line
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     if "prompt" not in (reader.fieldnames or []):
         raise ValueError(f"the prompt file {path} has no column named `prompt`, but {reader.fieldnames}.")

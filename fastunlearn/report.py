@@ -89,6 +89,8 @@ class Report:
     galleries: Sequence[Gallery] = ()
     notes: Sequence[str] = field(default_factory=tuple)
     retain_prompts: str = "prompts about other things"
+    distances: Mapping[str, npt.NDArray[np.floating]] = field(default_factory=dict)
+    redrawn: npt.NDArray[np.floating] | None = None
 
 
 def write_report(path: Path | str, report: Report) -> None:

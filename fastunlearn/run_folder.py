@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from .config import DEMO_METHODS, TrainConfig, from_yaml
 
 _OURS = {
     *("config.yaml", "run.json", "metrics.jsonl", "checkpoints", "mask.safetensors", "model", "delta.safetensors"),
-    *("pairs.jsonl", "evaluation.json", "grid.png", "report.html", "demo.json"),
+    *("pairs.jsonl", "evaluation.json", "grid.png", "report.html", "demo.json", "journal"),
+    *("compare.json", "compare.png", "compare.html"),
 }
+_TELLING = ("config.yaml", "pairs.jsonl", "evaluation.json", "demo.json", "journal", "compare.json")
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
@@ -43,6 +45,14 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> No
     remove_scraps(folder)
 
 
+def clear_output(folder: Path, *, but: Sequence[str] = ()) -> None:
+    """Remove what an earlier run left, as :func:`check_output` allows it, but for these names.  The folder stays."""
+    _refuse_foreign(folder)
+    for entry in folder.iterdir():
+        if entry.name not in but:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def _refuse_foreign(folder: Path) -> None:
     """`--overwrite` deletes only what is all ours: a mistyped path must not cost anybody a home directory."""
     runs = [folder / name for name in DEMO_METHODS if (folder / name).is_dir() and _is_run(folder / name)]
@@ -59,8 +69,15 @@ def _is_run(folder: Path, but: Sequence[Path] = ()) -> bool:
             from_yaml(config, TrainConfig)
         except (ValueError, TypeError):
             return False
-    telling = any((folder / name).exists() for name in ("config.yaml", "pairs.jsonl", "evaluation.json", "demo.json"))
-    return all(entry.name in _OURS for entry in entries) and (telling or bool(but))
+    results = [entry for entry in entries if _is_result(entry)]
+    telling = any((folder / name).exists() for name in _TELLING)
+    return all(entry.name in _OURS or entry in results for entry in entries) and (telling or bool(but) or bool(results))
+
+
+def _is_result(entry: Path) -> bool:
+    """Whether this is the folder of one of the models that were evaluated together."""
+    names = {path.name for path in entry.iterdir()} if entry.is_dir() else set()
+    return "evaluation.json" in names and names <= {"pairs.jsonl", "evaluation.json"}
 
 
 def _is_scrap(entry: Path) -> bool:
@@ -123,9 +140,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One JSON object a line."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _flush(file: Path) -> None:

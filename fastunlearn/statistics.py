@@ -68,55 +68,50 @@ def retention(
     clusters: Clusters,
     ceiling_distances: npt.ArrayLike,
     ceiling_clusters: Clusters,
-    floor: float = 0.0,
+    floor: float | npt.ArrayLike = 0.0,
     *,
     level: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """Calibrated retention R = 1 - (D - floor) / (ceiling - floor), a ratio of means.
+    """Calibrated retention R = 1 - (D - floor)_+ / (ceiling - floor), a ratio of means.
 
     ``distances``: (N,) original against unlearned model, ``clusters``: (N,) their prompts; ``ceiling_distances``:
-    (M,) original against itself redrawn from other noise, over the same prompts.  R is 1 at the floor, 0 when
-    pictures are as good as redrawn, negative beyond.  Numerator and denominator are resampled together, prompt by
-    prompt; below 50 prompts a t interval on the linearised ratio is used.  ``n`` counts the distances, not the
-    ceiling's.  Raises ``ValueError`` like :func:`clustered_mean`, when the prompts differ, and when the ceiling is
+    (M,) original against itself redrawn from other noise, over the same prompts.  ``floor``: what numerics alone
+    change, one number, or (N,) measured on the same pairs and then resampled with them.  R is 1 at the floor and
+    below it, 0 when pictures are as good as redrawn, negative beyond.  All terms are resampled together, prompt by
+    prompt; below 50 prompts a t interval on the linearised ratio is used, cut at 1.  ``n`` counts the distances, not
+    the ceiling's.  Raises ``ValueError`` like :func:`clustered_mean`, when the prompts differ, and when the ceiling is
     not above the floor.
     """
     keys, means, n = _cluster_means(distances, clusters, "distances")
-    ceiling_keys, ceiling_means, _ = _cluster_means(ceiling_distances, ceiling_clusters, "ceiling_distances")
-    if not np.array_equal(keys, ceiling_keys):
-        only = sorted({str(key) for key in keys} ^ {str(key) for key in ceiling_keys})
-        raise ValueError(
-            f"distances and ceiling_distances must cover the same prompts, but {len(only)} are in one of them only "
-            f"(such as {only[0]!r}): measure both on the same prompts"
-            if only
-            else "clusters and ceiling_clusters must have the same type: give strings or integers for both"
-        )
-    if not math.isfinite(floor):
-        raise ValueError(f"floor must be a finite distance, got {floor}: use 0.0 if repeats are bit-identical")
+    ceiling_keys, ceilings, _ = _cluster_means(ceiling_distances, ceiling_clusters, "ceiling_distances")
+    _check_same_prompts(keys, ceiling_keys)
+    floors = _floor_means(floor, clusters, len(means))
     count = len(means)
     _check_options(level, resamples, count)
-    span = float(ceiling_means.mean()) - floor
+    bottom = float(floors.mean())
+    span = float(ceilings.mean()) - bottom
     if span <= 0:
         raise ValueError(
-            f"the ceiling must be above the floor, got a mean redrawn distance of {span + floor:.6g} and a floor of "
-            f"{floor:.6g}: check that the redrawn pictures use other seeds"
+            f"the ceiling must be above the floor, got a mean redrawn distance of {span + bottom:.6g} and a floor of "
+            f"{bottom:.6g}: check that the redrawn pictures use other seeds"
         )
-    mean = 1 - (float(means.mean()) - floor) / span
+    mean = 1 - max(float(means.mean()) - bottom, 0.0) / span
     if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
         # First-order effect of each prompt on the ratio.
-        effects = ((1 - mean) * (ceiling_means - floor) - (means - floor)) / span
-        low, high = _t_interval(mean, effects, level)
-        return Estimate(mean, low, high, n, count, _t_method(level, count) + ", ratio of means linearised")
-    replicates = _bootstrap(np.stack([means, ceiling_means], axis=1), resamples, seed)
-    spans = replicates[:, 1] - floor
+        effects = ((1 - mean) * (ceilings - floors) - (means - floors)) / span
+        low, high = _t_interval(mean, effects - effects.mean(), level)
+        method = _t_method(level, count) + ", ratio of means linearised"
+        return Estimate(mean, low, min(high, 1.0), n, count, method)
+    replicates = _bootstrap(np.stack([means, ceilings, floors], axis=1), resamples, seed)
+    spans = replicates[:, 1] - replicates[:, 2]
     if spans.min() <= 0:
         raise ValueError(
-            f"the ceiling is not reliably above the floor of {floor:.6g} (a resample of the prompts fell to "
-            f"{spans.min() + floor:.6g}): use more prompts, or prompts whose pictures vary with the seed"
+            f"the ceiling is not reliably above the floor of {bottom:.6g} (a resample of the prompts fell to "
+            f"{spans.min() + bottom:.6g}): use more prompts, or prompts whose pictures vary with the seed"
         )
-    low, high = _percentiles(1 - (replicates[:, 0] - floor) / spans, level)
+    low, high = _percentiles(1 - np.maximum(replicates[:, 0] - replicates[:, 2], 0) / spans, level)
     return Estimate(
         mean, low, high, n, count, _bootstrap_method(level, resamples) + ", ratio of means resampled jointly"
     )
@@ -141,6 +136,89 @@ def difference(
         raise ValueError(f"values_a and values_b must be paired, got {len(a)} and {len(b)} values: match them by key")
     estimate = clustered_mean(a - b, clusters, level=level, resamples=resamples, seed=seed)
     return replace(estimate, method="paired difference, " + estimate.method)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same pairs: ``difference`` is a - b with its interval, ``p_value`` tests that it is 0.
+
+    ``equivalence_p_value`` tests the opposite claim, that |a - b| reaches ``margin`` (two one-sided tests); ``inner``
+    is the interval of level 1 - 2 alpha that must lie within the margins for ``equivalent`` to hold.
+    """
+
+    difference: Estimate
+    p_value: float
+    margin: float
+    inner: tuple[float, float]
+    equivalence_p_value: float
+    equivalent: bool
+
+
+def compare(
+    values_a: npt.ArrayLike,
+    values_b: npt.ArrayLike,
+    clusters: Clusters,
+    margin: float,
+    *,
+    scale: npt.ArrayLike | None = None,
+    alpha: float = 0.05,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Comparison:
+    """Paired difference a - b of two models' (N,) values, tested for being 0 and for lying within ``margin``.
+
+    ``scale``: (N,) values whose mean divides the difference, resampled with it: with redrawn distances for it the
+    difference and the margin are in units of retention.  Equivalence is claimed when the two one-sided tests (TOST)
+    reject at ``alpha`` that the difference lies at or beyond either margin.  Bootstrap clustered by prompt, below 50
+    prompts t tests on the prompt means (with ``scale``, of the linearised ratio).
+    Raises ``ValueError`` like :func:`difference`, and for a margin or a mean scale that is not above 0.
+    Source: Schuirmann (1987), J. Pharmacokinetics and Biopharmaceutics 15, 657-680.
+    """
+    a, b = _finite(values_a, "values_a"), _finite(values_b, "values_b")
+    if len(a) != len(b):
+        raise ValueError(f"values_a and values_b must be paired, got {len(a)} and {len(b)} values: match them by key")
+    if not (math.isfinite(margin) and margin > 0):
+        raise ValueError(f"the margin must be a number above 0, got {margin}: it is the largest harmless difference")
+    _, gaps, n = _cluster_means(a - b, clusters, "values_a - values_b")
+    _, scales, _ = _cluster_means(np.ones(len(a)) if scale is None else scale, clusters, "scale")
+    if scales.mean() <= 0:
+        raise ValueError(f"the mean scale must be above 0, got {scales.mean():.6g}: give redrawn distances")
+    count, level = len(gaps), 1 - alpha
+    _check_options(level, resamples, count)
+    mean = float(gaps.mean() / scales.mean())
+    if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
+        effects = (gaps - mean * scales) / float(scales.mean())
+        outer, inner = (_t_interval(mean, effects, wanted) for wanted in (level, 1 - 2 * alpha))
+        error, method = _standard_error(effects), _t_method(level, count)
+
+        def tails(limit: float) -> tuple[float, float]:
+            if error == 0:
+                return float(mean <= limit), float(mean >= limit)
+            t = (mean - limit) / error
+            return float(stats.t.sf(t, count - 1)), float(stats.t.cdf(t, count - 1))
+    else:
+        replicates = _bootstrap(np.stack([gaps, scales], axis=1), resamples, seed)
+        ratios, method = replicates[:, 0] / replicates[:, 1], _bootstrap_method(level, resamples)
+        outer, inner = (_percentiles(ratios, wanted) for wanted in (level, 1 - 2 * alpha))
+
+        def tails(limit: float) -> tuple[float, float]:
+            beyond = np.count_nonzero(ratios <= limit), np.count_nonzero(ratios >= limit)
+            return (beyond[0] + 1) / (resamples + 1), (beyond[1] + 1) / (resamples + 1)
+
+    # ``tails(limit)``: p values against the difference being at most, and at least, the limit.
+    p_value = min(1.0, 2 * min(tails(0.0)))
+    equivalence = max(tails(-margin)[0], tails(margin)[1])
+    estimate = Estimate(mean, *outer, n, count, "paired difference, " + method)
+    return Comparison(estimate, p_value, margin, inner, equivalence, -margin < inner[0] and inner[1] < margin)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for being several, in their order.  Source: Holm (1979), Scand. J. Statistics 6, 65-70."""
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = running
+    return adjusted
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
@@ -197,6 +275,28 @@ def _cluster_means(values: npt.ArrayLike, clusters: Clusters, name: str) -> tupl
     return keys, sums / np.bincount(codes), len(array)
 
 
+def _check_same_prompts(keys: npt.NDArray[np.generic], ceiling_keys: npt.NDArray[np.generic]) -> None:
+    if np.array_equal(keys, ceiling_keys):
+        return
+    only = sorted({str(key) for key in keys} ^ {str(key) for key in ceiling_keys})
+    raise ValueError(
+        f"distances and ceiling_distances must cover the same prompts, but {len(only)} are in one of them only "
+        f"(such as {only[0]!r}): measure both on the same prompts"
+        if only
+        else "clusters and ceiling_clusters must have the same type: give strings or integers for both"
+    )
+
+
+def _floor_means(floor: float | npt.ArrayLike, clusters: Clusters, count: int) -> Floats:
+    """The floor of each of ``count`` prompts."""
+    if np.ndim(floor) > 0:
+        return _cluster_means(floor, clusters, "floor")[1]
+    number = float(np.asarray(floor))
+    if not math.isfinite(number):
+        raise ValueError(f"floor must be a finite distance, got {number}: use 0.0 if repeats are bit-identical")
+    return np.full(count, number)
+
+
 def _bootstrap(means: Floats, resamples: int, seed: int) -> Floats:
     """Means (resamples, K) of the columns of ``means`` (P, K) over prompts drawn with replacement."""
     count = len(means)
@@ -214,10 +314,14 @@ def _percentiles(replicates: Floats, level: float) -> tuple[float, float]:
 
 def _t_interval(mean: float, effects: Floats, level: float) -> tuple[float, float]:
     """``effects``: (P,) deviations that sum to zero."""
-    count = len(effects)
-    standard_error = math.sqrt(float(np.square(effects).sum()) / (count - 1) / count)
-    half_width = float(stats.t.ppf((1 + level) / 2, count - 1)) * standard_error
+    half_width = float(stats.t.ppf((1 + level) / 2, len(effects) - 1)) * _standard_error(effects)
     return mean - half_width, mean + half_width
+
+
+def _standard_error(effects: Floats) -> float:
+    """Of the mean of ``effects`` (P,), deviations that sum to zero."""
+    count = len(effects)
+    return math.sqrt(float(np.square(effects).sum()) / (count - 1) / count)
 
 
 def _bootstrap_method(level: float, resamples: int) -> str:
