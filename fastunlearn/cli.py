@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from . import __version__
-from .config import ApplyConfig, DemoConfig, EvaluateConfig, MaskConfig, TrainConfig, add_flags, build
+from .config import ApplyConfig, CompareConfig, DemoConfig, EvaluateConfig, MaskConfig, TrainConfig, add_flags, build
 
 Command = Callable[[dict[str, Any]], int]
 
@@ -42,6 +42,10 @@ _EVALUATE_EXAMPLES = """examples:
   fastunlearn evaluate --original shapes --unlearned run1 --unlearned run2 --placebo run3 --output evaluation
   fastunlearn evaluate --resume --output evaluation
   fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --metric lpips-alex --output evaluation
+"""
+_COMPARE_EXAMPLES = """examples:
+  fastunlearn compare evaluation-esd evaluation-ovw --output comparison
+  fastunlearn compare evaluation/esd evaluation/ovw evaluation/saddle --margin 0.02 --output comparison
 """
 
 
@@ -191,6 +195,16 @@ def _evaluate(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _compare(flags: dict[str, Any]) -> int:
+    config = build(CompareConfig, flags)
+    from .compare import compare_runs
+    from .console import comparison_table
+
+    comparison_table(compare_runs(config))
+    print(f"plot: {Path(config.output) / 'compare.png'}, page: {Path(config.output) / 'compare.html'}")
+    return 0
+
+
 def _demo(flags: dict[str, Any]) -> int:
     config = build(DemoConfig, flags)
     from .console import Console, table
@@ -247,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     add("mask", _mask, "find the weights that matter most for a concept", MaskConfig, _MASK_EXAMPLES)
     add("apply", _apply, "rebuild an unlearned model from its original and a delta", ApplyConfig, _APPLY_EXAMPLES)
     add("evaluate", _evaluate, "measure what an unlearned model forgot and kept", EvaluateConfig, _EVALUATE_EXAMPLES)
+    add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
     add("methods", _methods, "list the methods: paper, what each needs, what it changes")
     add("info", _info, "show versions, devices, and which kernels and metrics can run here")
     return parser

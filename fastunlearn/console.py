@@ -162,6 +162,21 @@ def table(summaries: Sequence[dict[str, Any]]) -> None:
     Terminal(width=110).print(grid)
 
 
+def comparison_table(found: dict[str, Any]) -> None:
+    """What `compare` found, one line a pair of runs."""
+    grid = Table(title=None)
+    grid.add_column("difference in R")
+    grid.add_column("", justify="right")
+    grid.add_column("95 % interval", justify="right")
+    grid.add_column("p (Holm)", justify="right")
+    grid.add_column("verdict")
+    for row in found["comparisons"]:
+        low, high = row["ci95"]
+        difference, interval = f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"
+        grid.add_row(f"{row['a']} - {row['b']}", difference, interval, f"{row['p_value_holm']:.3g}", row["verdict"])
+    Terminal().print(grid)
+
+
 def methods_table() -> None:
     """Every method: paper, what it needs, what it changes."""
     from .masks import GROUPS

@@ -1,4 +1,4 @@
-"""The function :func:`evaluate`: from what the caller has to a plan, its journal and ranks, and the files in the end."""
+"""The function :func:`evaluate`: from what the caller has to a plan, its journal and ranks, and the files of it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from fastunlearn.config import (
 KINDS = (TrainConfig, EvaluateConfig, MaskConfig, ApplyConfig, DemoConfig)
 REQUIRED = {
     TrainConfig: {"forget": "star", "output": "run"},
-    EvaluateConfig: {"original": "shapes", "unlearned": "run", "output": "evaluation"},
+    EvaluateConfig: {"original": "shapes", "unlearned": ("run",), "output": "evaluation"},
     MaskConfig: {"forget": "star", "output": "star.mask.safetensors"},
     ApplyConfig: {"model": "shapes", "delta": "delta.safetensors", "output": "model"},
     DemoConfig: {},

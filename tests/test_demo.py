@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastunlearn import cli
-from fastunlearn.config import EvaluateConfig, TrainConfig
+from fastunlearn.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_run_evaluates_as_the_demo_did(demo, tmp_path):
     """`evaluate` on the demo's model gives the demo's numbers, to the last bit."""
     from fastunlearn import evaluate
 
-    found = evaluate(EvaluateConfig(original="shapes", unlearned=str(demo / "ovw"), output=str(tmp_path / "again")))
+    found = evaluate("shapes", demo / "ovw", output=tmp_path / "again", placebo=demo / "placebo")
     ours, theirs = found.summary, summaries(demo)["ovw"]
     assert ours["integrity"] == theirs["integrity"]
     assert ours["erasure"] == theirs["erasure"]
@@ -66,11 +66,10 @@ def test_a_run_evaluates_as_the_demo_did(demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_gold_never_draws_the_star(tmp_path):
+def test_gold_never_draws_the_star():
     from fastunlearn import evaluate
 
-    gold = EvaluateConfig(original="shapes", unlearned="shapes-gold-star", forget="star", output=str(tmp_path / "gold"))
-    summary = evaluate(gold).summary
+    summary = evaluate("shapes", "shapes-gold-star", forget="star").summary
     assert summary["erasure"]["forget_accuracy"] <= 0.05
     assert summary["retain"]["shape_accuracy"] >= 0.98
 

@@ -6,14 +6,13 @@ import shutil
 import pytest
 import torch
 
-from fastunlearn import evaluator
-from fastunlearn.api import evaluate
-from fastunlearn.config import EvaluateConfig
-from fastunlearn.evaluator import PromptGroups, check_comparable, evaluate_models, file_groups, shapes_groups
+from fastunlearn import evaluate
+from fastunlearn.evaluator import PromptGroups, evaluate_models, file_groups, shapes_groups
 from fastunlearn.generate import SamplerSpec
 from fastunlearn.models import load_model
 from fastunlearn.perceptual import load_perceptual
-from fastunlearn.results import write_results
+from fastunlearn.results import EvaluationReport, write_results
+from fastunlearn.sources import PipelineSource, as_source, check_comparable
 
 SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
 GROUPS = PromptGroups(
@@ -61,15 +60,15 @@ def test_a_model_against_itself_changes_nothing(bundled, metric):
 
 def test_a_model_that_ignores_prompts_and_noise_keeps_nothing(bundled, metric, monkeypatch):
     """Its pictures are those of other prompts: R is near 0 or below."""
-    genuine = evaluator.generate
+    genuine = PipelineSource.start
     other = load_model("shapes", "cpu")
 
-    def shuffled(model, prompts, seeds, spec):
-        if model is other:
-            prompts, seeds = [prompts[-1]] * len(prompts), [seed + 900 for seed in seeds]
-        return genuine(model, prompts, seeds, spec)
+    def shuffled(source, keys):
+        if source.model is other:
+            keys = [(keys[-1][0], seed + 900) for _, seed in keys]
+        return genuine(source, keys)
 
-    monkeypatch.setattr(evaluator, "generate", shuffled)
+    monkeypatch.setattr(PipelineSource, "start", shuffled)
     found = evaluate_models(bundled, {"other": other}, GROUPS, metric, SPEC).results[0]
     assert found.summary["integrity"]["retention"] < 0.25
 
@@ -106,13 +105,14 @@ def test_the_order_of_prompts_changes_no_bit(bundled, damaged, metric, result):
     def by_key(records):
         return sorted(records, key=lambda record: (record["prompt"], record["seed"]))
 
-    assert by_key(again.pairs) == by_key(result.results[0].pairs)
+    assert again.pairs == by_key(again.pairs) == result.results[0].pairs
     assert again.summary["integrity"] == result.results[0].summary["integrity"]
 
 
 def test_a_second_model_changes_nothing_for_the_first(bundled, damaged, metric, result):
     both = evaluate_models(bundled, {"same": bundled, "damaged": damaged}, GROUPS, metric, SPEC)
     assert both.results[1].pairs == result.results[0].pairs
+    assert both.results[1].summary == result.results[0].summary
 
 
 def test_several_seeds_a_prompt_are_clustered(bundled, damaged, metric):
@@ -123,14 +123,14 @@ def test_several_seeds_a_prompt_are_clustered(bundled, damaged, metric):
 
 
 def test_an_original_that_does_not_repeat_is_not_scored(bundled, damaged, metric, monkeypatch):
-    genuine, calls = evaluator.generate, []
+    genuine, calls = PipelineSource.finish, []
 
     def unsteady(*args):
         calls.append(1)
         pictures = genuine(*args)
         return pictures.flip(3) if len(calls) == 2 else pictures
 
-    monkeypatch.setattr(evaluator, "generate", unsteady)
+    monkeypatch.setattr(PipelineSource, "finish", unsteady)
     with pytest.raises(RuntimeError, match="does not repeat itself"):
         evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC)
 
@@ -150,7 +150,7 @@ def test_another_sampler_is_refused(bundled, tmp_path):
     content = json.loads(path.read_text()) | {"beta_end": 0.02}
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="beta_end"):
-        check_comparable(bundled, load_model(str(tmp_path / "model"), "cpu"), "other")
+        check_comparable(as_source(bundled, SPEC), as_source(tmp_path / "model", SPEC, device="cpu"), "other")
 
 
 def test_prompts_without_a_retain_group_are_refused():
@@ -175,7 +175,7 @@ def test_bundled_groups_are_the_evaluation_split():
 
 
 def test_results_are_written_whole(tmp_path, result):
-    write_results(tmp_path, result, GROUPS)
+    write_results(tmp_path, EvaluationReport(result, GROUPS))
     assert {path.name for path in tmp_path.iterdir()} == {
         "evaluation.json",
         "grid.png",
@@ -193,14 +193,12 @@ def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):
     shutil.copytree(bundled.source, tmp_path / "run" / "model")
     (tmp_path / "run" / "config.yaml").write_text("forget: star\noutput: run\nmethod: identity\n")
     found = evaluate(
-        EvaluateConfig(
-            original="shapes",
-            unlearned=str(tmp_path / "run"),
-            output=str(tmp_path / "out"),
-            prompts="a red ring;a blue circle;a star",
-            num_inference_steps=2,
-            batch_size=4,
-        )
+        "shapes",
+        tmp_path / "run",
+        "a red ring;a blue circle;a star",
+        output=tmp_path / "out",
+        num_inference_steps=2,
+        batch_size=4,
     )
     assert found.summary["concept"] == "star"
     assert found.summary["method"] == "identity"
