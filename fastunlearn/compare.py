@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from .config import CompareConfig
 from .records import claimed
+from .report import templates
 from .run_folder import check_output, clear_output, whole_file, write_json, write_text
 from .statistics import Comparison, compare, holm
 from .summary import is_forget
@@ -234,15 +234,6 @@ def _write_page(path: Path, found: dict[str, Any]) -> None:
         [2 * found["margin"]]
         + [abs(end) * 1.05 for row in found["comparisons"] for end in (*row["ci95"], *row["ci90"])]
     )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastunlearn"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["at"] = lambda value: f"{50 + 50 * value / reach:.2f}%"
-    environment.filters["width"] = lambda margin: f"{100 * margin / reach:.2f}%"
-    environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "\u2212")
-    environment.filters["p"] = lambda value: f"{value:.3f}" if value >= 0.001 else "< 0.001"
-    write_text(path, environment.get_template("compare.html.j2").render(found=found))
+    # Where a difference stands on a rail that is `reach` wide to both sides of 0.
+    places = {"at": lambda value: f"{50 + 50 * value / reach:.2f}%", "width": f"{100 * found['margin'] / reach:.2f}%"}
+    write_text(path, templates().get_template("compare.html.j2").render(found=found, **places))

@@ -89,7 +89,7 @@ def evaluate(
         runs = {name: config_of_run(model) for name, model in models.items()}
         spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size, mixed_precision)
         where = ranks.device(device)
-        source = as_source(original, spec, name="original", device=where, noise_shape=noise_shape)
+        source = as_source(original, spec, device=where, noise_shape=noise_shape)
         sources = {
             name: as_source(pipeline_of(model), spec, name=name, device=where, noise_shape=source.noise_shape)
             for name, model in models.items()
@@ -261,11 +261,16 @@ def _perceptual(name: str | None, source: Source) -> PerceptualDistance:
 def _metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:
     if not given:
         return []
-    load_metric = importlib.import_module(".metrics", __package__).load_metric
-    asked = [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else given
-    return [
-        load_metric(one, source.device, bundled=source.is_bundled) if isinstance(one, str) else one for one in asked
-    ]
+    asked = [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else list(given)
+    if any(isinstance(one, str) for one in asked):
+        load_metric = importlib.import_module(".metrics", __package__).load_metric
+        asked = [
+            load_metric(one, source.device, bundled=source.is_bundled) if isinstance(one, str) else one for one in asked
+        ]
+    names = [one.name for one in asked]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`--metrics` names {max(names, key=names.count)} twice.")
+    return asked
 
 
 def _picture_cache(folder: str | Path | None, limit_gib: float, source: Source) -> PictureCache | None:

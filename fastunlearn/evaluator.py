@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -127,7 +128,7 @@ class Plan:
         if self.groups.concept is not None and self.original.is_bundled:
             prompt_lists.domain_of(self.groups.concept)
 
-    @property
+    @functools.cached_property
     def grouped(self) -> list[tuple[str, str]]:
         return self.groups.grouped()
 

@@ -254,7 +254,8 @@ def content_of(pipeline: Any) -> str:
         if hasattr(part, "get_vocab"):
             digest.update(json.dumps(part.get_vocab(), sort_keys=True).encode())
         if hasattr(part, "config"):
-            digest.update(repr(sorted((str(key), str(value)) for key, value in dict(part.config).items())).encode())
+            config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+            digest.update(repr(sorted((str(key), str(value)) for key, value in config.items())).encode())
     return digest.hexdigest()
 
 

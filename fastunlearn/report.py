@@ -6,6 +6,7 @@ Everything here takes plain data (the content of ``evaluation.json`` files and u
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,9 +42,9 @@ _MAX_PIXELS = 320  # longest side of a picture inside the HTML file; larger ones
 _SCHEMA = {
     "integrity": (
         *("mean", "ci95", "retention", "retention_ci95", "n_pairs", "n_prompts"),
-        *("metric", "interval", "quantiles"),
+        *("metric", "interval", "quantiles", "floor", "changed"),
     ),
-    "controls": ("repeat", "redrawn"),
+    "controls": ("repeat", "numeric", "precision", "redrawn"),
     "erasure": (
         *("concept", "forget_accuracy", "forget_accuracy_ci95", "forget_accuracy_original"),
         *("forget_valid", "n_pictures"),
@@ -80,7 +81,8 @@ class Report:
 
     ``evaluations``: contents of ``evaluation.json`` files, in the order they are to appear.  ``galleries``: the first
     one stands right below the verdict.  ``notes``: sentences about this run.  ``retain_prompts``: what to call the
-    retain prompts in a sentence, such as ``prompts that no loss has seen`` where that is so.
+    retain prompts in a sentence, such as ``prompts that no loss has seen`` where that is so.  ``distances``: by model
+    the distances of its retain pairs, and ``redrawn`` the original's to itself from other noise, for the histograms.
     """
 
     title: str
@@ -110,6 +112,37 @@ def write_report(path: Path | str, report: Report) -> None:
             )
     for gallery in report.galleries:
         _check_gallery(gallery)
+    models = [_model(evaluation, report.retain_prompts) for evaluation in report.evaluations]
+    html = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            models=models,
+            verdicts=[model for model in models if not model["control"]] or models,
+            controls=[model for model in models if model["control"]],
+            insight=_insight(report.evaluations),
+            ladders=_ladders(report.evaluations),
+            histograms=_histograms(report),
+            changed_limits=_changed_limits(report.evaluations[0]),
+            spec=_spec(report.evaluations),
+            reconstructed=any(evaluation["method"] in ("ovw", "saddle") for evaluation in report.evaluations),
+            limits={
+                "forgotten": _FORGOTTEN,
+                "partly": _PARTLY,
+                "sound": _SOUND,
+                "well": _WELL_KEPT,
+                "changed": _CHANGED,
+            },
+            max_pixels=_MAX_PIXELS,
+        )
+    )
+    write_text(Path(path), html)
+
+
+@functools.cache
+def templates() -> jinja2.Environment:
+    """The pages' templates, each compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastunlearn"),
         autoescape=True,
@@ -117,21 +150,15 @@ def write_report(path: Path | str, report: Report) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, percent_range=percent_range, distance=_distance, uri=_data_uri)
-    models = [_model(evaluation, report.retain_prompts) for evaluation in report.evaluations]
-    html = environment.get_template("report.html.j2").render(
-        report=report,
-        models=models,
-        verdicts=[model for model in models if not model["control"]] or models,
-        controls=[model for model in models if model["control"]],
-        insight=_insight(report.evaluations),
-        ladders=_ladders(report.evaluations),
-        spec=_spec(report.evaluations),
-        reconstructed=any(evaluation["method"] in ("ovw", "saddle") for evaluation in report.evaluations),
-        limits={"forgotten": _FORGOTTEN, "partly": _PARTLY, "sound": _SOUND, "well": _WELL_KEPT, "changed": _CHANGED},
-        max_pixels=_MAX_PIXELS,
+    environment.filters.update(
+        percent=percent,
+        percent_range=percent_range,
+        distance=_distance,
+        uri=_data_uri,
+        signed=lambda value: f"{value:+.3f}".replace("-", "\u2212"),
+        p_value=lambda value: f"{value:.3f}" if value >= 0.001 else "< 0.001",
     )
-    write_text(Path(path), html)
+    return environment
 
 
 def verdict(evaluation: Evaluation, retain_prompts: str = "prompts about other things") -> str:
@@ -336,6 +363,9 @@ def _ladders(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     for metric in dict.fromkeys(e["integrity"]["metric"] for e in evaluations):
         group = [e for e in evaluations if e["integrity"]["metric"] == metric]
         rungs = [_rung("same model, run again", "control", max(e["controls"]["repeat"] for e in group))]
+        for control in ("numeric", "precision"):
+            for found in {c["what"]: c for e in group if (c := e["controls"][control])}.values():
+                rungs.append(_rung(found["what"], "control", found["mean"]))
         for e in sorted(group, key=lambda e: e["integrity"]["mean"]):
             kind = "control" if e["method"] in CONTROLS else "model"
             rungs.append(_rung(e["name"], kind, e["integrity"]["mean"], e["integrity"]["ci95"]))
@@ -349,6 +379,44 @@ def _ladders(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             rung["at"] = {key: f"{100 * rung[key] / width:.2f}%" for key in ("mean", "low", "high")}
         ladders.append({"metric": metric, "rungs": rungs})
     return ladders
+
+
+def _changed_limits(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """From which distance on a picture counts as changed, by the control that the limit comes from."""
+    words = {
+        "numeric": "more than rounding",
+        "precision": "more than a coarser precision",
+        "placebo": "more than training without forgetting",
+        "redrawn": "as if drawn anew",
+    }
+    return {name: {"words": words[name], **limit} for name, limit in evaluation["integrity"]["changed"].items()}
+
+
+def _histograms(report: Report, bins: int = 40) -> dict[str, Any]:
+    """For each model how many pairs have which distance, beside the redrawn ones; heights and places in percent."""
+    sides = [*report.distances.values(), *([report.redrawn] if report.redrawn is not None else [])]
+    reach = max((float(np.max(side)) for side in sides if len(side)), default=0.0)
+    if not report.distances or reach == 0:
+        return {"reach": reach, "models": []}
+
+    def heights(values: npt.NDArray[np.floating]) -> list[float]:
+        return [float(share) for share in np.histogram(values, bins, (0, reach))[0] / len(values)]
+
+    redrawn = heights(report.redrawn) if report.redrawn is not None and len(report.redrawn) else []
+    models = []
+    for name, values in report.distances.items():
+        own = heights(values)
+        top = max(own)
+        # Each kind fills the height by itself: where they lie is the point, not how wide they are.
+        models.append(
+            {
+                "name": name,
+                "bars": [(100 * i / bins, 100 * h / top) for i, h in enumerate(own) if h],
+                "redrawn": [(100 * i / bins, 100 * h / max(redrawn)) for i, h in enumerate(redrawn) if h],
+                "width": 100 / bins,
+            }
+        )
+    return {"reach": reach, "models": models}
 
 
 def _rung(label: str, kind: str, mean: float, interval: Sequence[float] | None = None) -> dict[str, Any]:
@@ -377,7 +445,9 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
 
 def _check_evaluation(evaluation: Evaluation) -> None:
     name = evaluation.get("name", "without a name")
-    missing = [key for key in ("name", "method", "concept", "model", "spec", *_SCHEMA) if key not in evaluation]
+    missing = [
+        key for key in ("name", "method", "concept", "model", "spec", "groups", *_SCHEMA) if key not in evaluation
+    ]
     for part, keys in _SCHEMA.items():
         content = evaluation.get(part)
         if content is not None:

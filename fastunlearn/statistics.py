@@ -16,6 +16,8 @@ from scipy import stats
 
 #: Below this many prompts the bootstrap is too narrow and a t interval is used instead.
 MIN_CLUSTERS_FOR_BOOTSTRAP = 50
+#: Above this many the two agree, and the bootstrap would only take minutes.
+MAX_CLUSTERS_FOR_BOOTSTRAP = 2000
 
 _CHUNK_ELEMENTS = 4_000_000  # multinomial counts held at once: 32 MB
 
@@ -48,15 +50,15 @@ def clustered_mean(
 ) -> Estimate:
     """Mean over prompts of the prompt's mean value, with an interval for the population the prompts stand for.
 
-    ``values``: (N,) finite numbers; ``clusters``: (N,) strings or integers, the prompt of each value.  From 50
-    prompts on the interval is a percentile bootstrap that resamples prompts; below, a t interval on the prompt means.
+    ``values``: (N,) finite numbers; ``clusters``: (N,) strings or integers, the prompt of each value.  With 50 to 2000
+    prompts the interval is a percentile bootstrap that resamples prompts; else a t interval on the prompt means.
     Raises ``ValueError`` for empty, non-finite or unequal input and for fewer than two prompts.
     """
     _, means, n = _cluster_means(values, clusters, "values")
     count = len(means)
     _check_options(level, resamples, count)
     mean = float(means.mean())
-    if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
+    if not _bootstraps(count):
         low, high = _t_interval(mean, means - mean, level)
         return Estimate(mean, low, high, n, count, _t_method(level, count))
     low, high = _percentiles(_bootstrap(means[:, None], resamples, seed)[:, 0], level)
@@ -80,9 +82,9 @@ def retention(
     (M,) original against itself redrawn from other noise, over the same prompts.  ``floor``: what numerics alone
     change, one number, or (N,) measured on the same pairs and then resampled with them.  R is 1 at the floor and
     below it, 0 when pictures are as good as redrawn, negative beyond.  All terms are resampled together, prompt by
-    prompt; below 50 prompts a t interval on the linearised ratio is used, cut at 1.  ``n`` counts the distances, not
-    the ceiling's.  Raises ``ValueError`` like :func:`clustered_mean`, when the prompts differ, and when the ceiling is
-    not above the floor.
+    prompt; where :func:`clustered_mean` takes a t interval, so does this, on the linearised ratio and cut at 1.
+    ``n`` counts the distances, not the ceiling's.  Raises ``ValueError`` like :func:`clustered_mean`, when the
+    prompts differ, and when the ceiling is not above the floor.
     """
     keys, means, n = _cluster_means(distances, clusters, "distances")
     ceiling_keys, ceilings, _ = _cluster_means(ceiling_distances, ceiling_clusters, "ceiling_distances")
@@ -98,7 +100,7 @@ def retention(
             f"{bottom:.6g}: check that the redrawn pictures use other seeds"
         )
     mean = 1 - max(float(means.mean()) - bottom, 0.0) / span
-    if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
+    if not _bootstraps(count):
         # First-order effect of each prompt on the ratio.
         effects = ((1 - mean) * (ceilings - floors) - (means - floors)) / span
         low, high = _t_interval(mean, effects - effects.mean(), level)
@@ -169,8 +171,8 @@ def compare(
 
     ``scale``: (N,) values whose mean divides the difference, resampled with it: with redrawn distances for it the
     difference and the margin are in units of retention.  Equivalence is claimed when the two one-sided tests (TOST)
-    reject at ``alpha`` that the difference lies at or beyond either margin.  Bootstrap clustered by prompt, below 50
-    prompts t tests on the prompt means (with ``scale``, of the linearised ratio).
+    reject at ``alpha`` that the difference lies at or beyond either margin.  Bootstrap clustered by prompt; where
+    :func:`clustered_mean` takes a t interval, t tests on the prompt means (with ``scale``, of the linearised ratio).
     Raises ``ValueError`` like :func:`difference`, and for a margin or a mean scale that is not above 0.
     Source: Schuirmann (1987), J. Pharmacokinetics and Biopharmaceutics 15, 657-680.
     """
@@ -186,7 +188,7 @@ def compare(
     count, level = len(gaps), 1 - alpha
     _check_options(level, resamples, count)
     mean = float(gaps.mean() / scales.mean())
-    if count < MIN_CLUSTERS_FOR_BOOTSTRAP:
+    if not _bootstraps(count):
         effects = (gaps - mean * scales) / float(scales.mean())
         outer, inner = (_t_interval(mean, effects, wanted) for wanted in (level, 1 - 2 * alpha))
         error, method = _standard_error(effects), _t_method(level, count)
@@ -295,6 +297,10 @@ def _floor_means(floor: float | npt.ArrayLike, clusters: Clusters, count: int) -
     if not math.isfinite(number):
         raise ValueError(f"floor must be a finite distance, got {number}: use 0.0 if repeats are bit-identical")
     return np.full(count, number)
+
+
+def _bootstraps(count: int) -> bool:
+    return MIN_CLUSTERS_FOR_BOOTSTRAP <= count <= MAX_CLUSTERS_FOR_BOOTSTRAP
 
 
 def _bootstrap(means: Floats, resamples: int, seed: int) -> Floats:

@@ -22,9 +22,10 @@ from fastunlearn.shapes import pipeline_folder
 
 TINY = ["--trajectories", 1, "--trajectory-steps", 2, "--micro-batch-size", 2, "--evaluation-prompts", "none"]
 TRAIN = ["train", "--forget", "star", "--device", "cpu", "--steps", 2, "--trainable", "cross-attention", *TINY]
-EVALUATE = ["evaluate", "--original", "shapes", "--unlearned", "shapes", "--forget", "star", "--device", "cpu"]
-EVALUATE += ["--prompts", "a red ring on a plain background;a blue heart on a striped background"]
-EVALUATE += ["--num-inference-steps", 1, "--batch-size", 2]
+JUDGE = ["evaluate", "--original", "shapes", "--forget", "star", "--device", "cpu"]
+JUDGE += ["--prompts", "a red ring on a plain background;a blue heart on a striped background"]
+JUDGE += ["--num-inference-steps", 1, "--batch-size", 2, "--control-pairs", 2]
+EVALUATE = [*JUDGE, "--unlearned", "shapes"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 FLAGS = {
@@ -45,9 +46,11 @@ FLAGS = {
     },
     "apply": {"config", "model", "delta", "output", "overwrite"},
     "evaluate": {
-        *("config", "original", "unlearned", "prompts", "output", "forget", "metric", "seeds-per-prompt"),
-        *("batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device", "overwrite"),
+        *("config", "original", "unlearned", "prompts", "placebo", "output", "forget", "metric", "metrics"),
+        *("seeds-per-prompt", "batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device"),
+        *("control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
     },
+    "compare": {"config", "output", "margin", "overwrite"},
     "methods": set(),
     "info": set(),
 }
@@ -98,14 +101,10 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
     from fastunlearn import cli as module
 
     taken = []
-    for name in ("_train", "_mask", "_apply", "_evaluate"):
-        monkeypatch.setattr(module, name, lambda flags: taken.append(flags) or 0)
-    for text in (
-        module._TRAIN_EXAMPLES,
-        module._MASK_EXAMPLES,
-        module._APPLY_EXAMPLES,
-        module._EVALUATE_EXAMPLES,
-    ):
+    names = ("train", "mask", "apply", "evaluate", "compare")
+    for name in names:
+        monkeypatch.setattr(module, f"_{name}", lambda flags: taken.append(flags) or 0)
+    for text in (getattr(module, f"_{name.upper()}_EXAMPLES") for name in names):
         for line in re.sub(r"\\\n\s*", "", text).splitlines()[1:]:
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
             assert words[0] == "fastunlearn"
@@ -195,7 +194,7 @@ def test_prompts_that_name_no_attribute_can_be_evaluated_on(cli, tmp_path):
 
 def test_another_programs_config_beside_a_pipeline_is_not_read(cli, pipeline_copy, tmp_path):
     (tmp_path / "config.yaml").write_text("name: something else\n")
-    assert cli(*EVALUATE, "--unlearned", pipeline_copy, "--output", tmp_path / "evaluation").status == 0
+    assert cli(*JUDGE, "--unlearned", pipeline_copy, "--output", tmp_path / "evaluation").status == 0
 
 
 class Canary:
@@ -247,6 +246,9 @@ def test_a_number_out_of_range_is_refused_by_its_flag(refused, tmp_path, command
 CALLS = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["trian"], "invalid choice: 'trian'"),
+    "compare without what": (["compare"], "missing: RUN, --output."),
+    "compare one run": (["compare", "run", "--output", "out"], "at least 2 runs, got 1"),
+    "compare what is not there": (["compare", "a", "b", "--output", "out"], "a holds no evaluation"),
     "unknown flag": (["train", "--forget", "star", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
     "flag of two lines": (["train", "--forget", "star", "--a\nb"], "unrecognized arguments: --a b"),
     "flag without its value": (["train", "--forget"], "--forget: expected one argument"),
@@ -425,8 +427,8 @@ DAMAGE = {
 @pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_model_is_refused_and_never_run(refused, pipeline_copy, tmp_path, damage, said, command):
     damage(pipeline_copy, tmp_path / "ran")
-    which = "--model" if command == "train" else "--unlearned"
-    line = refused(*COMPLETE[command], which, pipeline_copy, "--output", tmp_path / "run")
+    call = [*TRAIN, "--model"] if command == "train" else [*JUDGE, "--unlearned"]
+    line = refused(*call, pipeline_copy, "--output", tmp_path / "run")
     assert re.search(said, line), line
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 
@@ -448,7 +450,7 @@ def test_models_of_different_samplers_are_not_compared(refused, pipeline_copy, t
     other_sampler(pipeline_copy, **changes)
     if "_class_name" in changes:
         reindex(pipeline_copy, scheduler=["diffusers", changes["_class_name"]])
-    line = refused(*EVALUATE, "--unlearned", pipeline_copy, "--output", tmp_path / "run")
+    line = refused(*JUDGE, "--unlearned", pipeline_copy, "--output", tmp_path / "run")
     assert re.search(rf"has another sampler than the original \({next(iter(changes))} differ\)", line), line
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 
@@ -491,7 +493,7 @@ def test_models_of_different_families_are_not_compared(refused, bundled, tmp_pat
         unet=unet,
         scheduler=parts["scheduler"],
     ).save_pretrained(tmp_path / "xl")
-    line = refused(*EVALUATE, "--unlearned", tmp_path / "xl", "--output", tmp_path / "run")
+    line = refused(*JUDGE, "--unlearned", tmp_path / "xl", "--output", tmp_path / "run")
     assert "is of the family stable-diffusion-xl, the original of stable-diffusion" in line
     assert [path.name for path in tmp_path.iterdir()] == ["xl"]
 
@@ -624,11 +626,15 @@ def test_a_disk_too_small_for_the_model_holds_no_half_one_and_the_run_goes_on_wh
     assert (disk / "run" / "model" / UNET).read_bytes() == (finished / "model" / UNET).read_bytes()
 
 
-def test_a_disk_that_is_full_after_an_evaluation_leaves_no_half_file(refused, small_disk):
-    disk = small_disk(16_384)
-    assert "the disk is full" in refused(*EVALUATE, "--output", disk / "evaluation")
-    assert not (disk / "evaluation" / "report.html").exists()
+def test_a_disk_that_is_full_after_an_evaluation_leaves_no_half_file(cli, refused, small_disk):
+    disk = small_disk(40_960)
+    folder = disk / "evaluation"
+    assert "the disk is full" in refused(*EVALUATE, "--output", folder)
+    assert not (folder / "report.html").exists()
     assert_whole(disk)
+    subprocess.run(["mount", "-o", "remount,size=4194304", str(disk)], check=True, timeout=60)
+    assert cli("evaluate", "--resume", "--output", folder).status == 0
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
 
 
 class SomeLibrarysError(Exception):
@@ -714,15 +720,20 @@ def test_stopping_before_the_training_leaves_nothing(refused, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_stopping_an_evaluation_keeps_the_earlier_results(refused, tmp_path, monkeypatch):
+def test_stopping_an_evaluation_keeps_the_earlier_results(cli, refused, tmp_path, monkeypatch):
     def stopped(*arguments, **keywords):
         raise KeyboardInterrupt
 
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "evaluation.json").write_text('{"earlier": true}')
-    monkeypatch.setattr("fastunlearn.evaluator.generate", stopped)
-    assert "stopped" in refused(*EVALUATE, "--output", tmp_path / "evaluation", "--overwrite")
-    assert files_of(tmp_path) == {"evaluation/evaluation.json": b'{"earlier": true}'}
+    folder = tmp_path / "evaluation"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastunlearn.evaluator.Evaluator._score", stopped)
+        line = refused(*EVALUATE, "--output", folder, "--overwrite")
+    assert f"stopped. Continue with: fastunlearn evaluate --resume --output {folder}" in line
+    assert (folder / "evaluation.json").read_bytes() == b'{"earlier": true}'
+    assert cli("evaluate", "--resume", "--output", folder).status == 0
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
 
 
 def test_a_demo_can_be_stopped_and_run_again(refused, tmp_path, monkeypatch, finished):

@@ -8,6 +8,7 @@ import pytest
 from fastunlearn.config import (
     DEMO_METHODS,
     ApplyConfig,
+    CompareConfig,
     DemoConfig,
     EvaluateConfig,
     MaskConfig,
@@ -18,10 +19,11 @@ from fastunlearn.config import (
     to_yaml,
 )
 
-KINDS = (TrainConfig, EvaluateConfig, MaskConfig, ApplyConfig, DemoConfig)
+KINDS = (TrainConfig, EvaluateConfig, CompareConfig, MaskConfig, ApplyConfig, DemoConfig)
 REQUIRED = {
     TrainConfig: {"forget": "star", "output": "run"},
     EvaluateConfig: {"original": "shapes", "unlearned": ("run",), "output": "evaluation"},
+    CompareConfig: {"runs": ("one", "two"), "output": "comparison"},
     MaskConfig: {"forget": "star", "output": "star.mask.safetensors"},
     ApplyConfig: {"model": "shapes", "delta": "delta.safetensors", "output": "model"},
     DemoConfig: {},
@@ -53,6 +55,9 @@ EVALUATE_NUMBERS = {
     "batch_size": ((1,), (0, -1)),
     "num_inference_steps": ((1,), (0,)),
     "guidance_scale": ((1.0,), (0.0, NAN, INF)),
+    "control_pairs": ((1,), (0,)),
+    "cache_limit_gib": ((0.1,), (0.0, NAN, INF)),
+    "num_processes": ((1,), (0,)),
 }
 MASK_NUMBERS = {
     "density": ((1e-6, 1.0), (0.0, 1.1, NAN)),
@@ -65,6 +70,7 @@ MASK_NUMBERS = {
 NUMBERS = [(TrainConfig, *item) for item in TRAIN_NUMBERS.items()]
 NUMBERS += [(EvaluateConfig, *item) for item in EVALUATE_NUMBERS.items()]
 NUMBERS += [(MaskConfig, *item) for item in MASK_NUMBERS.items()]
+NUMBERS += [(CompareConfig, "margin", ((0.01,), (0.0, NAN, INF)))]
 NUMBERS += [(DemoConfig, "seed", ((0,), (-1, 10**30)))]
 
 
@@ -124,9 +130,30 @@ def test_an_empty_concept_is_refused(forget):
         make(TrainConfig, forget=forget)
 
 
-def test_resume_and_overwrite_exclude_each_other():
+@pytest.mark.parametrize("kind", [TrainConfig, EvaluateConfig])
+def test_resume_and_overwrite_exclude_each_other(kind):
     with pytest.raises(ValueError, match=r"--resume.*--overwrite"):
-        make(TrainConfig, resume=True, overwrite=True)
+        make(kind, resume=True, overwrite=True)
+
+
+def test_a_flag_may_be_given_several_times_and_a_list_stand_in_a_file(tmp_path):
+    assert parse(EvaluateConfig, ["--unlearned", "a", "--unlearned", "b"])["unlearned"] == ["a", "b"]
+    flags = {"config": None, "original": "shapes", "output": "o", "unlearned": ["a", "b"]}
+    assert build(EvaluateConfig, flags).unlearned == ("a", "b")
+    path = tmp_path / "run.yaml"
+    for text, wanted in (("unlearned: a", ("a",)), ("unlearned: [a, b]", ("a", "b"))):
+        path.write_text(f"original: shapes\noutput: o\n{text}\n")
+        assert from_yaml(path, EvaluateConfig).unlearned == wanted
+    path.write_text("original: shapes\noutput: o\nunlearned: [3]\n")
+    with pytest.raises(ValueError, match="`unlearned` must be a text or a list of texts"):
+        from_yaml(path, EvaluateConfig)
+
+
+def test_nothing_to_evaluate_or_to_compare_is_refused():
+    with pytest.raises(ValueError, match="name at least one unlearned pipeline"):
+        make(EvaluateConfig, unlearned=())
+    with pytest.raises(ValueError, match="at least 2 runs, got 1"):
+        make(CompareConfig, runs=("one",))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,11 +167,12 @@ def test_a_config_cannot_be_changed(kind):
 def test_every_field_is_a_flag_with_a_help_text(kind):
     parser = argparse.ArgumentParser()
     add_flags(parser, kind)
-    flags = {action.option_strings[0]: action for action in parser._actions}
-    assert set(flags) == {"-h", "--config"} | {flag_of(field.name) for field in dataclasses.fields(kind)}
+    flags = {(action.option_strings or [action.dest])[0]: action for action in parser._actions}
+    names = {f.name: f.name if f.metadata.get("positional") else flag_of(f.name) for f in dataclasses.fields(kind)}
+    assert set(flags) == {"-h", "--config", *names.values()}
     for field in dataclasses.fields(kind):
         assert len(field.metadata["help"]) > 5
-        assert field.metadata["help"] in flags[flag_of(field.name)].help.replace("%%", "%")
+        assert field.metadata["help"] in flags[names[field.name]].help.replace("%%", "%")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +217,8 @@ CONFIGS = {
         overwrite=True,
     ),
     "looks like other types": make(TrainConfig, forget="no", output="2024-01-01", anchor="null", trainable="1e3"),
+    "several models": make(EvaluateConfig, unlearned=("a", "b"), placebo="c"),
+    "compare": make(CompareConfig, margin=0.02),
     "evaluate": make(EvaluateConfig, prompts="a;b", mixed_precision="bf16", guidance_scale=7.5),
     "demo": make(DemoConfig, output="d", seed=3),
 }

@@ -30,6 +30,33 @@ def evaluation(name="ovw", method="ovw", **changes):
             "metric": "lpips-form/shapes-classifier@0123456789ab",
             "interval": "95 % percentile bootstrap clustered by prompt, 10000 resamples",
             "quantiles": {"q50": 0.01, "q90": 0.05, "q95": 0.08, "q99": 0.2},
+            "floor": 0.0,
+            "changed": {
+                "numeric": {"threshold": 0.0, "source": "q99 of 8 pairs", "share": 0.75, "ci95": [0.7, 0.8]},
+                "redrawn": {"threshold": 0.41, "source": "median", "share": 0.01, "ci95": [0.0, 0.03]},
+            },
+        },
+        "groups": {
+            "forget": {
+                "n_pairs": 40,
+                "n_prompts": 40,
+                "mean": 0.31,
+                "ci95": [0.28, 0.35],
+                "quantiles": {"q50": 0.3, "q90": 0.4, "q95": 0.45, "q99": 0.5},
+                "forget_accuracy": 0.0,
+                "forget_accuracy_ci95": [0.0, 0.0876],
+            },
+            "near": {
+                "n_pairs": 4,
+                "n_prompts": 1,
+                "mean": 0.02,
+                "ci95": None,
+                "quantiles": {"q50": 0.01, "q90": 0.05, "q95": 0.0777, "q99": 0.2},
+                "changed": {"numeric": 0.75, "redrawn": 0.0},
+                "ceiling": 0.4,
+                "retention": 0.95,
+                "retention_ci95": None,
+            },
         },
         "erasure": {
             "concept": "star",
@@ -48,7 +75,13 @@ def evaluation(name="ovw", method="ovw", **changes):
             "background_accuracy_original": 0.95,
             "n_pictures": 224,
         },
-        "controls": {"repeat": 0.0, "redrawn": 0.4127},
+        "controls": {
+            "repeat": 0.0,
+            "numeric": {"what": "in batches of 8", "n_pairs": 8, "mean": 0.0, "q99": 0.0, "max": 0.0},
+            "precision": {"what": "in bfloat16", "n_pairs": 8, "mean": 0.0003, "q99": 0.0006, "max": 0.0006},
+            "placebo": None,
+            "redrawn": 0.4127,
+        },
         "spec": {
             "sampler": "DDIMScheduler",
             "steps": 25,
@@ -87,12 +120,12 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.loads += [value for key, value in attributes if key in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "img", "br", "line", "circle"):
+        if tag not in ("meta", "img", "br", "line", "circle", "rect"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
-        if tag not in ("meta", "img", "br", "line", "circle"):
+        if tag not in ("meta", "img", "br", "line", "circle", "rect"):
             self.open.pop()
 
     def handle_endtag(self, tag):
@@ -181,6 +214,9 @@ def test_report_holds_the_numbers(tmp_path):
         "0.4127",
         "Trained in 41 s.",
         "guidance_scale",
+        "esd: near 4 (1) 0.0200 0.0777 95.0 % –",
+        "more than rounding (above 0)",
+        "75.0 % 70.0 to 80.0 %",
         "a" * 64,
         "q99 0.2000",
         "Counting right shapes hardly tells these models apart",
@@ -192,7 +228,15 @@ def test_report_holds_the_numbers(tmp_path):
     assert markup.count('<article class="verdict">') == 2, "a control gets no verdict beside real models"
     assert "Control placebo : the same training without the forgetting part" in found.text
     rungs = re.findall(r'aria-label="([^"]*): [^"]*"', markup)
-    assert rungs == ["same model, run again", "ovw", "placebo", "esd", "redrawn from other noise"]
+    assert rungs == [
+        "same model, run again",
+        "in batches of 8",
+        "in bfloat16",
+        "ovw",
+        "placebo",
+        "esd",
+        "redrawn from other noise",
+    ]
     # The ladder is drawn to scale.
     assert f'cx="{100 * 0.1114 / 0.4127:.2f}%"' in markup
     assert 'cx="0.00%"' in markup
@@ -249,6 +293,18 @@ def test_ladders_keep_metrics_and_ceilings_apart(tmp_path):
     assert markup.count('<div class="ladder">') == 2
     assert "redrawn from other noise (a)" in found.text
     assert "redrawn from other noise (c)" in found.text
+
+
+def test_histograms_show_each_model_beside_the_redrawn(tmp_path):
+    distances = {"ovw": np.array([0.0, 0.1, 0.1, 0.2]), "esd": np.array([0.3, 0.4])}
+    report = Report("T", "star", [evaluation()], distances=distances, redrawn=np.array([0.8, 0.4]))
+    markup, found = page(tmp_path, report)
+    assert markup.count('<div class="histogram">') == 2
+    heights = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="2.5" height="([\d.]+)" fill="var\(--accent\)"', markup)
+    assert heights[:3] == [("0.00", "50.00"), ("12.50", "100.00"), ("25.00", "50.00")]
+    assert "0.8000" in found.text
+    nothing = Report("T", "star", [evaluation()], distances={"a": np.zeros(3)}, redrawn=np.zeros(3))
+    assert '<div class="histogram">' not in page(tmp_path, nothing)[0]
 
 
 def test_no_insight_where_intervals_overlap_or_accuracies_differ(tmp_path):

@@ -1,0 +1,509 @@
+"""Evaluating as a user does: any kind of model, stopped and continued, shared by ranks, cached, to the same bits."""
+
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from toys import NOISE, PROMPTS, SETTINGS, Brightness, MeanDifference, deaf, draw, shifted
+
+from fastunlearn import EvaluateConfig, evaluate
+from fastunlearn.config import to_yaml
+from fastunlearn.evaluation import _record, config_of_run
+from fastunlearn.evaluator import Evaluator, Plan, PromptGroups
+from fastunlearn.generate import SamplerSpec
+from fastunlearn.originals import PictureCache
+from fastunlearn.ranks import Ranks
+from fastunlearn.records import Batch, Journal, claimed
+from fastunlearn.sources import as_source
+
+GROUPED = [(prompt, "forget" if place < 3 else "near" if place < 7 else "far") for place, prompt in enumerate(PROMPTS)]
+
+
+def results_of(folder):
+    """Bytes of what an evaluation wrote, by name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- both ends of the scale ------------------------------------------------------------------------------------------
+
+
+def test_a_model_against_itself_keeps_everything():
+    found = evaluate(draw, draw, PROMPTS, **SETTINGS)
+    assert {pair["distance"] for pair in found.pairs} == {0.0}
+    assert found.summary["integrity"]["mean"] == 0.0
+    assert found.summary["integrity"]["retention"] == 1.0
+    assert found.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+    assert found.summary["controls"]["repeat"] == 0.0
+
+
+def test_a_model_that_ignores_prompts_keeps_nothing():
+    assert evaluate(draw, deaf, PROMPTS, **SETTINGS).summary["integrity"]["retention"] < 0
+
+
+def test_a_model_that_redraws_from_other_noise_keeps_nothing_but_the_prompt():
+    def redrawn(prompts, noise):
+        return draw(prompts, noise.flip(2))
+
+    assert evaluate(draw, redrawn, PROMPTS, **SETTINGS).summary["integrity"]["retention"] == pytest.approx(0, abs=0.05)
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+def test_order_and_company_change_no_bit(tmp_path):
+    models = {"a": shifted(3), "b": shifted(9)}
+    evaluate(draw, models, GROUPED, output=tmp_path / "one", metrics=[Brightness()], **SETTINGS)
+    evaluate(draw, models, GROUPED[::-1], output=tmp_path / "two", metrics=[Brightness()], **SETTINGS)
+    assert results_of(tmp_path / "one") == results_of(tmp_path / "two")
+    alone = evaluate(draw, {"b": shifted(9)}, GROUPED, **SETTINGS)
+    assert alone.pairs == [json.loads(line) for line in (tmp_path / "one" / "b" / "pairs.jsonl").open()]
+
+
+def plan_of(function=draw, groups=GROUPED, **changes):
+    source = as_source(function, SamplerSpec(micro_batch_size=4), noise_shape=NOISE)
+    sources = {"a": as_source(shifted(5), SamplerSpec(micro_batch_size=4), noise_shape=NOISE)}
+    settings = {"seeds_per_prompt": 3, "metrics": [Brightness()]} | changes
+    return Plan(source, sources, PromptGroups.of(groups, None), MeanDifference(), **settings)
+
+
+def by_ranks(folder, world_size, order):
+    """The summary and pairs of an evaluation that so many ranks shared, one after the other."""
+    plan = plan_of()
+    journals = {rank: Journal(folder, rank, world_size) for rank in range(world_size)}
+    journals[0].begin(plan.spec(), "", plan.grouped, resume=False)
+    for rank in order:
+        if rank:
+            journals[rank].join(plan.spec())
+        with Evaluator(plan) as evaluator:
+            _record(plan, evaluator, journals[rank], Ranks(rank, world_size, True))
+    Ranks(0, world_size, True).wait(journals[0].folder)
+    with Evaluator(plan) as evaluator:
+        found = evaluator.conclude(Batch.merge(list(journals[0].batches())), {}).results[0]
+    for journal in journals.values():
+        journal.close()
+    return found.summary, found.pairs
+
+
+def test_any_number_of_ranks_gives_the_same_bits(tmp_path):
+    alone = by_ranks(tmp_path / "1", 1, [0])
+    assert by_ranks(tmp_path / "2", 2, [1, 0]) == alone
+    assert by_ranks(tmp_path / "3", 3, [2, 0, 1]) == alone
+    assert len(alone[1]) == 3 * len(PROMPTS)
+
+
+SHAPES = {"prompts": "a red ring;a blue heart;a star;a green cross;a pink circle", "num_inference_steps": 1}
+SHAPES |= {"batch_size": 2, "device": "cpu", "control_pairs": 2}
+
+
+def test_the_cache_changes_no_bit_and_is_not_believed(tmp_path):
+    def run(name, **cache):
+        notes = []
+        reporter = types.SimpleNamespace(stage=print, scoring=lambda *_: None, note=notes.append)
+        evaluate("shapes", "shapes", output=tmp_path / name, **SHAPES, **cache, reporter=reporter)
+        return results_of(tmp_path / name), notes
+
+    cache = {"cache": tmp_path / "cache"}
+    plain, cold, warm = run("plain"), run("cold", **cache), run("warm", **cache)
+    assert plain == cold == warm
+    entries = sorted((tmp_path / "cache").rglob("*.picture"))
+    assert len(entries) == 10, "five prompts, two seeds"
+    # One damaged, one that belongs to another key, one cut short.
+    content = bytearray(entries[0].read_bytes())
+    content[-1] ^= 1
+    entries[0].write_bytes(content)
+    entries[1].write_bytes(entries[2].read_bytes())
+    entries[3].write_bytes(entries[3].read_bytes()[:40])
+    again, notes = run("again", **cache)
+    assert again == plain[0]
+    assert notes == ["3 entries of the cache were damaged or foreign and were made anew"]
+    assert run("healed", **cache) == plain
+
+
+def test_another_model_finds_nothing_in_the_cache(bundled, pipeline_copy):
+    spec = SamplerSpec(num_inference_steps=1, micro_batch_size=2)
+    config = pipeline_copy / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    states = [as_source(bundled, spec).state(), as_source(pipeline_copy, spec, device="cpu").state()]
+    states.append(as_source(bundled, dataclasses.replace(spec, guidance_scale=2.0)).state())
+    assert len({json.dumps(state, sort_keys=True) for state in states}) == 3
+
+
+def test_the_cache_stays_below_its_limit_and_drops_the_longest_unused(tmp_path):
+    picture = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    cache = PictureCache(tmp_path, 100_000)
+    for place in range(300):
+        cache.store(f"{place:064x}", picture)
+        cache.load(f"{0:064x}")
+        size = sum(path.stat().st_size for path in tmp_path.rglob("*.picture"))
+        assert size <= 100_000
+    assert cache.load(f"{0:064x}") is not None, "in use all the time"
+    assert cache.load(f"{1:064x}") is None
+    assert cache.load(f"{299:064x}") is not None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# ---- stopped and continued -------------------------------------------------------------------------------------------
+
+
+def stopping(after, error):
+    """A model that fails after so many batches, and a list of the prompts it was asked for."""
+    asked = []
+
+    def function(prompts, noise):
+        if len(asked) // 4 >= after:
+            raise error
+        asked.extend(prompts)
+        return shifted(5)(prompts, noise)
+
+    function.__name__ = "shifted"
+    return function, asked
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("x")])
+def test_a_stopped_evaluation_goes_on_without_repeating_a_pair(tmp_path, error):
+    settings = SETTINGS | {"metrics": [Brightness()], "seeds_per_prompt": 2}
+    evaluate(draw, shifted(5), GROUPED, output=tmp_path / "whole", **settings)
+    broken, asked = stopping(3, error)
+    with pytest.raises(type(error)):
+        evaluate(draw, broken, GROUPED, output=tmp_path / "run", **settings)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["journal"]
+    journal = tmp_path / "run" / "journal" / "0.jsonl"
+    done = journal.read_bytes()
+    assert done.count(b"\n") == len(asked) == 12
+    # As a kill leaves it: half a line, and rows of a metric without theirs.
+    journal.write_bytes(done + b'["half a li')
+    with (tmp_path / "run" / "journal" / "0.brightness.rows").open("ab") as rows:
+        rows.write(b"\0" * 12)
+    rest, others = stopping(10**6, error)
+    evaluate(draw, rest, GROUPED, output=tmp_path / "run", resume=True, **settings)
+    pictures = len(asked) + len(set(PROMPTS)) * 2 - 12
+    assert len(others) >= len(PROMPTS) * 2 - 12, "what was left"
+    assert pictures == len(PROMPTS) * 2
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
+
+
+def test_resuming_asks_for_nothing_that_is_done(tmp_path):
+    """The report's pictures apart, which are drawn once more where they are not held."""
+    broken, asked = stopping(2, RuntimeError("x"))
+    prompts = [f"prompt {place}" for place in range(40)]
+    with pytest.raises(RuntimeError, match="x"):
+        evaluate(draw, broken, prompts, output=tmp_path / "run", **SETTINGS)
+    rest, others = stopping(10**6, RuntimeError("x"))
+    plan_keys = set(prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "_illustrated", lambda self, results, records: None)
+        patch.setattr("fastunlearn.evaluation.write_results", lambda folder, found: None)
+        evaluate(draw, rest, prompts, output=tmp_path / "run", resume=True, **SETTINGS)
+    assert not set(asked) & set(others)
+    assert set(asked) | set(others) == plan_keys
+
+
+def test_resuming_something_else_is_refused_by_the_setting(tmp_path):
+    broken, _ = stopping(1, RuntimeError("x"))
+    with pytest.raises(RuntimeError, match="x"):
+        evaluate(draw, broken, PROMPTS, output=tmp_path / "run", **SETTINGS)
+    before = results_of(tmp_path)
+    for changes, said in (
+        ({"seeds_per_prompt": 2}, "has seeds_per_prompt = 1, now it is 2"),
+        ({"batch_size": 8}, "has micro_batch_size = 4, now it is 8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(draw, broken, PROMPTS, output=tmp_path / "run", resume=True, **SETTINGS | changes)
+    with pytest.raises(ValueError, match="has prompts = "):
+        evaluate(draw, broken, PROMPTS[1:], output=tmp_path / "run", resume=True, **SETTINGS)
+    assert results_of(tmp_path) == before
+    with pytest.raises(ValueError, match="holds no run"):
+        evaluate(draw, draw, PROMPTS, output=tmp_path / "new", resume=True, **SETTINGS)
+    evaluate(draw, draw, PROMPTS, output=tmp_path / "finished", **SETTINGS)
+    with pytest.raises(ValueError, match="holds no unfinished evaluation"):
+        evaluate(draw, draw, PROMPTS, output=tmp_path / "finished", resume=True, **SETTINGS)
+
+
+def test_a_second_evaluation_of_one_folder_is_refused(tmp_path):
+    with claimed(tmp_path / "run"):
+        (tmp_path / "run" / "journal").mkdir()
+        for how in ("resume", "overwrite"):
+            with pytest.raises(ValueError, match="another evaluation is writing"):
+                evaluate(draw, draw, PROMPTS, output=tmp_path / "run", **{how: True}, **SETTINGS)
+
+
+def test_an_earlier_result_stays_until_there_is_a_new_one(tmp_path):
+    evaluate(draw, shifted(5), PROMPTS, output=tmp_path / "run", **SETTINGS)
+    before = results_of(tmp_path / "run")
+    broken, _ = stopping(2, RuntimeError("x"))
+    with pytest.raises(RuntimeError, match="x"):
+        evaluate(draw, broken, PROMPTS, output=tmp_path / "run", overwrite=True, **SETTINGS)
+    now = results_of(tmp_path / "run")
+    assert {name: content for name, content in now.items() if not name.startswith("journal")} == before
+    evaluate(draw, draw, PROMPTS, output=tmp_path / "run", overwrite=True, **SETTINGS)
+    assert results_of(tmp_path / "run").keys() == before.keys()
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["integrity"]["mean"] == 0
+
+
+def command(folder, *more):
+    settings = ["--original", "shapes", "--unlearned", "shapes", "--forget", "star", "--device", "cpu"]
+    settings += ["--num-inference-steps", "2", "--batch-size", "4", "--control-pairs", "2", "--output", str(folder)]
+    return [sys.executable, "-m", "fastunlearn", "evaluate", *(settings if not more else [*more, str(folder)])]
+
+
+@pytest.mark.slow
+def test_killed_it_continues_and_several_processes_give_the_same_bits(tmp_path):
+    process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL)
+    journal = tmp_path / "killed" / "journal" / "0.jsonl"
+    try:
+        deadline = time.monotonic() + 300
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finally:
+        process.kill()
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["journal"]
+    subprocess.run(command(tmp_path / "killed", "--resume", "--output"), check=True, timeout=300)
+    subprocess.run([*command(tmp_path / "three"), "--num-processes", "3"], check=True, timeout=300)
+    assert len(results_of(tmp_path / "killed")) == 4
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_launched_ranks_meet_in_the_folder(tmp_path):
+    started = [
+        subprocess.Popen(
+            command(tmp_path / "run"), env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["groups"]) == 3
+    assert started[1].stdout.read() == b"", "only the first rank speaks"
+
+
+def test_a_rank_that_fails_is_told(tmp_path):
+    class Failed:
+        returncode = 2
+
+        def poll(self):
+            return 2
+
+    (tmp_path / "1.log").write_text("noise\nfastunlearn: the disk is full.\n\n")
+    ranks = Ranks(0, 2, False, {1: (Failed(), tmp_path / "1.log")})
+    with pytest.raises(RuntimeError, match=r"^rank 1 of 2 failed: the disk is full\.$"):
+        ranks.wait(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_pairs_stay_under_one_gigabyte(tmp_path):
+    script = f"""
+import resource, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from toys import NOISE, MeanDifference, draw, shifted
+from fastunlearn import evaluate
+prompts = [f"a thing of number {{place}} on a background" for place in range(50_000)]
+found = evaluate(draw, [shifted(4), shifted(9, "more")], prompts, output={str(tmp_path / "run")!r},
+                 metric=MeanDifference(), noise_shape=NOISE, batch_size=500, seeds_per_prompt=2)
+assert found.summary["integrity"]["n_pairs"] == 100_000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) * 1024 < 1e9
+
+
+# ---- what can be given -----------------------------------------------------------------------------------------------
+
+
+def test_the_function_and_the_command_have_the_same_settings():
+    signature = inspect.signature(evaluate).parameters
+    fields = {field.name: field for field in dataclasses.fields(EvaluateConfig)}
+    assert fields.keys() | {"noise_shape", "reporter"} == signature.keys()
+    for name, field in fields.items():
+        if field.default is not dataclasses.MISSING:
+            assert signature[name].default == field.default, name
+
+
+def test_folders_loaded_pipelines_and_functions_are_judged_alike(bundled):
+    """A loaded pipeline and a function that wraps the same model give a folder's distances."""
+    from fastunlearn.models import import_diffusers
+    from fastunlearn.sources import PipelineSource
+
+    pipeline = import_diffusers().StableDiffusionPipeline.from_pretrained(bundled.source, safety_checker=None)
+    source = PipelineSource(bundled, SamplerSpec(num_inference_steps=1, micro_batch_size=2))
+
+    def wrapped(prompts, noise):
+        return source.finish(source.begin(prompts, noise))
+
+    given = {"pipeline": pipeline, "function": wrapped, "gold": "shapes-gold-star"}
+    found = evaluate("shapes", given, **SHAPES)
+    assert [result.summary["integrity"]["retention"] for result in found.results[:2]] == [1.0, 1.0]
+    assert found.results[2].summary["integrity"]["retention"] < 1
+    hashes = [result.summary["spec"]["hashes"]["unlearned"] for result in found.results]
+    assert len(set(hashes)) == 3
+    assert evaluate(pipeline, "shapes", **SHAPES).summary["integrity"]["mean"] == 0
+
+
+def test_two_models_placebo_and_groups_are_written_side_by_side(tmp_path):
+    found = evaluate(
+        draw,
+        [shifted(3, "mild"), shifted(20, "harsh")],
+        GROUPED,
+        placebo=shifted(1),
+        output=tmp_path / "run",
+        metrics=[Brightness()],
+        **SETTINGS,
+    )
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"mild", "harsh", "placebo", "grid.png", "report.html"}
+    mild, harsh, placebo = (
+        json.loads((tmp_path / "run" / name / "evaluation.json").read_text()) for name in ("mild", "harsh", "placebo")
+    )
+    assert [one["integrity"]["retention"] for one in (placebo, mild, harsh)] == sorted(
+        [one["integrity"]["retention"] for one in (placebo, mild, harsh)], reverse=True
+    )
+    assert set(mild["groups"]) == {"forget", "near", "far"}
+    assert mild["groups"]["near"]["n_prompts"] == 4
+    assert "retention" not in mild["groups"]["forget"]
+    assert list(mild["integrity"]["changed"]) == ["numeric", "placebo", "redrawn"]
+    assert mild["controls"]["placebo"]["mean"] == placebo["integrity"]["mean"]
+    gap = mild["integrity"]["minus_placebo"]
+    assert gap["mean"] == pytest.approx(mild["integrity"]["mean"] - placebo["integrity"]["mean"])
+    assert "minus_placebo" not in placebo["integrity"]
+    assert mild["metrics"]["brightness"]["original"] == harsh["metrics"]["brightness"]["original"]
+    assert mild["metrics"]["brightness"]["unlearned"] < harsh["metrics"]["brightness"]["unlearned"]
+    assert json.loads(found.to_json()).keys() == {"mild", "harsh", "placebo"}
+    evaluate(draw, draw, PROMPTS, output=tmp_path / "run", overwrite=True, **SETTINGS)
+    assert "mild" not in {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_floor_above_zero_is_what_nobody_is_charged_for():
+    def rough(prompts, noise):
+        """Rounding that depends on the size of the batch."""
+        return (draw(prompts, noise).int() + (len(prompts) == 2)).clamp(0, 255).to(torch.uint8)
+
+    found = evaluate(rough, draw, PROMPTS, **SETTINGS).summary
+    assert found["integrity"]["floor"] == pytest.approx(1 / 255, rel=0.1)
+    assert found["integrity"]["retention"] == 1.0
+    everywhere = evaluate(rough, shifted(9), PROMPTS, **SETTINGS | {"control_pairs": 100}).summary
+    assert everywhere["controls"]["numeric"]["n_pairs"] == len(PROMPTS)
+    span = everywhere["integrity"]["ceiling"] - everywhere["integrity"]["floor"]
+    expected = 1 - (everywhere["integrity"]["mean"] - everywhere["integrity"]["floor"]) / span
+    assert everywhere["integrity"]["retention"] == pytest.approx(expected)
+
+
+def test_the_report_can_be_had_as_json_frame_and_page(tmp_path, monkeypatch):
+    found = evaluate(draw, shifted(5), GROUPED, **SETTINGS)
+    assert json.loads(found.to_json())["shifted"] == found.summary
+    found.html(tmp_path / "page.html")
+    assert "<!doctype html>" in (tmp_path / "page.html").read_text()
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    rows = found.to_dataframe()
+    assert rows[0] == {"model": "shifted", **found.pairs[0]}
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match="needs the package pandas"):
+        found.to_dataframe()
+
+
+def test_ten_thousand_prompts_with_every_oddity_of_a_file(tmp_path):
+    lines = [f"Ding Nummer {place} – größer als ‘{place}’, 物" for place in range(9_997)]
+    text = "\ufeff" + "\r\n".join(["", *lines, "  ", lines[0], "a\u2028b", "c\x0bd", "", ""])
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    found = evaluate(draw, draw, tmp_path / "prompts.txt", **SETTINGS | {"batch_size": 500})
+    assert found.summary["integrity"]["n_pairs"] == len(lines) + 2
+    assert {"a\u2028b", "c\x0bd", lines[0]} <= {pair["prompt"] for pair in found.pairs}
+
+
+def test_the_empty_prompt_is_a_group_of_its_own(tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt,group\na,near\nb,near\n,empty\n,near\n")
+    found = evaluate(draw, shifted(5), tmp_path / "prompts.csv", seeds_per_prompt=2, **SETTINGS)
+    assert found.summary["groups"]["empty"]["n_pairs"] == 2
+    assert found.summary["groups"]["empty"]["ci95"] is None
+    assert found.summary["groups"]["near"]["n_prompts"] == 2
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def returning(pictures):
+    def function(prompts, noise):
+        return pictures(draw(prompts, noise))
+
+    return function
+
+
+BAD_PICTURES = {
+    "floats": (returning(lambda p: p / 255), r"must return pictures \(B, 3, H, W\) as uint8, got torch.float32"),
+    "nan": (returning(lambda p: p.float() * float("nan")), "check for NaN"),
+    "grey": (returning(lambda p: p[:, :1]), r"got torch.uint8 \(4, 1, 8, 8\)"),
+    "too few": (returning(lambda p: p[:2]), "got 4 prompts and returned 2 pictures"),
+    "another size": (returning(lambda p: p[:, :, :4]), "draws pictures of 3x4x8, the original of 3x8x8"),
+    "nothing": (returning(lambda p: None), "got NoneType"),
+}
+
+
+@pytest.mark.parametrize(("function", "said"), BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_pictures_that_are_none_are_refused(tmp_path, function, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate(draw, function, PROMPTS, output=tmp_path / "run", **SETTINGS)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_nan_weights_are_no_black_pictures(bundled):
+    from fastunlearn.models import load_model
+
+    broken = load_model("shapes", "cpu")
+    broken.denoiser.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="draws pictures that are NaN or infinite"):
+        evaluate(bundled, {"broken": broken}, **SHAPES)
+
+
+CALLS = {
+    "no noise shape": ((draw, draw), {"noise_shape": None}, "`noise_shape` is missing"),
+    "no model": ((draw, []), {}, "name at least one unlearned pipeline"),
+    "no kind of model": ((draw, 3), {}, "a model is a folder, a name, a diffusers pipeline or a function"),
+    "resume without a folder": ((draw, draw), {"resume": True}, "`output` is missing"),
+    "processes without a folder": ((draw, draw), {"num_processes": 2}, "`output` is missing"),
+    "processes with functions": ((draw, draw), {"num_processes": 2, "output": "run"}, "cannot share objects"),
+    "cache of a function": ((draw, draw), {"cache": "cache"}, "which a function has not"),
+    "no number": ((draw, draw), {"batch_size": 0}, "`--batch-size` must be at least 1"),
+    "prompt of numbers": ((draw, draw, [(1, "near"), "b"]), {}, "a prompt is a text"),
+    "prompt in two groups": ((draw, draw, [("a", "near"), ("a", "far"), "b"]), {}, "is in two groups"),
+    "one prompt": ((draw, draw, ["a"]), {}, "at least 2 retain prompts"),
+}
+
+
+@pytest.mark.parametrize(("given", "settings", "said"), CALLS.values(), ids=CALLS)
+def test_a_mistaken_call_says_what_to_do(tmp_path, monkeypatch, given, settings, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, TypeError), match=said):
+        evaluate(*given, *([] if len(given) > 2 else [PROMPTS]), **SETTINGS | settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_launched_and_started_ranks_exclude_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="`--num-processes` 3 within 2 launched processes"):
+        evaluate("shapes", "shapes", forget="star", output=tmp_path / "run", num_processes=3)
+    with pytest.raises(ValueError, match="Empty the folder first"):
+        evaluate("shapes", "shapes", forget="star", output=tmp_path / "run", overwrite=True)
+
+
+def test_a_run_is_known_by_its_config(tmp_path):
+    from fastunlearn.config import TrainConfig
+
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(TrainConfig(forget="star", method="esd", output="run")))
+    for given in (tmp_path / "run", str(tmp_path / "run" / "model")):
+        assert config_of_run(given).method == "esd"
+    assert config_of_run(tmp_path) is None
+    assert config_of_run("shapes") is None

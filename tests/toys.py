@@ -1,0 +1,58 @@
+"""Models that are plain functions, so that an evaluation takes milliseconds, and a distance for them."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+NOISE = (3, 8, 8)
+
+
+def draw(prompts, noise):
+    """Each prompt's own colour, and the noise on top."""
+    colours = [list(hashlib.sha256(prompt.encode()).digest()[:3]) for prompt in prompts]
+    base = torch.tensor(colours, dtype=torch.float32)[:, :, None, None] * 0.6 + 50
+    return (base + 12 * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def shifted(amount, name="shifted"):
+    """The original with every picture brighter, some more than others."""
+
+    def function(prompts, noise):
+        strength = torch.tensor([len(prompt) % 5 for prompt in prompts])[:, None, None, None]
+        return (draw(prompts, noise).int() + amount * strength).clamp(0, 255).to(torch.uint8)
+
+    function.__name__ = name
+    return function
+
+
+def deaf(prompts, noise):
+    """Draws the same whatever is asked."""
+    return draw(["whatever"] * len(prompts), noise)
+
+
+class MeanDifference:
+    """A distance with the parts of a ``PerceptualDistance`` that an evaluation uses."""
+
+    metric = "mean-difference@0"
+
+    def distance(self, pictures0, pictures1):
+        return (pictures0.float() - pictures1.float()).abs().mean(dim=(1, 2, 3)) / 255
+
+
+class Brightness:
+    """A metric of two features a pair."""
+
+    name = "brightness"
+
+    def measure(self, original, unlearned, prompts):
+        assert len(original) == len(unlearned) == len(prompts)
+        return torch.stack([original.float().mean(dim=(1, 2, 3)), unlearned.float().mean(dim=(1, 2, 3))], dim=1)
+
+    def summarize(self, values, prompts):
+        assert len(values) == len(prompts)
+        return {"original": float(np.mean(values[:, 0])), "unlearned": float(np.mean(values[:, 1]))}
+
+
+SETTINGS = {"metric": MeanDifference(), "noise_shape": NOISE, "batch_size": 4}
+PROMPTS = [f"thing number {place} {'x' * (place % 7)}" for place in range(13)]
