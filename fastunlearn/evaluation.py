@@ -261,16 +261,18 @@ def _perceptual(name: str | None, source: Source) -> PerceptualDistance:
 def _metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:
     if not given:
         return []
-    asked = [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else list(given)
-    if any(isinstance(one, str) for one in asked):
-        load_metric = importlib.import_module(".metrics", __package__).load_metric
-        asked = [
-            load_metric(one, source.device, bundled=source.is_bundled) if isinstance(one, str) else one for one in asked
-        ]
-    names = [one.name for one in asked]
+    asked: list[Any] = given.split(",") if isinstance(given, str) else list(given)
+    found = []
+    for one in asked:
+        if isinstance(one, str):
+            metrics = importlib.import_module(".metrics", __package__)
+            found.append(metrics.load_metric(one.strip(), source.device, bundled=source.is_bundled))
+        else:
+            found.append(one)
+    names = [one.name for one in found]
     if len(set(names)) < len(names):
         raise ValueError(f"`--metrics` names {max(names, key=names.count)} twice.")
-    return asked
+    return found
 
 
 def _picture_cache(folder: str | Path | None, limit_gib: float, source: Source) -> PictureCache | None:

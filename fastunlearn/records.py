@@ -191,15 +191,18 @@ class Journal:
             )
 
     def close(self) -> None:
+        """Let go of the files.  A journal without a single record is removed: there is nothing to continue."""
         for stream in (self._stream, *self._rows.values()):
             if stream is not None:
                 stream.close()
-        self._stream, self._rows = None, {}
+        begun, self._stream, self._rows = self._stream is not None, None, {}
+        if begun and self.rank == 0 and not any(path.stat().st_size for path in self._files()):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def remove(self) -> None:
         """The evaluation is finished and written."""
         self.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.jsonl"))

@@ -16,7 +16,7 @@ import torch
 from .generate import SamplerSpec, decode, denoise
 from .models import Model, content_of, fingerprint, load_model, sampler_config, versions, wrap_pipeline
 from .recipe import EMPTY
-from .sampling import initial_noise
+from .sampling import check_deterministic, initial_noise
 
 #: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to pictures (B, 3, H, W) uint8.
 Drawer = Callable[[list[str], torch.Tensor], Any]
@@ -83,6 +83,8 @@ class PipelineSource(Source):
     def __init__(self, model: Model, spec: SamplerSpec, *, saved: bool = True) -> None:
         super().__init__(model.name, model.latent_shape, spec.micro_batch_size)
         self.model, self.spec = model, spec
+        check_deterministic(model.pipeline.scheduler)
+        model.new_scheduler(spec.num_inference_steps)  # refuses more steps than it was made for
         self._saved = saved  # the folder holds what is in memory
         self.text = TextStates(model, spec.micro_batch_size)
 
