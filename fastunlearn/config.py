@@ -113,6 +113,10 @@ class EvaluateConfig:
         "shapes (default for the bundled model), lpips-alex (else), lpips-vgg, lpips-squeeze", None
     )
     metrics: str | None = _setting("further metrics, separated by commas: fid, clip-score, ...", None)
+    trunk_weights: str | None = _setting(
+        "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
+        None,
+    )
     seeds_per_prompt: int = _setting("pictures a prompt", 1)
     batch_size: int = _setting("pictures a forward; a part of the result's definition", 32)
     num_inference_steps: int = _setting("sampler steps", 20)

@@ -36,6 +36,7 @@ def evaluate(
     placebo: Any = None,
     forget: str | None = None,
     metric: str | PerceptualDistance | None = None,
+    trunk_weights: str | Path | None = None,
     metrics: str | Sequence[Any] | None = None,
     seeds_per_prompt: int = 1,
     batch_size: int = 32,
@@ -59,6 +60,7 @@ def evaluate(
     ``noise_shape``, (C, H, W).  ``unlearned``: one such, a list of them, or a dict of them by name.  ``prompts``: as on
     the command line, or a list of prompts or of (prompt, group); groups named ``forget...`` ask for the concept.
     ``metric``, ``metrics``: names, or objects like what :func:`load_perceptual` and ``load_metric`` return.
+    ``trunk_weights``: safetensors file for an LPIPS trunk, as in :func:`load_perceptual`.
 
     With ``output``, records go to a journal there as they come, so that an evaluation that was stopped continues with
     ``resume``; at the end the folder holds records, summary, grid and report.  Started by ``torchrun``, or with
@@ -99,7 +101,7 @@ def evaluate(
             source,
             sources,
             groups,
-            metric if metric is not None and not isinstance(metric, str) else _perceptual(metric, source),
+            _perceptual(metric, source, trunk_weights),
             seeds_per_prompt,
             list(models)[-1] if placebo is not None else None,
             _metrics(metrics, source),
@@ -157,6 +159,8 @@ def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
     output = str(Path(given["output"] or ".").expanduser().resolve())
     values = given | {key: name(given[key]) for key in ("original", "placebo", "metric", "metrics", "cache")}
     values["unlearned"] = tuple(str(name(model)) for model in _named_models(given["unlearned"]).values())
+    if given["trunk_weights"] is not None:
+        values["trunk_weights"] = str(Path(given["trunk_weights"]).expanduser().resolve())
     values["prompts"] = "shapes" if given["prompts"] == "shapes" else str(Path(output, JOURNAL, "prompts.csv"))
     return EvaluateConfig(**values | {"output": output, "resume": False, "overwrite": False})
 
@@ -254,8 +258,14 @@ def _groups(
     return shapes_groups(concept)
 
 
-def _perceptual(name: str | None, source: Source) -> PerceptualDistance:
-    return load_perceptual(name or default_metric(source), source.device)
+def _perceptual(
+    metric: str | PerceptualDistance | None, source: Source, trunk_weights: str | Path | None
+) -> PerceptualDistance:
+    if metric is not None and not isinstance(metric, str):
+        if trunk_weights is not None:
+            raise ValueError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
+        return metric
+    return load_perceptual(metric or default_metric(source), source.device, trunk_weights=trunk_weights)
 
 
 def _metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:

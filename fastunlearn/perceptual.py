@@ -12,9 +12,11 @@ import importlib
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors
 import torch
 from fastunlearn_kernels import lpips_distance
 from torch import nn
@@ -34,6 +36,9 @@ class PerceptualDistance(nn.Module):
     ``trunk`` maps (B, 3, H, W) float32 in [-1, 1] to a sequence of features (B, C, h, w); ``weights`` holds one (C,)
     tensor a layer; ``name`` says what they are.  Pictures pass in micro-batches of exactly ``micro_batch_size``
     pairs, the last one padded, so that a pair's distance does not depend on its company.
+
+    One trunk pass serves both sides, in channels_last.  Compiled or frozen trunks were tried on CPUs and did not pay:
+    nine tenths of the time are oneDNN's convolutions either way.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class PerceptualDistance(nn.Module):
         self.micro_batch_size = micro_batch_size
         self.eval().requires_grad_(False)
         self._metric = f"{name}@{_fingerprint(self)}"
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack this form
 
     @property
     def metric(self) -> str:
@@ -78,7 +84,7 @@ class PerceptualDistance(nn.Module):
                 sides = [pictures[start : start + size].to(device) for pictures in (pictures0, pictures1)]
                 count = len(sides[0])
                 padded = [torch.cat([side, side[-1:].expand(size - count, -1, -1, -1)]) for side in sides]
-                features = self.trunk(torch.cat(padded).float() / 127.5 - 1)
+                features = self.trunk(_to_pixel_values(torch.cat(padded)))
                 features0, features1 = (
                     [layer[half] for layer in features] for half in (slice(size), slice(size, None))
                 )
@@ -87,17 +93,28 @@ class PerceptualDistance(nn.Module):
         return distances
 
 
-def load_perceptual(name: str, device: str | torch.device = "cpu") -> PerceptualDistance:
+def load_perceptual(
+    name: str,
+    device: str | torch.device = "cpu",
+    *,
+    trunk_weights: str | Path | None = None,
+    micro_batch_size: int = 32,
+) -> PerceptualDistance:
     """A distance by name: ``shapes`` (the bundled classifier's features) or ``lpips-alex|vgg|squeeze``.
 
-    The latter take their channel weights from the ``lpips`` package and their trunk's ImageNet weights from
-    torchvision, which fetches them once.  Raises ``ValueError`` for an unknown name and when the weights cannot be
-    had.
+    The latter take their channel weights from the ``lpips`` package and their trunk's weights from the safetensors
+    file ``trunk_weights``, which has torchvision's names (``features.0.weight``, ...; others are ignored), or without
+    one from torchvision, which fetches its ImageNet weights once.  Raises ``ValueError`` for an unknown name and when
+    the weights cannot be had or do not fit.
     """
     if name not in METRICS:
         raise ValueError(f"unknown perceptual distance {name!r}: choose one of {', '.join(METRICS)}")
-    distance = _shapes_distance() if name == "shapes" else _lpips_distance(name.removeprefix("lpips-"))
-    return distance.to(device)
+    if name == "shapes":
+        if trunk_weights is not None:
+            raise ValueError("the perceptual distance `shapes` brings its own trunk: leave `--trunk-weights` out")
+        return _shapes_distance(micro_batch_size).to(device)
+    model, name = _lpips_model(name.removeprefix("lpips-"), trunk_weights)
+    return from_lpips(model, name, micro_batch_size=micro_batch_size).to(device)
 
 
 def from_lpips(model: lpips.LPIPS, name: str = "lpips", *, micro_batch_size: int = 32) -> PerceptualDistance:
@@ -120,15 +137,20 @@ class _ClassifierTrunk(nn.Module):
         return self.classifier.features(pixel_values)
 
 
-def _shapes_distance() -> PerceptualDistance:
+def _shapes_distance(micro_batch_size: int) -> PerceptualDistance:
     trunk = _ClassifierTrunk()
     widths = trunk.classifier.widths
-    return PerceptualDistance(
-        trunk, [torch.full((width,), 1 / len(widths)) for width in widths], "lpips-form/shapes-classifier"
-    )
+    weights = [torch.full((width,), 1 / len(widths)) for width in widths]
+    return PerceptualDistance(trunk, weights, "lpips-form/shapes-classifier", micro_batch_size=micro_batch_size)
 
 
-def _lpips_distance(net: str) -> PerceptualDistance:
+def _to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 [0, 255] to float32 [-1, 1] in channels_last, with one copy."""
+    return pictures.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+
+
+def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIPS, str]:
+    """The package's model with its trunk's weights put in, and its name."""
     from .models import mend_torchvision
 
     mend_torchvision()
@@ -142,23 +164,57 @@ def _lpips_distance(net: str) -> PerceptualDistance:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    url = getattr(models, _TRUNK_WEIGHTS[net]).IMAGENET1K_V1.url
+    if trunk_weights is not None:
+        _load_trunk(model.net, _read_trunk_weights(Path(trunk_weights), net), f"the file {trunk_weights}", net)
+    else:
+        _fetch_trunk(model.net, getattr(models, _TRUNK_WEIGHTS[net]).IMAGENET1K_V1.url, net)
+    return model, f"lpips/{net}"
+
+
+def _fetch_trunk(trunk: nn.Module, url: str, net: str) -> None:
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         state = torch.hub.load_state_dict_from_url(
             url, folder, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
-        # The package cuts torchvision's ``features.<index>`` into ``slice<n>.<index>``.
-        trunk = {key: state["features." + key.partition(".")[2]] for key in model.net.state_dict()}
-        model.net.load_state_dict(trunk)
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        _load_trunk(trunk, state, os.path.basename(url), net)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
             f"lpips-{net} needs the ImageNet weights {os.path.basename(url)}, which could not be fetched or read "
-            f"({reason}): let this machine reach torchvision's downloads, or put the intact file into {folder}, "
-            "or choose another perceptual distance"
+            f"({reason}): let this machine reach torchvision's downloads, put the intact file into {folder}, "
+            "give a safetensors file with `--trunk-weights`, or choose another perceptual distance"
         ) from error
-    return from_lpips(model, f"lpips/{net}")
+
+
+def _read_trunk_weights(path: Path, net: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot read the trunk weights {path} ({reason}): give a safetensors file of torchvision's {net} weights"
+        ) from error
+
+
+def _load_trunk(trunk: nn.Module, state: Mapping[str, torch.Tensor], source: str, net: str) -> None:
+    """Put torchvision's ``features.<index>.*`` where the package has them: in ``slice<n>.<index>.*``."""
+    found = {}
+    for key, own in trunk.state_dict().items():
+        name = "features." + key.partition(".")[2]
+        given = state.get(name)
+        if given is None or given.shape != own.shape:
+            got = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
+            raise ValueError(
+                f"{source} does not hold the trunk {net}: `{name}` {got} and must be {tuple(own.shape)}. "
+                "Give the weights of that network, with torchvision's names"
+            )
+        if not torch.isfinite(given).all():
+            raise ValueError(f"{source} is damaged: `{name}` holds NaN or infinity. Fetch it again")
+        found[key] = given.float()
+    trunk.load_state_dict(found)
 
 
 def _fingerprint(module: nn.Module) -> str:

@@ -47,6 +47,7 @@ FLAGS = {
     "apply": {"config", "model", "delta", "output", "overwrite"},
     "evaluate": {
         *("config", "original", "unlearned", "prompts", "placebo", "output", "forget", "metric", "metrics"),
+        "trunk-weights",
         *("seeds-per-prompt", "batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device"),
         *("control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
     },

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastunlearn.models import mend_torchvision
 from fastunlearn.perceptual import METRICS, PerceptualDistance, from_lpips, load_perceptual
@@ -140,6 +141,58 @@ def test_trunk_weights_come_from_torchvision_names(monkeypatch):
     assert "squeezenet1_1" in url
     assert options["weights_only"]
     assert options["check_hash"]
+
+
+def torchvision_state(model):
+    """The trunk's weights under the names that torchvision gives them."""
+    return {"features." + key.partition(".")[2]: value for key, value in model.net.state_dict().items()}
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_trunk_weights_come_from_a_file(net, tmp_path):
+    model = package(net)
+    save_file(torchvision_state(model) | {"classifier.1.weight": torch.zeros(1)}, tmp_path / "trunk.safetensors")
+    distance = load_perceptual(f"lpips-{net}", trunk_weights=tmp_path / "trunk.safetensors", micro_batch_size=2)
+    assert distance.metric == from_lpips(model, f"lpips/{net}").metric
+    one, other = pictures(3, 1), pictures(3, 2)
+    one[0] = other[0]
+    with torch.inference_mode():
+        expected = model(to_pixel_values(one), to_pixel_values(other)).flatten()
+    torch.testing.assert_close(distance.distance(one, other), expected, rtol=1e-5, atol=1e-5)
+    assert not distance.distance(one, one).any()
+
+
+def test_half_precision_trunk_weights_are_widened(tmp_path):
+    model = package("squeeze")
+    state = {name: value.half() for name, value in torchvision_state(model).items()}
+    save_file(state, tmp_path / "trunk.safetensors")
+    distance = load_perceptual("lpips-squeeze", trunk_weights=tmp_path / "trunk.safetensors")
+    assert {parameter.dtype for parameter in distance.parameters()} == {torch.float32}
+    assert distance.metric != from_lpips(model, "lpips/squeeze").metric
+    assert distance.distance(pictures(1, 1), pictures(1, 2)) > 1e-4
+
+
+def test_bad_trunk_weights_are_refused(tmp_path):
+    state, path = torchvision_state(package("squeeze")), tmp_path / "trunk.safetensors"
+
+    def refusal(name="lpips-squeeze"):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            load_perceptual(name, trunk_weights=path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "cannot read the trunk weights" in refusal()
+    path.write_bytes(b"no safetensors")
+    assert "cannot read the trunk weights" in refusal()
+    save_file({name: value for name, value in state.items() if name != "features.0.bias"}, path)
+    assert "`features.0.bias` is missing" in refusal()
+    save_file(state | {"features.0.bias": torch.zeros(3)}, path)
+    assert "`features.0.bias` has the shape (3,)" in refusal()
+    save_file(state | {"features.0.bias": torch.full_like(state["features.0.bias"], torch.nan)}, path)
+    assert "NaN" in refusal()
+    save_file(state, path)
+    assert "does not hold the trunk alex" in refusal("lpips-alex")
+    assert "leave `--trunk-weights` out" in refusal("shapes")
 
 
 @pytest.mark.parametrize(
