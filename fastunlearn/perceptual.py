@@ -51,7 +51,7 @@ class PerceptualDistance(nn.Module):
         self.weights = nn.ParameterList(weight.detach().clone().float() for weight in weights)
         self.micro_batch_size = micro_batch_size
         self.eval().requires_grad_(False)
-        self._metric = f"{name}@{_fingerprint(self)}"
+        self._metric = f"{name}@{fingerprint_of(self)}"
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack this form
 
     @property
@@ -217,7 +217,8 @@ def _load_trunk(trunk: nn.Module, state: Mapping[str, torch.Tensor], source: str
     trunk.load_state_dict(found)
 
 
-def _fingerprint(module: nn.Module) -> str:
+def fingerprint_of(module: nn.Module) -> str:
+    """The first 12 hex digits of the SHA-256 of all of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
