@@ -10,11 +10,13 @@ __version__ = "0.1.0"
 # Lazy: importing fastunlearn loads neither torch nor diffusers.
 _PUBLIC = {
     "EvaluateConfig": "config",
+    "EvaluateImagesConfig": "config",
     "TrainConfig": "config",
     "EvaluationReport": "results",
     "PerceptualDistance": "perceptual",
     "Reporter": "api",
     "evaluate": "evaluation",
+    "evaluate_images": "images",
     "load_model": "models",
     "load_perceptual": "perceptual",
     "unlearn": "api",
@@ -22,12 +24,14 @@ _PUBLIC = {
 
 __all__ = [
     "EvaluateConfig",
+    "EvaluateImagesConfig",
     "EvaluationReport",
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
     "__version__",
     "evaluate",
+    "evaluate_images",
     "load_model",
     "load_perceptual",
     "unlearn",
@@ -35,8 +39,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .api import Reporter, unlearn
-    from .config import EvaluateConfig, TrainConfig
+    from .config import EvaluateConfig, EvaluateImagesConfig, TrainConfig
     from .evaluation import evaluate
+    from .images import evaluate_images
     from .models import load_model
     from .perceptual import PerceptualDistance, load_perceptual
     from .results import EvaluationReport

@@ -15,7 +15,17 @@ from typing import Any, NoReturn
 
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from . import __version__
-from .config import ApplyConfig, CompareConfig, DemoConfig, EvaluateConfig, MaskConfig, TrainConfig, add_flags, build
+from .config import (
+    ApplyConfig,
+    CompareConfig,
+    DemoConfig,
+    EvaluateConfig,
+    EvaluateImagesConfig,
+    MaskConfig,
+    TrainConfig,
+    add_flags,
+    build,
+)
 
 Command = Callable[[dict[str, Any]], int]
 
@@ -46,6 +56,10 @@ _EVALUATE_EXAMPLES = """examples:
 _COMPARE_EXAMPLES = """examples:
   fastunlearn compare evaluation-esd evaluation-ovw --output comparison
   fastunlearn compare evaluation/esd evaluation/ovw evaluation/saddle --margin 0.02 --output comparison
+"""
+_EVALUATE_IMAGES_EXAMPLES = """examples:
+  fastunlearn evaluate-images --original-images before --unlearned-images after --output evaluation
+  fastunlearn evaluate-images --original-images before --unlearned-images after --metrics fid,ssim --output evaluation
 """
 
 
@@ -205,6 +219,17 @@ def _compare(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _evaluate_images(flags: dict[str, Any]) -> int:
+    config = build(EvaluateImagesConfig, flags)
+    from .console import Console, images_table
+    from .images import evaluate_images
+
+    with Console() as console:
+        summary = evaluate_images(config, console.comparing)
+    images_table(summary, Path(config.output))
+    return 0
+
+
 def _demo(flags: dict[str, Any]) -> int:
     config = build(DemoConfig, flags)
     from .console import Console, table
@@ -261,6 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     add("mask", _mask, "find the weights that matter most for a concept", MaskConfig, _MASK_EXAMPLES)
     add("apply", _apply, "rebuild an unlearned model from its original and a delta", ApplyConfig, _APPLY_EXAMPLES)
     add("evaluate", _evaluate, "measure what an unlearned model forgot and kept", EvaluateConfig, _EVALUATE_EXAMPLES)
+    add(
+        "evaluate-images",
+        _evaluate_images,
+        "compare two folders of pictures, made by any tool, pair by pair",
+        EvaluateImagesConfig,
+        _EVALUATE_IMAGES_EXAMPLES,
+    )
     add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
     add("methods", _methods, "list the methods: paper, what each needs, what it changes")
     add("info", _info, "show versions, devices, and which kernels and metrics can run here")

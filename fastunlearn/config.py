@@ -198,6 +198,33 @@ class ApplyConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateImagesConfig:
+    """What `evaluate-images` does."""
+
+    original_images: str = _setting("folder of the original model's pictures")
+    unlearned_images: str = _setting("folder of the unlearned model's, with the same names; suffixes may differ")
+    output: str = _setting("folder for the records and the report")
+    prompts: str | None = _setting(
+        "CSV with the columns file, prompt and, if wanted, group; default: every pair is a prompt of its own", None
+    )
+    metric: Literal["lpips-alex", "lpips-vgg", "lpips-squeeze", "shapes"] = _setting(
+        "the perceptual distance; shapes is the bundled world's", "lpips-alex"
+    )
+    trunk_weights: str | None = _setting(
+        "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
+        None,
+    )
+    metrics: str | None = _setting("further metrics, separated by commas: fid, kid, cmmd, clip-score, ...", None)
+    batch_size: int = _setting("pairs a forward; a part of the result's definition", 8)
+    num_workers: int | None = _setting("decoders; default: one a CPU core", None)
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto takes a GPU where there is one", "auto")
+    overwrite: bool = _setting("replace an earlier evaluation in the output folder", False)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "num_workers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """What `demo` does: forget "star" three ways and show them side by side."""
 
@@ -209,7 +236,16 @@ class DemoConfig:
         _at_least(self, 0, "seed")
 
 
-Config = TypeVar("Config", TrainConfig, EvaluateConfig, CompareConfig, MaskConfig, ApplyConfig, DemoConfig)
+Config = TypeVar(
+    "Config",
+    TrainConfig,
+    EvaluateConfig,
+    EvaluateImagesConfig,
+    CompareConfig,
+    MaskConfig,
+    ApplyConfig,
+    DemoConfig,
+)
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:

@@ -65,6 +65,9 @@ class Console(Reporter):
     def scoring(self, done: int, total: int) -> None:
         self._advance("evaluate", done, total, "pictures")
 
+    def comparing(self, done: int, total: int) -> None:
+        self._advance("compare", done, total, "pairs")
+
     def note(self, text: str) -> None:
         self.bars.console.print(f"note: {text}", highlight=False)
 
@@ -175,6 +178,28 @@ def comparison_table(found: dict[str, Any]) -> None:
         difference, interval = f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"
         grid.add_row(f"{row['a']} - {row['b']}", difference, interval, f"{row['p_value_holm']:.3g}", row["verdict"])
     Terminal().print(grid)
+
+
+def images_table(summary: dict[str, Any], folder: Path) -> None:
+    """What a comparison of two folders found."""
+    from .images_report import image_sentence
+
+    grid = Table()
+    for name in ("group", "pairs", "distance", "95 % interval", "q50", "q95", "unchanged"):
+        grid.add_column(name, justify="left" if name == "group" else "right")
+    for name, group in summary["groups"].items():
+        interval = "-" if group["ci95"] is None else " to ".join(f"{value:.4f}" for value in group["ci95"])
+        spread = [f"{group['quantiles'][level]:.4f}" for level in ("q50", "q95")]
+        grid.add_row(
+            name, str(group["n_pairs"]), f"{group['mean']:.4f}", interval, *spread, f"{group['unchanged']:.1%}"
+        )
+    out = Terminal(width=110, highlight=False)
+    out.print(grid)
+    for name, result in summary["metrics"].items():
+        out.print(f"{name}: {result['value']:.4f}  ({result['of']})")
+    plain = Terminal(highlight=False, soft_wrap=True)
+    plain.print(image_sentence(summary))
+    plain.print(f"report: {folder / 'report.html'}")
 
 
 def methods_table() -> None:

@@ -309,9 +309,6 @@ class _Inception:
     """clean-fid's Inception and its resizing."""
 
     def __init__(self, metric: str, device: str | torch.device) -> None:
-        from .models import mend_torchvision
-
-        mend_torchvision()
         networks = _package(metric, "cleanfid.inception_torchscript", "clean-fid")
         self.resize = _package(metric, "cleanfid.resize", "clean-fid").build_resizer("clean")
         # Not clean-fid's own choice, a shared temporary folder that anybody may write to.
@@ -332,9 +329,6 @@ class _Clip:
     """A CLIP of open_clip with its own preprocessing."""
 
     def __init__(self, architecture: str, tag: str, metric: str, device: str | torch.device) -> None:
-        from .models import mend_torchvision
-
-        mend_torchvision()
         library = _package(metric, "open_clip", "open_clip_torch")
         with _weights(metric, f"{architecture}/{tag}", "the Hugging Face cache"):
             self.model, self.preprocess = library.create_model_from_pretrained(
@@ -366,9 +360,6 @@ class _DreamSim:
     """The ensemble that the dreamsim package recommends."""
 
     def __init__(self, device: str | torch.device) -> None:
-        from .models import mend_torchvision
-
-        mend_torchvision()
         library = _package("dreamsim", "dreamsim", "dreamsim")
         folder = os.path.join(torch.hub.get_dir(), "dreamsim")
         with _weights("dreamsim", "DreamSim ensemble", folder):
@@ -405,7 +396,10 @@ def _scaled(pictures: torch.Tensor, device: str | torch.device) -> torch.Tensor:
 
 
 def _package(metric: str, module: str, package: str) -> Any:
+    from .models import mend_torchvision
+
     try:
+        mend_torchvision()  # which all of them import
         return importlib.import_module(module)
     except ImportError as error:
         extra = "dreamsim" if package == "dreamsim" else "metrics"

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,29 @@ def cli(capsys):
         return Answer(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def random_trunk(tmp_path):
+    """``random_trunk("alex")`` writes random weights under torchvision's names and returns the file."""
+    from safetensors.torch import save_file
+
+    def write(net):
+        import torch
+
+        from fastunlearn.models import mend_torchvision
+
+        mend_torchvision()
+        lpips = pytest.importorskip("lpips")
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torchvision on the package's way to call it
+            torch.manual_seed(0)
+            trunk = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).net
+        state = {"features." + key.partition(".")[2]: value for key, value in trunk.state_dict().items()}
+        save_file(state, tmp_path / "trunk.safetensors")
+        return tmp_path / "trunk.safetensors"
+
+    return write
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The field's metrics: their arithmetic against the libraries', every path on bundled or random nets, and refusals."""
 
 import importlib
+import subprocess
 import sys
 
 import numpy as np
@@ -290,6 +291,14 @@ def test_missing_weights_say_what_to_do(monkeypatch, capfd, tmp_path, name, modu
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(ValueError, match=f"unknown metric 'is': choose from {', '.join(METRICS)}"):
         load_metric("is")
+
+
+@pytest.mark.parametrize("name", ["kid", "ssim"])
+def test_a_library_that_needs_torchvision_loads_in_a_fresh_process(name):
+    pytest.importorskip("torchmetrics")
+    script = f"from fastunlearn.metrics import load_metric; print(load_metric({name!r}, bundled=True).name)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == name, done.stderr[-1000:]
 
 
 def test_no_library_is_imported_before_it_is_asked_for():
