@@ -36,7 +36,9 @@ results: $(VENV)/.installed
 	cp demo/grid.png docs/grid.png
 	$(BIN)/python -m pytest benchmarks/bench_bank.py --benchmark-enable --benchmark-json .benchmarks/bank.json
 	$(BIN)/python benchmarks/bank_quality.py --output benchmarks/results/bank_quality.json
-	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json
+	$(BIN)/python -m pytest benchmarks/bench_evaluation.py --benchmark-enable --benchmark-json .benchmarks/evaluation.json
+	$(BIN)/python benchmarks/metrics_miss.py --output benchmarks/results/metrics_miss.json --figure docs/metrics_miss.png
+	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json --evaluation-speed .benchmarks/evaluation.json
 
 readme:
 	$(PYTHON) benchmarks/readme.py

@@ -23,9 +23,14 @@ def main() -> None:
     parser.add_argument(
         "--bank-speed", type=Path, help="a pytest-benchmark file to distil into results/bank_speed.json"
     )
+    parser.add_argument(
+        "--evaluation-speed", type=Path, help="a pytest-benchmark file to distil into results/evaluation_cpu.json"
+    )
     args = parser.parse_args()
     if args.bank_speed:
         distil(args.bank_speed)
+    if args.evaluation_speed:
+        distil_evaluation(args.evaluation_speed)
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     after = render(before)
@@ -40,6 +45,8 @@ def render(text: str) -> str:
         "demo": demo_section(_read("demo.json")),
         "bank": bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
         "kernels": kernels_section([json.loads(path.read_text()) for path in sorted(RESULTS.glob("kernels-*.json"))]),
+        "metrics": metrics_section(_read("metrics_miss.json")),
+        "evaluation": evaluation_section(_read("evaluation_cpu.json")),
     }
     for name, content in sections.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -136,6 +143,85 @@ def kernels_section(results: list[dict[str, Any]]) -> str:
 
 def _seconds(row: dict[str, Any]) -> float:
     return row.get("device_median_s", row["wall_median_s"])
+
+
+def metrics_section(found: dict[str, Any]) -> str:
+    lines = [
+        "| | star shown | prompt shown in full | CLIPScore-like, change | FID | R (95 % interval) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["models"]:
+        kept, low, high = (
+            _signed(value, plus=False) for value in (row["retention"]["mean"], *row["retention"]["ci95"])
+        )
+        lines.append(
+            f"| {row['model']} | {row['shown']:.1%} | {row['all_accuracy']['mean']:.1%} | "
+            f"{_signed(row['clip-score']['change'])} | {row['fid']['value']:.3f} | "
+            f"**{kept}** ({low} to {high}) |"
+        )
+    doses = found["doses"]
+    names = list(doses["damages"])
+    lines += [
+        "",
+        f"{found['prompts']} prompts that no training has seen, {found['seeds']} pictures each. The smallest dose of a "
+        f"damage that each metric tells from harmless training in {doses['power']:.0%} of resamples, with the range "
+        "that holds 95 % of them; 0 is the original, 1 the damaged model, and all metrics see the same pictures:",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+    ]
+    for metric in next(iter(doses["damages"].values()))["metrics"]:
+        cells = []
+        for damage in doses["damages"].values():
+            entry = damage["metrics"][metric]
+            low, high = (_dose(value) for value in entry["smallest_dose_ci95"])
+            cells.append(f"{_dose(entry['smallest_dose'])} ({low} to {high})")
+        lines.append(f"| {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def evaluation_section(speed: dict[str, Any]) -> str:
+    lines = [
+        "| pairs/s on a CPU | the `lpips` package's script | `lpips` in batches | `evaluate-images` |",
+        "|---|---|---|---|",
+    ]
+    for net, ways in speed["nets"].items():
+        cells = [f"{ways[way]['pairs_per_second']:.1f}" for way in ("script", "batched", "evaluate-images")]
+        ours = ways["evaluate-images"]
+        batched = ours["pairs_per_second"] / ways["batched"]["pairs_per_second"]
+        lines.append(
+            f"| {net}, {ours['side']} x {ours['side']} PNG, {ours['pairs']} pairs | {cells[0]} | {cells[1]} | "
+            f"**{cells[2]}** ({ours['times_the_script']:.2f}x, {batched:.2f}x) |"
+        )
+    return "\n".join(lines)
+
+
+def _signed(value: float, *, plus: bool = True) -> str:
+    """With a sign only where something is left after rounding."""
+    text = f"{value:+.3f}" if plus else f"{value:.3f}"
+    return "0.000" if float(text) == 0 else text
+
+
+def _dose(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
+
+
+def distil_evaluation(path: Path) -> None:
+    """Keep of a pytest-benchmark file the pairs a second and the ratios."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    nets: dict[str, Any] = {}
+    for entry in report["benchmarks"]:
+        info = dict(entry["extra_info"])
+        nets.setdefault(info.pop("net"), {})[info.pop("way")] = {
+            "median_s": round(entry["stats"]["median"], 3),
+            "rounds": entry["stats"]["rounds"],
+            **info,
+        }
+    content = {
+        "machine": {key: report["machine_info"][key] for key in ("processor", "python_version", "machine")},
+        "nets": nets,
+    }
+    (RESULTS / "evaluation_cpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def distil(path: Path) -> None:

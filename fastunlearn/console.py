@@ -248,6 +248,8 @@ def info() -> None:
     )
     out.print("metric        shapes: yes")
     out.print(f"metric        lpips-alex, lpips-vgg, lpips-squeeze: {lpips}")
+    libraries = ("clean-fid", "torchmetrics", "open_clip_torch", "dreamsim")
+    out.print("metrics       " + ", ".join(f"{name} {_version(name)}" for name in libraries))
     out.print(f"methods       {', '.join(all_methods())}")
 
 

@@ -46,6 +46,10 @@ class Pair:
     prompt: str
     group: str
 
+    @property
+    def is_to_forget(self) -> bool:
+        return self.group.startswith("forget")
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -90,7 +94,8 @@ def evaluate_images(
 def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> list[Pair]:
     """All pairs, sorted by name.  ``prompts``: a CSV with the columns file, prompt and perhaps group.
 
-    Raises ValueError where a picture has no partner, or the prompt file does not list every picture once.
+    Raises ValueError where a picture has no partner, and where the prompt file does not list every picture once or has
+    none to keep.
     """
     before, after = find_pictures(original.expanduser()), find_pictures(unlearned.expanduser())
     lonely = {
@@ -106,7 +111,10 @@ def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> l
     if len(before) < 2:
         raise ValueError("an interval needs at least 2 pairs of pictures, got 1.")
     said = _read_prompts(Path(prompts).expanduser(), before) if prompts is not None else {}
-    return [Pair(name, path, after[name], *said.get(name, (name, "retain"))) for name, path in before.items()]
+    pairs = [Pair(name, path, after[name], *said.get(name, (name, "retain"))) for name, path in before.items()]
+    if all(pair.is_to_forget for pair in pairs):
+        raise ValueError("all pictures are of a forget group: integrity is measured on prompts to keep. Add some.")
+    return pairs
 
 
 def _read_prompts(path: Path, pictures: dict[str, Path]) -> dict[str, tuple[str, str]]:
@@ -259,14 +267,15 @@ def summarize(
     config: EvaluateImagesConfig,
 ) -> dict[str, Any]:
     """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics."""
-    kept = [place for place, pair in enumerate(pairs) if not pair.group.startswith("forget")]
-    if not kept:
-        raise ValueError("all pictures are of a forget group: integrity is measured on prompts to keep. Add some.")
-    groups = {group: [place for place, pair in enumerate(pairs) if pair.group == group] for group in _groups(pairs)}
+    kept = [place for place, pair in enumerate(pairs) if not pair.is_to_forget]
+    overall = _integrity(pairs, scores.distances, kept)
+    groups = {}
+    for group in _groups(pairs):
+        places = [place for place, pair in enumerate(pairs) if pair.group == group]
+        groups[group] = overall if places == kept else _integrity(pairs, scores.distances, places)
     return {
-        "integrity": _integrity(pairs, scores.distances, kept)
-        | {"metric": distance.metric, "clusters": "prompts" if config.prompts else "pairs"},
-        "groups": {group: _integrity(pairs, scores.distances, places) for group, places in groups.items()},
+        "integrity": overall | {"metric": distance.metric, "clusters": "prompts" if config.prompts else "pairs"},
+        "groups": groups,
         "metrics": {
             metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[place].prompt for place in kept])
             for metric in metrics

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import torch
 from PIL import Image
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
-from fastunlearn.images import find_pairs
+from fastunlearn.images import Pair, Scores, _records, find_pairs, summarize
+from fastunlearn.metrics import load_metric
 from fastunlearn.perceptual import load_perceptual
 from fastunlearn.pictures import find_pictures, read_picture
+from fastunlearn.run_folder import write_lines
 
 COUNT = 7
 
@@ -456,3 +459,25 @@ def test_a_bug_of_a_decoder_is_not_swallowed(command, folders, monkeypatch):
     monkeypatch.setattr("fastunlearn.images.read_picture", fails)
     with pytest.raises(ZeroDivisionError):
         command()
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_pairs_stay_under_a_gigabyte(tmp_path):
+    """All that is kept of them, from the pairs to the written records; features of FID would come on top."""
+    count, distance = 100_000, load_perceptual("shapes")
+    config = EvaluateImagesConfig(original_images="before", unlearned_images="after", output="out", prompts="p.csv")
+    tracemalloc.start()
+    pairs = [
+        Pair(f"p{place:06}", Path(f"before/p{place:06}.png"), Path(f"after/p{place:06}.png"), f"p{place % 999}", "near")
+        for place in range(count)
+    ]
+    drawn = np.random.default_rng(0).random((count, 1), dtype=np.float32)
+    scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512))
+    summary = summarize(pairs, scores, distance, [load_metric("dreamsim", bundled=True)], config)
+    write_lines(tmp_path / "pairs.jsonl", _records(pairs, scores))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert summary["integrity"]["n_pairs"] == count
+    assert summary["integrity"]["n_prompts"] == 999
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == count
+    assert peak < 1e9
