@@ -121,6 +121,7 @@ def write_report(path: Path | str, report: Report) -> None:
             models=models,
             verdicts=[model for model in models if not model["control"]] or models,
             controls=[model for model in models if model["control"]],
+            judged=any(evaluation["retain"] is not None for evaluation in report.evaluations),
             insight=_insight(report.evaluations),
             ladders=_ladders(report.evaluations),
             histograms=_histograms(report),

@@ -47,7 +47,8 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> No
 
 def clear_output(folder: Path, *, but: Sequence[str] = ()) -> None:
     """Remove what an earlier run left, as :func:`check_output` allows it, but for these names.  The folder stays."""
-    _refuse_foreign(folder)
+    if any(folder.iterdir()):
+        _refuse_foreign(folder)
     for entry in folder.iterdir():
         if entry.name not in but:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -63,7 +63,7 @@ def test_the_margin_decides_equivalence(runs, tmp_path):
 
 
 def test_it_leaves_a_table_a_plot_and_a_page(runs, tmp_path):
-    found = compared(tmp_path, runs / "together" / "mild", runs / "alone")
+    found = compared(tmp_path, runs / "together" / "mild", runs / "alone", overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.json", "compare.png", "compare.html"}
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found
     pixels = np.asarray(Image.open(tmp_path / "out" / "compare.png").convert("RGB"))

@@ -103,11 +103,11 @@ SHAPES = {"prompts": "a red ring;a blue heart;a star;a green cross;a pink circle
 SHAPES |= {"batch_size": 2, "device": "cpu", "control_pairs": 2}
 
 
-def test_the_cache_changes_no_bit_and_is_not_believed(tmp_path):
+def test_the_cache_changes_no_bit_and_is_not_believed(bundled, tmp_path):
     def run(name, **cache):
         notes = []
         reporter = types.SimpleNamespace(stage=print, scoring=lambda *_: None, note=notes.append)
-        evaluate("shapes", "shapes", output=tmp_path / name, **SHAPES, **cache, reporter=reporter)
+        evaluate(bundled, {"same": bundled}, output=tmp_path / name, **SHAPES, **cache, reporter=reporter)
         return results_of(tmp_path / name), notes
 
     cache = {"cache": tmp_path / "cache"}
@@ -124,7 +124,9 @@ def test_the_cache_changes_no_bit_and_is_not_believed(tmp_path):
     again, notes = run("again", **cache)
     assert again == plain[0]
     assert notes == ["3 entries of the cache were damaged or foreign and were made anew"]
-    assert run("healed", **cache) == plain
+    healed = PictureCache(tmp_path / "cache", 10**9)
+    assert all(healed.load(path.parent.name + path.stem) is not None for path in entries)
+    assert healed.rejected == 0
 
 
 def test_another_model_finds_nothing_in_the_cache(bundled, pipeline_copy):
@@ -343,12 +345,12 @@ def test_folders_loaded_pipelines_and_functions_are_judged_alike(bundled):
         return source.finish(source.begin(prompts, noise))
 
     given = {"pipeline": pipeline, "function": wrapped, "gold": "shapes-gold-star"}
-    found = evaluate("shapes", given, **SHAPES)
+    found = evaluate(bundled, given, **SHAPES)
     assert [result.summary["integrity"]["retention"] for result in found.results[:2]] == [1.0, 1.0]
     assert found.results[2].summary["integrity"]["retention"] < 1
     hashes = [result.summary["spec"]["hashes"]["unlearned"] for result in found.results]
     assert len(set(hashes)) == 3
-    assert evaluate(pipeline, "shapes", **SHAPES).summary["integrity"]["mean"] == 0
+    assert evaluate(pipeline, {"same": bundled}, **SHAPES).summary["integrity"]["mean"] == 0
 
 
 def test_two_models_placebo_and_groups_are_written_side_by_side(tmp_path):
