@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ class Console(Reporter):
             disable=quiet or not terminal.is_terminal,
         )
         self.task: TaskID | None = None
+        self.begun = 0.0  # the scoring
         self.name = ""
 
     def __enter__(self) -> Console:
@@ -56,14 +58,15 @@ class Console(Reporter):
                 self.out.print(line)
 
     def stage(self, name: str) -> None:
-        self.task = None
+        self.task, self.begun = None, time.monotonic()
 
     def training(self, step: int, total: int, metrics: Metrics) -> None:
         note = f"loss {metrics['loss']:.4g}  {metrics['steps_per_second']:.1f} steps/s"
         self._advance(f"train {self.name}", step, total, note)
 
     def scoring(self, done: int, total: int) -> None:
-        self._advance("evaluate", done, total, "pictures")
+        rate = done / max(time.monotonic() - self.begun, 1e-9)
+        self._advance("evaluate", done, total, f"pictures  {rate:.1f}/s" if done < total else "pictures")
 
     def comparing(self, done: int, total: int) -> None:
         self._advance("compare", done, total, "pairs")

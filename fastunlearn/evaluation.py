@@ -109,19 +109,22 @@ def evaluate(
         )
         pictures = _picture_cache(cache, cache_limit_gib, source)
         reporter.stage("evaluation")
+        journal = None
+        if folder:
+            journal = stack.enter_context(contextlib.closing(Journal(folder, ranks.rank, ranks.world_size)))
+            if ranks.rank == 0:
+                journal.begin(plan.spec(), to_yaml(config), plan.grouped, resume=resume)
+                stack.callback(ranks.stop)
+                ranks.start(journal.folder)
+            else:
+                journal.join(plan.spec())
         evaluator = stack.enter_context(Evaluator(plan, cache=pictures, on_progress=reporter.scoring))
-        if folder is None:
+        if journal is None:
             records = Batch.merge(list(evaluator.run(plan.keys())))
         else:
-            journal = stack.enter_context(contextlib.closing(Journal(folder, ranks.rank, ranks.world_size)))
-            if ranks.rank > 0:
-                journal.join(plan.spec())
-                _record(plan, evaluator, journal, ranks)
-                return EvaluationReport(None, groups)
-            journal.begin(plan.spec(), to_yaml(config), plan.grouped, resume=resume)
-            stack.callback(ranks.stop)
-            ranks.start(journal.folder)
             _record(plan, evaluator, journal, ranks)
+            if ranks.rank > 0:
+                return EvaluationReport(None, groups)
             ranks.wait(journal.folder)
             records = Batch.merge(list(journal.batches()))
         if records.keys != plan.keys():
@@ -130,7 +133,7 @@ def evaluate(
         report = EvaluationReport(evaluator.conclude(records, describe), groups, placebo=plan.placebo)
         if pictures and pictures.rejected:
             reporter.note(f"{pictures.rejected} entries of the cache were damaged or foreign and were made anew")
-        if folder:
+        if folder and journal:
             clear_output(folder, but=[JOURNAL])  # only now: old results stay until there are new
             write_results(folder, report)
             journal.remove()
@@ -157,10 +160,11 @@ def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
         return str(path.resolve()) if is_folder else str(one)
 
     output = str(Path(given["output"] or ".").expanduser().resolve())
-    values = given | {key: name(given[key]) for key in ("original", "placebo", "metric", "metrics", "cache")}
+    values = given | {key: name(given[key]) for key in ("original", "placebo", "metric", "metrics")}
     values["unlearned"] = tuple(str(name(model)) for model in _named_models(given["unlearned"]).values())
-    if given["trunk_weights"] is not None:
-        values["trunk_weights"] = str(Path(given["trunk_weights"]).expanduser().resolve())
+    for key in ("trunk_weights", "cache"):
+        if given[key] is not None:
+            values[key] = str(Path(given[key]).expanduser().resolve())
     values["prompts"] = "shapes" if given["prompts"] == "shapes" else str(Path(output, JOURNAL, "prompts.csv"))
     return EvaluateConfig(**values | {"output": output, "resume": False, "overwrite": False})
 

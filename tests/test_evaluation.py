@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,6 +99,23 @@ def test_any_number_of_ranks_gives_the_same_bits(tmp_path):
     assert by_ranks(tmp_path / "2", 2, [1, 0]) == alone
     assert by_ranks(tmp_path / "3", 3, [2, 0, 1]) == alone
     assert len(alone[1]) == 3 * len(PROMPTS)
+
+
+def test_finishing_a_batch_beside_the_next_changes_no_bit(tmp_path, monkeypatch):
+    """As on a GPU: decoding, scoring and writing run in a thread of their own."""
+    settings = {"seeds_per_prompt": 2, "metrics": [Brightness()], **SETTINGS}
+    evaluate(draw, shifted(5), GROUPED, output=tmp_path / "one", **settings)
+    threads = set()
+    monkeypatch.setattr("fastunlearn.evaluator._AtOnce", lambda: ThreadPoolExecutor(1))
+    genuine = Evaluator._score
+    monkeypatch.setattr(Evaluator, "_score", lambda *a: threads.add(threading.current_thread().name) or genuine(*a))
+    evaluate(draw, shifted(5), GROUPED, output=tmp_path / "two", **settings)
+    assert results_of(tmp_path / "one") == results_of(tmp_path / "two")
+    assert threads
+    assert threading.main_thread().name not in threads
+    with pytest.raises(ValueError, match="check for NaN"):
+        evaluate(draw, returning(lambda p: p / 255), GROUPED, output=tmp_path / "three", **settings)
+    assert not (tmp_path / "three").exists()
 
 
 SHAPES = {"prompts": "a red ring;a blue heart;a star;a green cross;a pink circle", "num_inference_steps": 1}
