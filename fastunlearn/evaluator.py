@@ -125,6 +125,8 @@ class Plan:
             check_comparable(self.original, source, name)
             if isinstance(source, PipelineSource) and isinstance(self.original, PipelineSource):
                 source.share_text(self.original)
+        if isinstance(self.original, PipelineSource):
+            self.original.check_sampler()
         if self.groups.concept is not None and self.original.is_bundled:
             prompt_lists.domain_of(self.groups.concept)
 

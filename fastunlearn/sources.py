@@ -83,8 +83,6 @@ class PipelineSource(Source):
     def __init__(self, model: Model, spec: SamplerSpec, *, saved: bool = True) -> None:
         super().__init__(model.name, model.latent_shape, spec.micro_batch_size)
         self.model, self.spec = model, spec
-        check_deterministic(model.pipeline.scheduler)
-        model.new_scheduler(spec.num_inference_steps)  # refuses more steps than it was made for
         self._saved = saved  # the folder holds what is in memory
         self.text = TextStates(model, spec.micro_batch_size)
 
@@ -113,6 +111,11 @@ class PipelineSource(Source):
             "dtype": "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32",
             "micro_batch_size": self.batch_size,
         }
+
+    def check_sampler(self) -> None:
+        """ValueError for a sampler that draws noise of its own, or more steps than it was made for."""
+        check_deterministic(self.model.pipeline.scheduler)
+        self.model.new_scheduler(self.spec.num_inference_steps)
 
     def share_text(self, other: PipelineSource) -> None:
         """Use the other's text states if both have the same text encoder and tokenizer."""

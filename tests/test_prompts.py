@@ -51,6 +51,10 @@ def test_texts_are_split_at_semicolons(value, prompts):
             id="csv with groups",
         ),
         pytest.param("p.tsv", b"prompt\tgroup\na, b\tfar\n", [("a, b", "far")], id="tsv"),
+        pytest.param(
+            "p.csv", b"prompt,group\n,empty\na cat,near\n,near\n", [("", "empty"), ("a cat", "near")], id="empty prompt"
+        ),
+        pytest.param("p.txt", "a\u2028b\n".encode(), [("a\u2028b", "retain")], id="no end of a line"),
         pytest.param("p.csv", b"group,prompt\nfar\nnear,a cat\n", [("a cat", "near")], id="short row"),
     ],
 )

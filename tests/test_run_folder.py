@@ -10,6 +10,7 @@ from fastunlearn import demo
 from fastunlearn.config import DEMO_METHODS, TrainConfig, to_yaml
 from fastunlearn.run_folder import (
     check_output,
+    clear_output,
     prepare_output,
     whole_file,
     whole_folder,
@@ -28,6 +29,12 @@ OURS = {
     "evaluated run": {**RUN, "pairs.jsonl": "", "evaluation.json": "{}", "grid.png": "", "report.html": ""},
     "evaluation": {"pairs.jsonl": "", "evaluation.json": "{}", "grid.png": "", "report.html": ""},
     "evaluation cut short": {"pairs.jsonl": ""},
+    "evaluation that was stopped": {"journal/spec.json": "{}", "journal/0.jsonl": ""},
+    "models evaluated together": {
+        **{f"{name}/{file}": "{}" for name in ("a", "b") for file in ("evaluation.json", "pairs.jsonl")},
+        **{"grid.png": "", "report.html": ""},
+    },
+    "comparison": {"compare.json": "{}", "compare.png": "", "compare.html": ""},
     "demo": {
         **{f"{method}/{name}": content for method in DEMO_METHODS for name, content in RUN.items()},
         **{"demo.json": "{}", "grid.png": "", "report.html": ""},
@@ -45,6 +52,8 @@ FOREIGN = {
     "report alone": {"report.html": ""},
     "run with notes beside": {**RUN, "notes.txt": "mine"},
     "run with another folder beside": {**RUN, "photos/cat.png": ""},
+    "evaluation with notes in it": {"a/evaluation.json": "{}", "a/notes.txt": "mine"},
+    "evaluations beside a folder": {"a/evaluation.json": "{}", "photos/cat.png": ""},
     "folder of runs": {f"{name}/config.yaml": CONFIG for name in ("first", "second")},
     "demo with notes in a run": {f"esd/{name}": content for name, content in RUN.items()} | {"esd/notes.txt": ""},
     "run with a temporary file beside": {**RUN, "mine.tmp": ""},
@@ -75,6 +84,17 @@ def test_overwrite_replaces_what_a_run_left(files, tmp_path):
     prepare_output(folder, overwrite=True)
     assert folder.is_dir()
     assert not list(folder.iterdir())
+
+
+def test_clearing_leaves_the_folder_and_what_is_to_stay(tmp_path):
+    clear_output(tmp_path)
+    folder = plant(tmp_path / "run", {"journal/spec.json": "{}", **OURS["models evaluated together"]})
+    clear_output(folder, but=["journal"])
+    assert snapshot(folder) == {"journal/spec.json": b"{}"}
+    plant(folder, {"notes.txt": "mine"})
+    with pytest.raises(ValueError, match="holds files that are no run"):
+        clear_output(folder)
+    assert len(snapshot(folder)) == 2
 
 
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
