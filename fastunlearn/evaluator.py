@@ -34,7 +34,7 @@ from .sources import (
     other_batch_size,
     other_precision,
 )
-from .summary import LABELS, Control, Ladder, PromptGroups, is_forget, summarize
+from .summary import LABELS, Control, Ladder, PromptGroups, is_forget, judged, summarize
 
 CONTROL_PAIRS = 8  # on which the numeric controls are measured unless the caller says otherwise
 
@@ -214,8 +214,8 @@ class Evaluator:
         self._album: dict[Key, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._album_bytes = 0
         self._report = on_progress
-        # On a GPU the last part of a batch (decoding, scoring, writing) runs while the next batch is being drawn; on a
-        # CPU both would only fight for the same cores.
+        # On a GPU a batch is decoded, scored and written while the next one is being drawn; on a CPU both would only
+        # fight for the same cores.
         self._finish: Executor = ThreadPoolExecutor(1) if plan.original.device.type == "cuda" else _AtOnce()
         self._repeat: float | None = None
         self._originals: Originals | None = None
@@ -438,14 +438,6 @@ class _Judge:
         """(N, heads) uint8, in batches of one size."""
         found = self.classifier.predict(_filled(pictures, self.batch_size - len(pictures)), self.batch_size)
         return torch.stack([found[head] for head in LABELS], dim=1)[: len(pictures)].to(torch.uint8).numpy()
-
-
-def judged(labels: np.ndarray) -> dict[str, Any]:
-    """What a record says of labels (heads,)."""
-    from .shapes.classifier import HEADS
-
-    words = {head: HEADS[head][int(label)] for head, label in zip(LABELS, labels, strict=True)}
-    return words | {"valid": words["valid"] == "yes"}
 
 
 def shapes_groups(concept: str) -> PromptGroups:

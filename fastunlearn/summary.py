@@ -78,7 +78,7 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """The controls of an evaluation.  ``placebo``: distances (N,) of the placebo model on all keys, if there is one."""
+    """The controls of an evaluation; ``placebo`` is the name of the model that is one, measured like all others."""
 
     repeat: float
     numeric: Control
@@ -145,6 +145,12 @@ def _integrity(
             for name, threshold in thresholds.items()
         },
     }
+
+
+def judged(labels: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    """What labels (heads,) say of one picture, in words."""
+    words = {head: HEADS[head][int(label)] for head, label in zip(LABELS, labels, strict=True)}
+    return words | {"valid": words["valid"] == "yes"}
 
 
 def _group(

@@ -270,8 +270,10 @@ def test_an_earlier_result_stays_until_there_is_a_new_one(tmp_path):
 
 
 def command(folder, *more):
+    prompts = ";".join(f"a {color} {shape}" for color in ("red", "blue", "pink") for shape in ("ring", "star", "heart"))
     settings = ["--original", "shapes", "--unlearned", "shapes", "--forget", "star", "--device", "cpu"]
-    settings += ["--num-inference-steps", "2", "--batch-size", "4", "--control-pairs", "2", "--output", str(folder)]
+    settings += ["--prompts", prompts, "--num-inference-steps", "1", "--batch-size", "2", "--control-pairs", "2"]
+    settings += ["--output", str(folder)]
     return [sys.executable, "-m", "fastunlearn", "evaluate", *(settings if not more else [*more, str(folder)])]
 
 
@@ -281,7 +283,7 @@ def test_killed_it_continues_and_several_processes_give_the_same_bits(tmp_path):
     journal = tmp_path / "killed" / "journal" / "0.jsonl"
     try:
         deadline = time.monotonic() + 300
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -289,7 +291,7 @@ def test_killed_it_continues_and_several_processes_give_the_same_bits(tmp_path):
         process.wait()
     finally:
         process.kill()
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["journal"]
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["journal"], "killed in the middle"
     subprocess.run(command(tmp_path / "killed", "--resume", "--output"), check=True, timeout=300)
     subprocess.run([*command(tmp_path / "three"), "--num-processes", "3"], check=True, timeout=300)
     assert len(results_of(tmp_path / "killed")) == 4
@@ -305,7 +307,7 @@ def test_launched_ranks_meet_in_the_folder(tmp_path):
         for rank in range(2)
     ]
     assert [process.wait(timeout=300) for process in started] == [0, 0]
-    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["groups"]) == 3
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["integrity"]["n_pairs"] == 9
     assert started[1].stdout.read() == b"", "only the first rank speaks"
 
 
