@@ -117,7 +117,7 @@ def summarize(records: Batch, model: int, groups: PromptGroups, ladder: Ladder, 
             "precision": ladder.precision.summary() if ladder.precision else None,
             "placebo": _placebo(records, kept, ladder, placebo),
             "redrawn": redrawn.mean,
-            "redrawn_ci95": [redrawn.low, redrawn.high],
+            "redrawn_ci95": _interval(redrawn),
         },
     }
 
@@ -131,7 +131,7 @@ def _integrity(
     kept = retention(distances, clusters, records.redrawn[where], clusters, floor)
     return {
         "mean": mean.mean,
-        "ci95": [mean.low, mean.high],
+        "ci95": _interval(mean),
         "floor": float(np.mean(floor)),
         "ceiling": clustered_mean(records.redrawn[where], clusters).mean,
         "retention": kept.mean,
@@ -169,7 +169,7 @@ def _group(
         "n_pairs": int(where.sum()),
         "n_prompts": len(set(clusters)),
         "mean": mean.mean if mean else _mean(distances, [records.keys[i] for i in np.flatnonzero(where)]),
-        "ci95": [mean.low, mean.high] if mean else None,
+        "ci95": _interval(mean) if mean else None,
         "quantiles": quantiles(distances),
     }
     redrawn = records.redrawn[where]
@@ -229,7 +229,7 @@ def _placebo(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) ->
     if placebo is None:
         return None
     mean = clustered_mean(records.distances[placebo][kept], _prompts_of(records, kept))
-    return {"name": ladder.placebo, "mean": mean.mean, "ci95": [mean.low, mean.high]}
+    return {"name": ladder.placebo, "mean": mean.mean, "ci95": _interval(mean)}
 
 
 def _erasure(records: Batch, model: int, where: Mask, concept: str) -> dict[str, Any]:
@@ -278,6 +278,11 @@ def _column(records: Batch, side: int, head: str) -> npt.NDArray[np.uint8]:
     assert records.labels is not None
     column: npt.NDArray[np.uint8] = records.labels[side, :, LABELS.index(head)]
     return column
+
+
+def _interval(distance: Estimate) -> list[float]:
+    """The interval of a mean distance: one of t can leave what a distance can be."""
+    return [max(0.0, distance.low), distance.high]
 
 
 def _share(changed: Mask, clusters: Sequence[str]) -> dict[str, Any]:

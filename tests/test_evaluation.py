@@ -407,6 +407,19 @@ def test_two_models_placebo_and_groups_are_written_side_by_side(tmp_path):
     assert "mild" not in {path.name for path in (tmp_path / "run").iterdir()}
 
 
+def test_no_interval_of_a_distance_reaches_below_zero():
+    def one(prompts, noise):
+        """Changes a single prompt, and that one much."""
+        return torch.where(
+            torch.tensor([p == PROMPTS[5] for p in prompts])[:, None, None, None], 0, draw(prompts, noise)
+        )
+
+    found = evaluate(draw, lambda *given: one(*given).to(torch.uint8), GROUPED, **SETTINGS).summary
+    assert found["integrity"]["ci95"][0] == found["groups"]["near"]["ci95"][0] == 0 < found["integrity"]["ci95"][1]
+    assert found["integrity"]["retention_ci95"][1] == 1
+    assert all(0 <= end <= 1 for limit in found["integrity"]["changed"].values() for end in limit["ci95"])
+
+
 def test_a_floor_above_zero_is_what_nobody_is_charged_for():
     def rough(prompts, noise):
         """Rounding that depends on the size of the batch."""
