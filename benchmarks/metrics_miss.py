@@ -40,11 +40,11 @@ from fastunlearn.statistics import clustered_mean, retention, wilson
 
 CONCEPT = "star"
 METHODS = ("identity", "placebo", "esd", "ovw", "saddle")
-DAMAGES = ("esd", "noise", "faded")
+DAMAGES = ("esd", "faded", "noise")
 DOSES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 RESAMPLES, LEVEL, POWER = 200, 0.95, 0.8
-SETS = ("fid", "kid", "cmmd")  # metrics of sets of pictures
-PAIRED = ("dreamsim", "ssim", "clip-score")
+SETS = ("fid", "kid")  # metrics of sets of pictures, on the same features
+PAIRED = ("dreamsim", "clip-score")
 
 #: What is compared at each dose, and how it is called in figure and table.
 STATISTICS = {
@@ -53,7 +53,6 @@ STATISTICS = {
     "fid": "FID, same noise",
     "fid-other": "FID, other noise",
     "kid-other": "KID, other noise",
-    "cmmd-other": "CMMD, other noise",
     "clip-score": "CLIPScore-like",
     "accuracy": "accuracy",
 }
@@ -150,19 +149,27 @@ class World:
         model.denoiser.load_state_dict(weights)
         return model
 
-    def rows(self, before: torch.Tensor, after: torch.Tensor, other: torch.Tensor) -> dict[str, np.ndarray]:
-        """One row a prompt for every metric.  ``other``: the original from other noise."""
-        found = {
-            name: metric.measure(before, after, self.prompts).numpy().astype(np.float64)
-            for name, metric in self.metrics.items()
-        }
-        for name in SETS:
-            found[f"{name}-other"] = self.metrics[name].measure(other, after, self.prompts).numpy().astype(np.float64)
-        found["integrity"] = self.distance.distance(before, after).numpy().astype(np.float64)
-        found["ceiling"] = self.distance.distance(before, other).numpy().astype(np.float64)
-        for side, pictures in (("before", before), ("after", after)):
-            found |= {f"{what}-{side}": right for what, right in self.right(pictures).items()}
-        return found
+    def rows(self, name: str, seed: int, after: torch.Tensor) -> dict[str, np.ndarray]:
+        """One row a prompt for every metric of these pictures beside the original's.  Measured once."""
+        path = self.work / f"{name}-rows-{seed}.npz"
+        if not path.exists():
+            before, other = self.original[seed], self.original[1 - seed]
+            found = {
+                metric: self.metrics[metric].measure(before, after, self.prompts).numpy().astype(np.float64)
+                for metric in ("fid", *PAIRED)
+            }
+            # KID sees FID's features; from other noise means the original's features from the other seed.
+            features = np.split(found["fid"], 2, axis=1)[1]
+            other_features = self.metrics["fid"].measure(other, other, self.prompts).numpy().astype(np.float64)
+            found["fid-other"] = np.concatenate([np.split(other_features, 2, axis=1)[0], features], axis=1)
+            found |= {"kid": found["fid"], "kid-other": found["fid-other"]}
+            found["integrity"] = self.distance.distance(before, after).numpy().astype(np.float64)
+            found["ceiling"] = self.distance.distance(before, other).numpy().astype(np.float64)
+            for side, pictures in (("before", before), ("after", after)):
+                found |= {f"{what}-{side}": right for what, right in self.right(pictures).items()}
+            with whole_file(path) as unfinished, unfinished.open("wb") as stream:
+                np.savez(stream, **found)
+        return dict(np.load(path))
 
     def right(self, pictures: torch.Tensor) -> dict[str, np.ndarray]:
         """Which pictures show what their prompt names, by attribute; ``all`` of them; which are valid."""
@@ -202,7 +209,7 @@ def summary(
     world: World, name: str, drawn: list[torch.Tensor], forget: torch.Tensor | None, shown_before: int
 ) -> dict[str, Any]:
     """``forget`` is None for the original itself."""
-    parts = [world.rows(world.original[seed], drawn[seed], world.original[1 - seed]) for seed in (0, 1)]
+    parts = [world.rows(name, seed, drawn[seed]) for seed in (0, 1)]
     both = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     prompts = world.prompts * 2
     kept = retention(both["integrity"], prompts, both["ceiling"], prompts)
@@ -280,14 +287,13 @@ def doses(world: World, damage: str) -> dict[str, Any]:
         return model
 
     benign = world.pictures("ordinary training", world.prompts, 0, world.ordinary)
-    before, other = world.original
-    null = statistics(world, world.rows(before, benign, other))
+    null = statistics(world, world.rows("ordinary training", 0, benign))
     found = []
     for dose in DOSES:
         # At its end, the model of the table has just these weights.
         name = "esd" if (damage, dose) == ("esd", 1.0) else f"{damage}-{dose}"
         drawn = world.pictures(name, world.prompts, 0, lambda dose=dose: at(dose))
-        rows = world.rows(before, drawn, other)
+        rows = world.rows(name, 0, drawn)
         kept = retention(rows["integrity"], world.prompts, rows["ceiling"], world.prompts)
         found.append((statistics(world, rows), {"mean": kept.mean, "ci95": [kept.low, kept.high]}))
     result: dict[str, Any] = {"retention": [kept for _, kept in found], "metrics": {}}
@@ -334,7 +340,7 @@ def statistics(world: World, rows: dict[str, np.ndarray]) -> dict[str, np.ndarra
         "accuracy": rows["all-before"].astype(float) - rows["all-after"],
     }
     found |= {name: np.array([values[index].mean() for index in draws]) for name, values in lost.items()}
-    for name in ("fid", "fid-other", "kid-other", "cmmd-other"):
+    for name in ("fid", "fid-other", "kid-other"):
         metric = name.removesuffix("-other")
         found[name] = np.array([set_statistic(world, metric, rows[name][index]) for index in draws])
     return found
@@ -368,7 +374,7 @@ _TITLES = {
     "faded": "trained on faded pictures",
     "noise": "noise on all weights",
 }
-_COLORS = ("#c2410c", "#d97706", "#1d4ed8", "#0ea5e9", "#0d9488", "#7c3aed", "#6b7280", "#111827")
+_COLORS = ("#c2410c", "#d97706", "#1d4ed8", "#0ea5e9", "#0d9488", "#6b7280", "#111827")
 
 
 def draw(content: dict[str, Any], path: Path) -> None:

@@ -176,7 +176,7 @@ def metrics_section(found: dict[str, Any]) -> str:
             entry = damage["metrics"][metric]
             low, high = (_dose(value) for value in entry["smallest_dose_ci95"])
             cells.append(f"{_dose(entry['smallest_dose'])} ({low} to {high})")
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
+        lines.append(f"| {metric.replace('-other', ', other noise')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -213,8 +213,7 @@ def distil_evaluation(path: Path) -> None:
     for entry in report["benchmarks"]:
         info = dict(entry["extra_info"])
         nets.setdefault(info.pop("net"), {})[info.pop("way")] = {
-            "median_s": round(entry["stats"]["median"], 3),
-            "rounds": entry["stats"]["rounds"],
+            "seconds": round(entry["stats"]["median"], 3),
             **info,
         }
     content = {
