@@ -42,13 +42,14 @@ def main() -> None:
 def render(text: str) -> str:
     """The README's text with every marked section made anew from its results file."""
     sections = {
-        "demo": demo_section(_read("demo.json")),
-        "bank": bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
-        "kernels": kernels_section([json.loads(path.read_text()) for path in sorted(RESULTS.glob("kernels-*.json"))]),
-        "metrics": metrics_section(_read("metrics_miss.json")),
-        "evaluation": evaluation_section(_read("evaluation_cpu.json")),
+        "demo": lambda: demo_section(_read("demo.json")),
+        "bank": lambda: bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
+        "metrics": lambda: metrics_section(_read("metrics_miss.json")),
+        "evaluation": lambda: evaluation_section(_read("evaluation_cpu.json")),
+        "kernels": lambda: kernels_section([_read(path.name) for path in sorted(RESULTS.glob("kernels-*.json"))]),
     }
-    for name, content in sections.items():
+    for name in re.findall(r"<!-- begin (\w+) -->", text):
+        content = sections[name]()
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
     return text
@@ -156,7 +157,7 @@ def metrics_section(found: dict[str, Any]) -> str:
         )
         lines.append(
             f"| {row['model']} | {row['shown']:.1%} | {row['all_accuracy']['mean']:.1%} | "
-            f"{_signed(row['clip-score']['change'])} | {row['fid']['value']:.3f} | "
+            f"{_signed(row['clip-score']['change'])} | {_signed(row['fid']['value'], plus=False)} | "
             f"**{kept}** ({low} to {high}) |"
         )
     doses = found["doses"]

@@ -194,7 +194,8 @@ def frechet_distance(features0: npt.ArrayLike, features1: npt.ArrayLike) -> floa
         for features, mean in zip((first, second), means, strict=True)
     ]
     overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return float(np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2 * overlap)
+    distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2 * overlap
+    return max(float(distance), 0.0)  # of equal sets, rounding can leave less than nothing
 
 
 def rbf_distance(features0: npt.ArrayLike, features1: npt.ArrayLike, sigma: float | None = None) -> float:
@@ -411,11 +412,11 @@ def _package(metric: str, module: str, package: str) -> Any:
 
 @contextlib.contextmanager
 def _weights(metric: str, weights: str, place: str) -> Iterator[None]:
-    """Turns whatever a library raises when it cannot fetch or read its weights into one line; keeps it from talking."""
+    """Turns whatever a library raises when it cannot fetch or read its weights into one line, and mutes it."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):  # progress bars are on stderr and stay
             yield
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
