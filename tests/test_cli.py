@@ -44,6 +44,10 @@ FLAGS = {
         *("trajectories", "trajectory-steps", "trajectory-guidance-scale", "micro-batch-size", "seed"),
         *("mixed-precision", "device", "overwrite"),
     },
+    "evaluate-images": {
+        *("config", "original-images", "unlearned-images", "output", "prompts", "metric", "trunk-weights", "metrics"),
+        *("batch-size", "num-workers", "device", "overwrite"),
+    },
     "apply": {"config", "model", "delta", "output", "overwrite"},
     "evaluate": {
         *("config", "original", "unlearned", "prompts", "placebo", "output", "forget", "metric", "metrics"),
@@ -86,7 +90,7 @@ def run_copy(finished, tmp_path):
 def test_the_commands_are_these(cli):
     answer = cli("--help")
     assert (answer.status, answer.err) == (0, "")
-    assert re.findall(r"^    (\w+) ", answer.out, re.MULTILINE) == list(FLAGS)
+    assert re.findall(r"^    ([\w-]+)\s", answer.out, re.MULTILINE) == list(FLAGS)
 
 
 @pytest.mark.parametrize("command", FLAGS)
@@ -102,7 +106,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
     from fastunlearn import cli as module
 
     taken = []
-    names = ("train", "mask", "apply", "evaluate", "compare")
+    names = ("train", "mask", "apply", "evaluate", "evaluate_images", "compare")
     for name in names:
         monkeypatch.setattr(module, f"_{name}", lambda flags: taken.append(flags) or 0)
     for text in (getattr(module, f"_{name.upper()}_EXAMPLES") for name in names):
@@ -110,7 +114,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
             assert words[0] == "fastunlearn"
             assert cli(*words[1:]).status == 0, line
-    assert len(taken) == 10
+    assert len(taken) == 12
 
 
 def test_the_version_is_the_packages(cli):
