@@ -122,8 +122,23 @@ def from_lpips(model: lpips.LPIPS, name: str = "lpips", *, micro_batch_size: int
     if not model.lpips or model.version != "0.1":
         raise ValueError(f"from_lpips needs LPIPS(lpips=True, version='0.1'), got {model.lpips=}, {model.version=}")
     weights = [layer.model[-1].weight.flatten() for layer in model.lins]
-    trunk = nn.Sequential(model.scaling_layer, model.net)
+    trunk = nn.Sequential(_Scaling(model.scaling_layer.shift, model.scaling_layer.scale), model.net)
     return PerceptualDistance(trunk, weights, name, micro_batch_size=micro_batch_size)
+
+
+class _Scaling(nn.Module):
+    """The package's (pixel_values - shift) / scale in one pass over the pictures."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, shift: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(-self.shift / self.scale, pixel_values, 1 / self.scale)
 
 
 class _ClassifierTrunk(nn.Module):
