@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 import tempfile
 import time
@@ -27,6 +28,7 @@ from .evaluator import default_metric, evaluate_models, file_groups, shapes_grou
 from .export import apply_delta
 from .generate import SamplerSpec
 from .masks import GradMask, load_mask, make_mask, select_parameters
+from .memory import MemoryEstimate, estimate_memory, measure_activations
 from .methods import Method, get_method
 from .models import Model, fingerprint, load_model, resolve_device, resolve_source, versions
 from .perceptual import PerceptualDistance, load_perceptual
@@ -70,6 +72,7 @@ class TrainPlan:
     world: World
     deepspeed: Mapping[str, Any] | None  # the checked configuration
     accumulation: int
+    memory: MemoryEstimate | None  # only for a dry run, which it is for
     trainable_parameters: int
     total_parameters: int
     trainable_bytes: int
@@ -93,6 +96,8 @@ def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | Non
     reporter = reporter or Reporter()
     folder = Path(config.output)
     world = world_of_environment()
+    if config.dry_run and config.num_processes is not None:
+        world = World(size=config.num_processes)  # planned, not started
     if world.size > 1 and config.deepspeed is None:
         raise ValueError(f"{world.size} processes need `--deepspeed FILE`, which says how they divide the work.")
     check_output(folder, overwrite=config.overwrite, resume=config.resume)
@@ -280,12 +285,41 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         world=world,
         deepspeed=deepspeed,
         accumulation=accumulation,
+        memory=_memory(config, model, names, trainable, bank, settings, world, deepspeed) if config.dry_run else None,
         trainable_parameters=trainable,
         total_parameters=sum(parameter.numel() for parameter in parameters.values()),
         trainable_bytes=4 * trainable,
         bank=bank,
         loop_forwards=steps * updates * settings.micro_batch_size * accumulation,
         seconds_per_evaluation=_time_evaluation(model, settings.micro_batch_size),
+    )
+
+
+def _memory(
+    config: TrainConfig,
+    model: Model,
+    names: list[str],
+    selected: int,
+    bank: BankPlan,
+    settings: Defaults,
+    world: World,
+    deepspeed: Mapping[str, Any] | None,
+) -> MemoryEstimate:
+    parameters = dict(model.denoiser.named_parameters())
+    in_bf16 = deepspeed is not None and deepspeed.get("bf16", {}).get("enabled", False)
+    precision = "bf16" if in_bf16 else config.mixed_precision
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    rows = settings.micro_batch_size
+    return estimate_memory(
+        total=sum(parameter.numel() for parameter in parameters.values()),
+        trainable=sum(parameters[name].numel() for name in names),
+        selected=selected,
+        is_masked=config.mask is not None or settings.mask_density is not None,
+        world_size=world.size,
+        deepspeed=deepspeed,
+        other_parts=sum(p.numel() for part in parts if part is not model.denoiser for p in part.parameters()),
+        activations=rows * measure_activations(model, names, precision),
+        bank=bank.rows * (1 + bank.branches) * math.prod(model.latent_shape) * 4,
     )
 
 

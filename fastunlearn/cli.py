@@ -114,7 +114,7 @@ def _train(flags: dict[str, Any]) -> int:
             raise ValueError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
     config = build(TrainConfig, flags)
     again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
-    if config.num_processes is not None and "RANK" not in os.environ:
+    if config.num_processes is not None and "RANK" not in os.environ and not config.dry_run:
         return _train_in_processes(config, again)
     from .api import Reporter, unlearn
     from .console import Console
@@ -318,8 +318,16 @@ def _disk_is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
+def _works_with_others() -> bool:
+    """Whether this process has joined a group, from where on its mistakes may be its own."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def _fail(message: str) -> int:
     if os.environ.get("RANK", "0") != "0" and not message.startswith("process "):
+        if not _works_with_others():
+            return 2  # all processes make the same checks: the first one tells
         message = f"process {os.environ['RANK']}: {message}"
     print(f"fastunlearn: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -130,7 +130,21 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         f"{plan.bank.unet_evaluations:,} UNet evaluations",
         f"loop        {settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations (a backward counts as two)",
     ]
+    if plan.memory is not None:
+        lines.append(f"memory      {_memory(plan.memory.device, 'a process')}")
+        if plan.memory.host:
+            lines.append(f"            {_memory(plan.memory.host, 'on the host')}")
     return [*lines, f"estimate    {_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"]
+
+
+def _memory(parts: Mapping[str, int], place: str) -> str:
+    """The sum of bytes, and what it is made of, the largest first."""
+    named = ", ".join(f"{name} {_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
+    return f"about {_bytes(sum(parts.values()))} {place}: {named}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _mask_line(plan: TrainPlan) -> str:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from fastunlearn_kernels import unpack_bits
+from fastunlearn_kernels import pack_bits, unpack_bits
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -103,8 +103,6 @@ def test_the_states_hold_only_selected_elements(bundled):
         engine.backward(module(torch.ones(1, 512)).sum())
         engine.step()
         return bytes_of(engine.optimizer)
-
-    from fastunlearn_kernels import pack_bits
 
     assert stepped(lambda p: pack_bits(torch.rand(p.shape) < 0.1)) < 0.2 * stepped(None)
 
@@ -202,6 +200,21 @@ def test_any_division_of_a_checkpoint_is_read_back_as_any_other(tmp_path):
     (both / "rank-0.safetensors").unlink()
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(both, lengths, {"a": (0, 10)})
+
+
+def test_a_checkpoint_of_other_elements_is_refused(tmp_path):
+    def engine(seed, density=0.5):
+        module = torch.nn.Linear(9, 7)
+        torch.manual_seed(seed)
+        order = torch.rand(63).argsort().argsort() < 63 * density
+        bits = {"weight": pack_bits(order.view(7, 9))}
+        return TorchEngine(module, ["weight"], learning_rate=1e-3, bits=bits)
+
+    engine(0).save(tmp_path / "step-1", {"step": 1})
+    assert engine(0).load(tmp_path / "step-1") == {"step": 1}
+    for other in (engine(1), engine(0, density=0.3)):  # as many elements, but others; fewer
+        with pytest.raises(ValueError, match="is of another run"):
+            other.load(tmp_path / "step-1")
 
 
 KILLED = """
