@@ -126,7 +126,8 @@ def test_the_cache_changes_no_bit_and_is_not_believed(bundled, tmp_path):
     def run(name, **cache):
         notes = []
         reporter = types.SimpleNamespace(stage=print, scoring=lambda *_: None, note=notes.append)
-        evaluate(bundled, {"same": bundled}, output=tmp_path / name, **SHAPES, **cache, reporter=reporter)
+        models = bundled, {"same": bundled}
+        evaluate(*models, output=tmp_path / name, metric=MeanDifference(), reporter=reporter, **SHAPES, **cache)
         return results_of(tmp_path / name), notes
 
     cache = {"cache": tmp_path / "cache"}
