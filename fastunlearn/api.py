@@ -506,7 +506,8 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
         raise ValueError(f"`--resume`: {folder} holds no run. Leave the flag out to start one.")
     before = from_yaml(path, TrainConfig)
     free = {"resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "device"}
-    free |= {"num_processes"}  # what they do together must stay the same, how many they are need not
+    # How the rows of a step are divided may change; how many they are, a checkpoint knows.
+    free |= {"num_processes", "deepspeed", "micro_batch_size", "gradient_accumulation_steps"}
     for field in dataclasses.fields(TrainConfig):
         now, then = getattr(config, field.name), getattr(before, field.name)
         if field.name not in free and now is not None and now != then:

@@ -217,6 +217,14 @@ def test_a_checkpoint_of_other_elements_is_refused(tmp_path):
             other.load(tmp_path / "step-1")
 
 
+def test_a_resumed_run_divides_its_rows_as_it_likes_but_takes_as_many(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    same = {"mask_density": 0.25, "weight_decay": 0.1, "checkpoint_every": 1, "resume": True}
+    with pytest.raises(ValueError, match="took 4 rows a step, now it is 2"):
+        unlearn(config(tmp_path, micro_batch_size=2, **same))
+    unlearn(config(tmp_path, micro_batch_size=2, gradient_accumulation_steps=2, **same))
+
+
 KILLED = """
 import os, signal, sys
 from fastunlearn import checkpoint, export, trainer
