@@ -46,25 +46,31 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     unfinished = folder.with_name(f".{folder.name}.tmp")
-    if world.is_main:
+    try:
+        if world.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        world.barrier()
+        tensors: dict[str, torch.Tensor] = {}
+        ranges: dict[str, list[float]] = {}
+        for piece in pieces:
+            tensors |= {f"{kind}/{piece.name}": value.contiguous().cpu() for kind, value in piece.values.items()}
+            ranges[piece.name] = [piece.start, piece.stop, piece.step]
+        file = unfinished / f"rank-{world.rank}.safetensors"
+        save_file(tensors, file, metadata={"ranges": json.dumps(ranges)})
+        world.barrier()
+        if world.is_main:
+            write_json(
+                unfinished / "state.json", {"lengths": dict(lengths), "ranks": world.size, "trainer": dict(state)}
+            )
+            flush_folder(unfinished)
+            if folder.exists():
+                remove_folder(folder)
+            unfinished.rename(folder)
+        world.barrier()
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    world.barrier()
-    tensors: dict[str, torch.Tensor] = {}
-    ranges: dict[str, list[float]] = {}
-    for piece in pieces:
-        tensors |= {f"{kind}/{piece.name}": value.contiguous().cpu() for kind, value in piece.values.items()}
-        ranges[piece.name] = [piece.start, piece.stop, piece.step]
-    file = unfinished / f"rank-{world.rank}.safetensors"
-    save_file(tensors, file, metadata={"ranges": json.dumps(ranges)})
-    world.barrier()
-    if world.is_main:
-        write_json(unfinished / "state.json", {"lengths": dict(lengths), "ranks": world.size, "trainer": dict(state)})
-        flush_folder(unfinished)
-        if folder.exists():
-            remove_folder(folder)
-        unfinished.rename(folder)
-    world.barrier()
+        raise
 
 
 def load_checkpoint(
