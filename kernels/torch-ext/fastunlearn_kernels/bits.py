@@ -41,7 +41,6 @@ def unpack_bits(bits: torch.Tensor, shape: int | Sequence[int]) -> torch.Tensor:
     """
     shape = torch.Size([shape] if isinstance(shape, int) else shape)
     check_tensor("bits", bits, (torch.uint8,), (num_bytes(shape.numel()),))
-    columns = torch.empty(bits.numel(), 8, dtype=torch.uint8, device=bits.device)
-    for bit in range(8):
-        torch.bitwise_and(bits >> bit, 1, out=columns[:, bit])
-    return columns.view(-1)[: shape.numel()].view(torch.bool).view(shape)
+    byte = torch.arange(256, device=bits.device)
+    table = (byte[:, None] >> torch.arange(8, device=bits.device) & 1).to(torch.uint8).view(torch.int64)[:, 0]
+    return table[bits.int()].view(torch.bool)[: shape.numel()].view(shape)

@@ -298,17 +298,14 @@ def _run_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     terms, weights = [], rows.weights
     for k in range(0 if rows.teacher_preds is None else rows.teacher_preds.shape[0]):
-        teacher = rows.teacher_preds[k]
-        if rows.row_index is not None:
-            teacher = teacher.index_select(0, rows.row_index)
-        terms.append((teacher, rows.coefficients[:, k]))
+        terms.append((rows.teacher_preds[k], rows.row_index, rows.coefficients[:, k]))
     if rows.noise is not None:
         noise_coefficients, latents_coefficients = reference.ground_truth_coefficients(
             rows.noise_coefficients, rows.snr, rows.prediction_type
         )
-        terms.append((rows.noise, noise_coefficients))
+        terms.append((rows.noise, None, noise_coefficients))
         if rows.latents is not None:
-            terms.append((rows.latents, latents_coefficients))
+            terms.append((rows.latents, None, latents_coefficients))
     if rows.snr_gamma is not None:
         weights = weights * reference.min_snr_weights(rows.snr, rows.snr_gamma, rows.prediction_type)
     return reference.noise_pred_loss(noise_pred, terms, weights, rows.spatial_mask, rows.huber_delta, with_gradient)
@@ -336,9 +333,9 @@ class NoisePredLossFunction(torch.autograd.Function):
             )
         if ctx.launched and not torch.compiler.is_compiling():
             gradient = launch_scale(gradient, upstream, ctx.dtype)
-        else:
-            gradient = (gradient * upstream).to(ctx.dtype)
-        return gradient, None, None
+        elif torch.compiler.is_compiling() or upstream != 1:
+            gradient = gradient * upstream
+        return gradient.to(ctx.dtype), None, None
 
 
 def noise_pred_loss(

@@ -304,7 +304,6 @@ def _run_reference(tensors, mode, lr, betas, eps, weight_decay, grad_scale, othe
         columns = ([getattr(t, name) for t in tensors] for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step"))
         return reference.fused_adamw_(*columns, float(lr), betas, eps, weight_decay, grad_scale)
     for tensor in tensors:
-        tensor.step.add_(1)
         reference.masked_adamw_(
             tensor.param,
             tensor.grad,
@@ -313,7 +312,7 @@ def _run_reference(tensors, mode, lr, betas, eps, weight_decay, grad_scale, othe
             tensor.master,
             None if tensor.bits is None else unpack_bits(tensor.bits, tensor.param.numel()),
             mode == "compact",
-            float(tensor.step),
+            tensor.step,
             float(lr),
             betas,
             eps,
@@ -322,3 +321,4 @@ def _run_reference(tensors, mode, lr, betas, eps, weight_decay, grad_scale, othe
             tensor.other_grad,
             other_coefficient,
         )
+        tensor.step.add_(1)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch.optim.adamw import adamw
 
+CHUNK = 65536  # elements: the temporaries of a chunk stay in a core's second-level cache
 LPIPS_EPS = 1e-10  # added to the norm, not under the root, as lpips.normalize_tensor does
 
 
@@ -35,22 +36,49 @@ def ground_truth_coefficients(
 
 def noise_pred_loss(
     noise_pred: torch.Tensor,
-    terms: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
     weights: torch.Tensor,
     spatial_mask: torch.Tensor | None,
     huber_delta: float | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss (), per-row loss (B,), gradient in fp32. ``terms`` are (prediction (B, C, H, W), coefficient (B,))."""
+    """Loss (), per-row loss (B,), gradient in fp32.
+
+    ``terms`` are (prediction (N, C, H, W), row_index (B,) or None for all in order, coefficient (B,)).
+    """
     batch, numel = noise_pred.shape[0], max(noise_pred[0:1].numel(), 1)
-    error = noise_pred.to(torch.float32, copy=True)
+    rows = batch if torch.compiler.is_compiling() else max(4 * CHUNK // numel, 1)  # a compiler makes its own chunks
+    scale = weights * (2.0 / (numel * max(batch, 1)))
+    pieces, gradients = [], []
+    for start in range(0, batch, rows):
+        here = slice(start, start + rows)
+        chunk = [
+            (prediction[here] if index is None else prediction.index_select(0, index[here]), coefficient[here])
+            for prediction, index, coefficient in terms
+        ]
+        mask = spatial_mask if spatial_mask is None or len(spatial_mask) == 1 else spatial_mask[here]
+        per_row, gradient = _row_losses(
+            noise_pred[here], chunk, scale[here] if with_gradient else None, mask, huber_delta
+        )
+        pieces.append(per_row)
+        gradients.append(gradient)
+    per_row = torch.cat(pieces) / numel
+    loss = torch.where(weights != 0, weights * per_row, 0.0).sum() / max(batch, 1)
+    if not with_gradient:
+        return loss, per_row, None
+    return loss, per_row, gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def _row_losses(noise_pred, terms, scale, spatial_mask, huber_delta):
+    """Sums (B,) of the rows' errors, and their gradient times ``scale`` (B,); None without it."""
+    error = noise_pred.float()
     for prediction, coefficient in terms:
-        coefficient = coefficient.view(-1, 1, 1, 1)
+        column = coefficient.view(-1, 1, 1, 1)
         # selected, not multiplied: a coefficient of 0 marks a slot that a row does not use, whatever it holds
-        error.addcmul_(torch.where(coefficient != 0, prediction.float(), 0.0), coefficient, value=-1)
-    selected = None if spatial_mask is None else spatial_mask != 0
-    if selected is not None:
-        error = torch.where(selected, error, 0.0)
+        used = prediction.float() if _all_used(coefficient) else torch.where(column != 0, prediction.float(), 0.0)
+        error = torch.addcmul(error, used, column, value=-1)
+    if spatial_mask is not None:
+        error = torch.where(spatial_mask != 0, error, 0.0)
     if huber_delta is None:
         squared, slope = error * error, error
     else:
@@ -58,15 +86,20 @@ def noise_pred_loss(
         tail = huber_delta * (2 * magnitude - huber_delta)
         squared = torch.where(magnitude <= huber_delta, error * error, tail)
         slope = error.clamp(-huber_delta, huber_delta)
-    if selected is not None:
+    if spatial_mask is not None:
         squared = squared * spatial_mask.float()
-    per_row = squared.flatten(1).sum(1) / numel
-    loss = torch.where(weights != 0, weights * per_row, 0.0).sum() / max(batch, 1)
-    if not with_gradient:
-        return loss, per_row, None
-    gradient = slope * (weights * (2.0 / (numel * max(batch, 1)))).view(-1, 1, 1, 1)
-    gradient = torch.where(weights.view(-1, 1, 1, 1) != 0, gradient, 0.0)
-    return loss, per_row, gradient if selected is None else gradient * spatial_mask.float()
+    per_row = squared.flatten(1).sum(1)
+    if scale is None:
+        return per_row, None
+    slope = slope * scale.view(-1, 1, 1, 1)
+    if not _all_used(scale):
+        slope = torch.where(scale.view(-1, 1, 1, 1) != 0, slope, 0.0)
+    return per_row, slope if spatial_mask is None else slope * spatial_mask.float()
+
+
+def _all_used(factors: torch.Tensor) -> bool:
+    """Whether no factor is 0, so that nothing must be selected; unknown, and so False, while compiling."""
+    return not torch.compiler.is_compiling() and factors.device.type == "cpu" and bool((factors != 0).all())
 
 
 def lpips_distance(
@@ -84,9 +117,6 @@ def lpips_distance(
     return distance
 
 
-ADAMW_CHUNK = 65536  # elements: six fp32 temporaries of a chunk stay in a core's second-level cache
-
-
 def masked_adamw_(
     param: torch.Tensor,
     grad: torch.Tensor,
@@ -95,7 +125,7 @@ def masked_adamw_(
     master: torch.Tensor | None,
     selected: torch.Tensor | None,
     is_compact: bool,
-    step: float,
+    step: torch.Tensor,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -104,46 +134,39 @@ def masked_adamw_(
     other_grad: torch.Tensor | None,
     other_coefficient: torch.Tensor | None,
 ) -> None:
-    """One AdamW step on flat tensors, in place. ``selected`` (n,) bool; compact states hold selected elements only."""
-    beta1, beta2 = betas
-    step_size = lr / (1 - beta1**step)
-    root_correction = (1 - beta2**step) ** 0.5
+    """One AdamW step on flat tensors, in place: torch's fused one, by chunks, on copies where it must not write.
+
+    ``selected`` (n,) bool; compact states hold selected elements only.  ``step`` (): steps done before this one.
+    """
+    settings = (lr, betas, eps, weight_decay, None)
     first = 0
-    for start in range(0, param.numel(), ADAMW_CHUNK):
-        here = slice(start, start + ADAMW_CHUNK)
-        chosen = None if selected is None else selected[here]
+    for start in range(0, param.numel(), CHUNK):
+        here = slice(start, start + CHUNK)
         g = grad[here].float()
         if other_grad is not None:
             g = torch.addcmul(g, other_grad[here].float(), other_coefficient)
         if grad_scale is not None:
             g = g * grad_scale
         if is_compact:
-            g = g[chosen]
-            states = slice(first, first + g.numel())
-            first += g.numel()
-        else:
-            states = here
-        m, v = exp_avg[states], exp_avg_sq[states]
-        weight = master[states] if master is not None else param[here][chosen] if is_compact else param[here]
-        new_m = torch.lerp(m, g, 1 - beta1)
-        new_v = (v * beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = new_v.sqrt().div_(root_correction).add_(eps)
-        new_weight = (weight * (1 - lr * weight_decay)).addcdiv_(new_m, denominator, value=-step_size)
-        if chosen is None or is_compact:
-            m.copy_(new_m)
-            v.copy_(new_v)
+            places = selected[here].nonzero()[:, 0]
+            states = slice(first, first + len(places))
+            first += len(places)
+            weight = param[here].index_select(0, places) if master is None else master[states]
+            fused_adamw_([weight], [g[places]], [exp_avg[states]], [exp_avg_sq[states]], [step.clone()], *settings)
+            param[here].index_copy_(0, places, weight.to(param.dtype))
+            continue
+        targets = [param[here] if master is None else master[here], exp_avg[here], exp_avg_sq[here]]
+        weight, m, v = targets if selected is None else [target.clone() for target in targets]
+        fused_adamw_([weight], [g], [m], [v], [step.clone()], *settings)
+        if selected is None and master is not None:
+            param[here].copy_(weight)
+        if selected is not None:
+            news = [weight, m, v]
             if master is not None:
-                weight.copy_(new_weight)
-            if is_compact:
-                param[here][chosen] = new_weight.to(param.dtype)
-            else:
-                param[here].copy_(new_weight)
-        else:
-            torch.where(chosen, new_m, m, out=m)
-            torch.where(chosen, new_v, v, out=v)
-            if master is not None:
-                torch.where(chosen, new_weight, weight, out=weight)
-            torch.where(chosen, new_weight.to(param.dtype), param[here], out=param[here])
+                targets, news = [*targets, param[here]], [*news, weight.to(param.dtype)]
+            for target, new in zip(targets, news, strict=True):
+                bits, mask = _bits(target), _bit_mask(selected[here], target)
+                bits ^= (bits ^ _bits(new)) & mask
 
 
 def fused_adamw_(
@@ -158,7 +181,7 @@ def fused_adamw_(
     weight_decay: float,
     grad_scale: torch.Tensor | None,
 ) -> None:
-    """The same step of whole fp32 tensors by torch's own fused AdamW, on a CPU several times as fast; counts steps."""
+    """A step of whole fp32 tensors by torch's own fused AdamW, in one pass; counts ``steps``."""
     if grad_scale is not None:  # not handed on: torch would write the scaled gradients back
         grads = torch._foreach_mul(grads, grad_scale)
     adamw(
@@ -170,11 +193,17 @@ def fused_adamw_(
 def accumulate_saliency_(saliency: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], mode: str) -> None:
     """Adds |g|, g or g^2 to each fp32 tensor."""
     for total, gradient in zip(saliency, gradients, strict=True):
-        gradient = gradient.float()
-        if mode == "squared":
-            total.addcmul_(gradient, gradient)
-        else:
-            total.add_(gradient.abs() if mode == "absolute" else gradient)
+        # a tensor that cannot be seen flat is one chunk
+        flat = total.is_contiguous() and gradient.is_contiguous()
+        pairs = (
+            zip(*(t.view(-1).split(4 * CHUNK) for t in (total, gradient)), strict=True) if flat else [(total, gradient)]
+        )
+        for part, values in pairs:
+            values = values.float()
+            if mode == "squared":
+                part.addcmul_(values, values)
+            else:
+                part.add_(values.abs() if mode == "absolute" else values)
 
 
 def select_largest(scores: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
@@ -195,13 +224,27 @@ def gradient_dots(
     """(3,) fp32: <0, 0>, <0, 1>, <1, 1> over the selected elements; the last two 0 without ``gradients1``."""
     dots = torch.zeros(3, dtype=torch.float64, device=gradients0[0].device)
     for i, gradient0 in enumerate(gradients0):
+        sides = [gradient0.reshape(-1)] + ([] if gradients1 is None else [gradients1[i].reshape(-1)])
         chosen = selected[i]
-        g0 = gradient0.reshape(-1).float()
-        g0 = g0 if chosen is None else torch.where(chosen, g0, 0.0)
-        dots[0] += torch.dot(g0, g0)
-        if gradients1 is not None:
-            g1 = gradients1[i].reshape(-1).float()
-            g1 = g1 if chosen is None else torch.where(chosen, g1, 0.0)
-            dots[1] += torch.dot(g0, g1)
-            dots[2] += torch.dot(g1, g1)
+        for start in range(0, gradient0.numel(), 4 * CHUNK):
+            here = slice(start, start + 4 * CHUNK)
+            parts = [side[here].float() for side in sides]
+            if chosen is not None:
+                mask = _bit_mask(chosen[here], parts[0])
+                parts = [(_bits(part) & mask).view(torch.float32) for part in parts]
+            dots[0] += torch.dot(parts[0], parts[0])
+            if len(parts) == 2:
+                dots[1] += torch.dot(parts[0], parts[1])
+                dots[2] += torch.dot(parts[1], parts[1])
     return dots.float()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers.  Bits are selected by arithmetic, several times as fast on a CPU as by torch.where,
+    and as exact: a NaN that is not selected reaches nothing."""
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def _bit_mask(selected: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """All bits of an element of ``like`` set where ``selected``, else none."""
+    return selected.to(torch.int16 if like.element_size() == 2 else torch.int32).neg_()
