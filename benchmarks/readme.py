@@ -130,7 +130,8 @@ def kernels_section(results: list[dict[str, Any]]) -> str:
         first: dict[tuple[str, str], dict[str, Any]] = {}
         for row in result["rows"]:
             beside = first.setdefault((row["operation"], row["size"]), row)
-            if row["provider"].startswith("fastunlearn"):
+            is_variant = any(word in row["provider"] for word in ("bfloat16", "sectors", "0.01"))
+            if row["provider"].startswith("fastunlearn") and not is_variant:
                 theirs, ours = _seconds(beside), _seconds(row)
                 detail = row["provider"].removeprefix("fastunlearn").lstrip(" ,")
                 size = f"{row['size']}{', ' * bool(detail)}{detail}"
