@@ -107,7 +107,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
     if trajectories == "fresh":
         for role, kept in bank.role_rows.items():
             # One point of each trajectory, at a step drawn at random.
-            points = kept.view(-1, plan.bank.num_inference_steps)
+            points = kept.view(-1, plan.bank.points)
             draws = torch.randint(points.shape[1], (len(points),), generator=torch.Generator().manual_seed(seed))
             bank.role_rows[role] = points[torch.arange(len(points)), draws]
     train(model, plan, bank, config, folder, Reporter())

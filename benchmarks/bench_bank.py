@@ -64,7 +64,9 @@ def usual_loop(rows=USUAL_ROWS):
 def with_bank(folder, trajectories, batch_size):
     """200 rows by the engine: bank and loop."""
     model = load("bank")
-    plan = plan_bank(RECIPE, trajectories=trajectories, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0)
+    plan = plan_bank(
+        model, RECIPE, trajectories=trajectories, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0
+    )
     bank = build_bank(model, RECIPE, plan)
     schedule = Schedule(ROWS // batch_size, batch_size, seed=0, log_every=1000, checkpoint_every=0)
     Trainer(model, bank, RECIPE.rule, new_engine(model), schedule, folder).run()

@@ -38,7 +38,7 @@ def mask_bits(model, density):
 def make_trainer(case, world: World, folder: Path) -> Trainer:
     model = load_model("shapes", "cpu")
     recipe = Recipe([Row("forget", p, p, {p.replace("star", "ring"): 1.0}) for p in PROMPTS], Sum())
-    plan = plan_bank(recipe, trajectories=2, num_inference_steps=8, guidance_scale=3.0, seed=0)
+    plan = plan_bank(model, recipe, trajectories=2, num_inference_steps=8, guidance_scale=3.0, seed=0)
     bank = build_bank(model, recipe, plan)
     names = [name for name, _ in model.denoiser.named_parameters()]
     bits = None if case["density"] is None else mask_bits(model, case["density"])

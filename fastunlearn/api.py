@@ -264,9 +264,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         trainable = round(settings.mask_density * trainable)
     steps = settings.steps if recipe.rows else 0
     check_deterministic(model.pipeline.scheduler)
-    model.new_scheduler(config.trajectory_steps)  # refuses more steps than it was made for
     updates = 2 if isinstance(recipe.rule, Alternate) else 1
     bank = plan_bank(
+        model,
         recipe,
         trajectories=settings.trajectories,
         num_inference_steps=config.trajectory_steps,

@@ -93,29 +93,34 @@ class Bank:
 class BankPlan:
     """What a bank will hold and cost, known before anything is computed.
 
-    ``assignments``: (row kind, trajectory number) for each trajectory.  ``unet_evaluations``: forwards of one sample.
+    ``assignments``: (row kind, trajectory number) for each trajectory.  ``points``: of a trajectory, one a forward;
+    some samplers (PNDM, Heun) have more of them than steps.  ``unet_evaluations``: forwards of one sample.
     """
 
     assignments: tuple[tuple[Row, int], ...]
     branches: int
     num_inference_steps: int
+    points: int
     guidance_scale: float
     seed: int
 
     @property
     def rows(self) -> int:
-        return len(self.assignments) * self.num_inference_steps
+        return len(self.assignments) * self.points
 
     @property
     def unet_evaluations(self) -> int:
-        steps = self.num_inference_steps
-        return sum(steps * len(_branch_prompts(row)) for row, _ in self.assignments)
+        return sum(self.points * len(_branch_prompts(row)) for row, _ in self.assignments)
 
 
 def plan_bank(
-    recipe: Recipe, *, trajectories: int, num_inference_steps: int, guidance_scale: float, seed: int
+    model: Model, recipe: Recipe, *, trajectories: int, num_inference_steps: int, guidance_scale: float, seed: int
 ) -> BankPlan:
-    """Deal ``trajectories`` trajectories to each role, its kinds of row taking turns in a seeded order."""
+    """Deal ``trajectories`` trajectories to each role, its kinds of row taking turns in a seeded order.
+
+    Raises ValueError for more steps than the model's sampler has.
+    """
+    points = len(model.new_scheduler(num_inference_steps).timesteps)
     assignments: list[tuple[Row, int]] = []
     generator = torch.Generator().manual_seed(seed)
     for role in ROLES:
@@ -123,7 +128,7 @@ def plan_bank(
         order = torch.randperm(len(kinds), generator=generator).tolist()
         assignments += [(kinds[order[n % len(kinds)]], n) for n in range(trajectories if kinds else 0)]
     branches = max((len(_branch_prompts(row)) for row, _ in assignments), default=2)
-    return BankPlan(tuple(assignments), branches, num_inference_steps, guidance_scale, seed)
+    return BankPlan(tuple(assignments), branches, num_inference_steps, points, guidance_scale, seed)
 
 
 @torch.no_grad()
@@ -135,7 +140,7 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
     """
     conditions = model.encode(recipe.prompts())
     shape = model.latent_shape
-    steps, total = plan.num_inference_steps, plan.rows
+    points, total = plan.points, plan.rows
     latents = torch.empty(total, *shape, device=model.device)
     timesteps = torch.empty(total, dtype=torch.int64, device=model.device)
     teacher_preds = torch.zeros(plan.branches, total, *shape, device=model.device)
@@ -150,9 +155,10 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
         )
         prompts = [_branch_prompts(row) for row in kinds]
         branches = [conditions.of(branch) for branch in zip(*prompts, strict=True)]
-        rows = torch.arange(first * steps, (first + len(group)) * steps, device=model.device).view(len(group), steps)
-        points = sample(model, noise, branches, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
-        for number, point in enumerate(points):
+        rows = torch.arange(first * points, (first + len(group)) * points, device=model.device).view(len(group), points)
+        steps = plan.num_inference_steps
+        trajectory = sample(model, noise, branches, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
+        for number, point in enumerate(trajectory):
             latents[rows[:, number]] = point.latents
             timesteps[rows[:, number]] = point.timestep.to(torch.int64)
             teacher_preds[: len(branches), rows[:, number]] = point.predictions

@@ -171,6 +171,7 @@ def make_mask(
     rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
     recipe = Recipe(rows, Sum())
     plan = plan_bank(
+        model,
         recipe,
         trajectories=trajectories,
         num_inference_steps=num_inference_steps,

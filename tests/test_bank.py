@@ -1,9 +1,12 @@
 """The bank: what it holds is what a fresh computation gives, at the promised number of UNet evaluations."""
 
+import copy
+
 import pytest
 import torch
 
 from fastunlearn.bank import build_bank, plan_bank
+from fastunlearn.models import Model, import_diffusers
 from fastunlearn.recipe import EMPTY, NOISE, Alternate, Recipe, Row, Sum
 from fastunlearn.sampling import initial_noise, sample
 
@@ -18,20 +21,20 @@ RECIPE = Recipe(
 )
 
 
-def plan(trajectories=2, steps=3, recipe=RECIPE, seed=0):
-    return plan_bank(recipe, trajectories=trajectories, num_inference_steps=steps, guidance_scale=3.0, seed=seed)
+def plan(model, trajectories=2, steps=3, recipe=RECIPE, seed=0):
+    return plan_bank(model, recipe, trajectories=trajectories, num_inference_steps=steps, guidance_scale=3.0, seed=seed)
 
 
 @pytest.fixture(scope="module")
 def bank(bundled):
-    return build_bank(bundled, RECIPE, plan())
+    return build_bank(bundled, RECIPE, plan(bundled))
 
 
 def test_the_plan_counts_the_evaluations_that_are_made(bundled):
     rows = []
     hook = bundled.denoiser.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
     try:
-        planned = plan(trajectories=4)
+        planned = plan(bundled, trajectories=4)
         build_bank(bundled, RECIPE, planned, micro_batch_size=2)
     finally:
         hook.remove()
@@ -42,7 +45,7 @@ def test_the_plan_counts_the_evaluations_that_are_made(bundled):
 
 
 def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):
-    planned = plan()
+    planned = plan(bundled)
     for place, (row, number) in enumerate(planned.assignments):
         conditions = bundled.encode(["", row.trajectory])
         branches = [conditions.of([""]), conditions.of([row.trajectory])]
@@ -57,7 +60,7 @@ def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):
 
 
 def test_coefficients_compose_each_rows_target(bundled, bank):
-    for place, (row, _) in enumerate(plan().assignments):
+    for place, (row, _) in enumerate(plan(bundled).assignments):
         where = 3 * place
         target = torch.einsum("k,kchw->chw", bank.coefficients[where], bank.teacher_preds[:, where])
         fresh = torch.zeros_like(target)
@@ -71,21 +74,21 @@ def test_coefficients_compose_each_rows_target(bundled, bank):
 
 
 def test_batched_and_single_trajectories_agree(bundled, bank):
-    single = build_bank(bundled, RECIPE, plan(), micro_batch_size=1)
+    single = build_bank(bundled, RECIPE, plan(bundled), micro_batch_size=1)
     torch.testing.assert_close(single.latents, bank.latents, atol=1e-4, rtol=1e-4)
     assert torch.equal(single.coefficients, bank.coefficients)
 
 
 def test_a_bank_is_a_function_of_its_seed(bundled, bank):
-    again = build_bank(bundled, RECIPE, plan())
+    again = build_bank(bundled, RECIPE, plan(bundled))
     assert torch.equal(again.latents, bank.latents)
     assert torch.equal(again.teacher_preds, bank.teacher_preds)
-    assert not torch.equal(build_bank(bundled, RECIPE, plan(seed=1)).latents, bank.latents)
+    assert not torch.equal(build_bank(bundled, RECIPE, plan(bundled, seed=1)).latents, bank.latents)
 
 
 def test_an_unconditional_trajectory_counts_its_prediction_once(bundled):
     recipe = Recipe([Row("retain", EMPTY, EMPTY, {EMPTY: 1.0})], Alternate())
-    small = build_bank(bundled, recipe, plan(trajectories=1, recipe=recipe))
+    small = build_bank(bundled, recipe, plan(bundled, trajectories=1, recipe=recipe))
     target = torch.einsum("nk,knchw->nchw", small.coefficients, small.teacher_preds)
     assert torch.equal(target, small.teacher_preds[0])
 
@@ -114,14 +117,14 @@ def test_a_batch_larger_than_the_bank_repeats_rows(bank):
     assert set(index.tolist()) == set(bank.role_rows["retain"].tolist())
 
 
-def test_trajectories_are_dealt_to_all_kinds_of_row():
-    prompts = [row.trajectory for row, _ in plan(trajectories=6).assignments if row.role == "forget"]
+def test_trajectories_are_dealt_to_all_kinds_of_row(bundled):
+    prompts = [row.trajectory for row, _ in plan(bundled, trajectories=6).assignments if row.role == "forget"]
     assert {prompt: prompts.count(prompt) for prompt in prompts} == {FORGET: 3, "star": 3}
 
 
 def test_noise_rows_are_the_last_latents_under_noise_and_their_target_is_the_noise(bundled):
     recipe = Recipe([Row("retain", RETAIN, RETAIN, {NOISE: 1.0}), Row("forget", "star", "star", {ANCHOR: 1.0})], Sum())
-    bank = build_bank(bundled, recipe, plan(trajectories=1, recipe=recipe))
+    bank = build_bank(bundled, recipe, plan(bundled, trajectories=1, recipe=recipe))
     rows = bank.role_rows["retain"]
     branches = [bundled.encode([""]).of([""]), bundled.encode([RETAIN]).of([RETAIN])]
     noise = initial_noise([RETAIN], [0], bundled.latent_shape)
@@ -144,3 +147,15 @@ def test_parts_of_a_batch_are_its_rows_each_once(bank, parts):
         assert len(batch.timesteps) == sum(count for _, count in batch.roles) > 0
         expected = [role for role, count in batch.roles for _ in range(count)]
         assert [next(r for r, rows in bank.role_rows.items() if i in rows) for i in batch.row_index] == expected
+
+
+def test_a_sampler_may_have_more_points_than_steps(bundled):
+    diffusers = import_diffusers()
+    pipeline = copy.copy(bundled.pipeline)
+    pipeline.scheduler = diffusers.PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    model = Model(pipeline, bundled.source, bundled.name, bundled.device)
+    planned = plan(model)
+    bank = build_bank(model, RECIPE, planned)
+    assert planned.points == 4
+    assert len(bank) == planned.rows == 4 * 4
+    assert bank.timesteps.view(4, 4).tolist() == [model.new_scheduler(3).timesteps.tolist()] * 4

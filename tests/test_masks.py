@@ -134,7 +134,7 @@ def test_a_mask_has_its_density_and_granularity(bundled, granularity):
 def test_a_mask_selects_where_the_guided_denoising_loss_is_steepest(bundled, mask):
     """Against the gradient by autograd on the same rows, in one batch."""
     recipe = Recipe([Row("forget", "star", "star", {NOISE: 1.0})], Sum())
-    plan = plan_bank(recipe, trajectories=1, num_inference_steps=3, guidance_scale=3.0, seed=0)
+    plan = plan_bank(bundled, recipe, trajectories=1, num_inference_steps=3, guidance_scale=3.0, seed=0)
     bank = build_bank(bundled, recipe, plan)
     parameters = [dict(bundled.denoiser.named_parameters())[name].requires_grad_(True) for name in mask.bits]
     predict = [bundled.predict(bank.latents, bank.timesteps, bank.conditions.of([p] * 3)) for p in ("star", "")]
