@@ -31,14 +31,19 @@ bench: $(VENV)/.installed
 
 # The figures in the README: made by these commands, kept in benchmarks/results/.
 results: $(VENV)/.installed
+	mkdir -p .benchmarks
 	$(BIN)/fastunlearn demo --output demo --overwrite
 	cp demo/demo.json benchmarks/results/demo.json
 	cp demo/grid.png docs/grid.png
 	$(BIN)/python -m pytest benchmarks/bench_bank.py --benchmark-enable --benchmark-json .benchmarks/bank.json
 	$(BIN)/python benchmarks/bank_quality.py --output benchmarks/results/bank_quality.json
 	$(BIN)/python -m pytest benchmarks/bench_evaluation.py --benchmark-enable --benchmark-json .benchmarks/evaluation.json
+	$(BIN)/python -m pytest benchmarks/bench_second_model.py --benchmark-enable --benchmark-json .benchmarks/second.json
+	$(BIN)/python -m pytest benchmarks/bench_kernels.py --benchmark-enable --benchmark-json .benchmarks/kernels.json
+	$(BIN)/python benchmarks/report_kernels.py collect .benchmarks/kernels.json
 	$(BIN)/python benchmarks/metrics_miss.py --output benchmarks/results/metrics_miss.json --figure docs/metrics_miss.png
-	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json --evaluation-speed .benchmarks/evaluation.json
+	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json --evaluation-speed .benchmarks/evaluation.json \
+	  --second-model .benchmarks/second.json
 
 readme:
 	$(PYTHON) benchmarks/readme.py
