@@ -205,8 +205,8 @@ def evaluation_section(speed: dict[str, Any], second: dict[str, Any]) -> str:
     drawn = second["share_of_the_second"]["draw"]
     lines += [
         "",
-        f"From prompts to distances on the bundled model, {second['pairs']} pairs: {second['first_s']:.0f} s for the first "
-        f"unlearned model, {second['second_s']:.0f} s for a second one, whose originals come from the cache "
+        f"From prompts to distances on the bundled model, {second['pairs']} pairs: {second['first_s']:.0f} s for the "
+        f"first unlearned model, {second['second_s']:.0f} s for a second one, whose originals come from the cache "
         f"({second['second_over_first']:.0%}; drawing its pictures is {drawn:.0%} of that).",
     ]
     return "\n".join(lines)
