@@ -25,7 +25,7 @@ NEGGRAD = Method(
     summary="unlearns by gradient ascent; the simplest baseline",
     recipe=recipe,
     defaults={
-        "shapes": Defaults(20, 2e-4, 32, 16, "cross-attention", "linear", retain_weight=1.0),
+        "shapes": Defaults(30, 1e-3, 32, 16, "cross-attention", "linear", retain_weight=1.0),
         "stable-diffusion": Defaults(100, 1e-5, 8, 32, "all", retain_weight=1.0),
     },
     needs_retain=True,
