@@ -40,6 +40,7 @@ CONTROL_PAIRS = 8  # on which the numeric controls are measured unless the calle
 
 _GALLERY = 6  # pictures a group that the report shows
 _EXTREMES = 4  # pairs of the largest, of the middle and of the smallest distances that it shows
+_TENSOR_BYTES = 1024  # that a tensor takes beside its elements
 _ALBUM_BYTES = 64 * 2**20  # of pictures held for the report; what is not among them is drawn once more
 
 
@@ -317,7 +318,7 @@ class Evaluator:
             if self._album_bytes < _ALBUM_BYTES:
                 pair = original[place].clone(), tuple(pictures[place].clone() for pictures in drawn)
                 self._album[key] = pair
-                self._album_bytes += sum(picture.numel() for picture in (pair[0], *pair[1]))
+                self._album_bytes += sum(picture.numel() + _TENSOR_BYTES for picture in (pair[0], *pair[1]))
         return batch
 
     def _measure(
