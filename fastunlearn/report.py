@@ -254,8 +254,8 @@ def _erasure_sentence(evaluation: Evaluation) -> str:
     concept, erasure = evaluation["concept"], evaluation["erasure"]
     if erasure is None:
         return (
-            f"Whether the model still draws “{concept}” was not measured, because no classifier knows its pictures: "
-            "look at what it draws."
+            f"Whether the model still draws “{concept}” was not measured: that takes prompts that ask for it and a "
+            "classifier that knows its pictures. Look at what it draws."
         )
     share, n = erasure["forget_accuracy"], erasure["n_pictures"]
     shown, shown_before = round(share * n), round(erasure["forget_accuracy_original"] * n)
