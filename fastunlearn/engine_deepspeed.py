@@ -69,7 +69,9 @@ class DeepSpeedEngine(Engine):
         originals = (
             {n: self.selection.take(n, p).cpu().clone() for n, p in self.parameters.items()} if self.is_bf16 else {}
         )
-        with _deepspeed_environment(world):
+        # Until close: stage 3 looks into the environment at every forward.
+        self._environment = _complete_environment(world)
+        with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, model_parameters=list(self.parameters.values()), optimizer=self.optimizer, config=options
             )
@@ -142,6 +144,8 @@ class DeepSpeedEngine(Engine):
         for hook in self._hooks:
             hook.remove()
         self.deepspeed.destroy()
+        for name in self._environment:
+            os.environ.pop(name, None)
         leave()
 
     # ---- where the elements are --------------------------------------------------------------------------------------
@@ -339,15 +343,9 @@ def check_deepspeed(settings: Mapping[str, Any], device: torch.device) -> None:
         raise ValueError(f"DeepSpeed refuses `zero_optimization`: {details}.") from error
 
 
-@contextlib.contextmanager
-def _deepspeed_environment(world: World) -> Iterator[None]:
-    """What DeepSpeed looks for in the environment, where no launcher has set it, and nowhere to print to."""
+def _complete_environment(world: World) -> list[str]:
+    """Set what DeepSpeed looks for in the environment, where no launcher has; the names that were missing."""
     known = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     missing = {name: str(value) for name, value in known.items() if name not in os.environ}
     os.environ.update(missing)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for name in missing:
-            del os.environ[name]
+    return list(missing)

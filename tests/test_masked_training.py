@@ -281,3 +281,16 @@ def test_a_killed_run_ends_like_one_that_was_not(finished, tmp_path, where):
     assert not list(folder.rglob("*.tmp"))
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [3]
+
+
+@pytest.mark.slow
+def test_stage_3_trains_in_one_process_without_a_launcher(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    arguments = [f"--{n.replace('_', '-')}={v}" for n, v in {**TINY, **KV, "method": "salun", "steps": 2}.items()]
+    arguments += ["--mask-density=0.25", f"--deepspeed={tmp_path / 'ds.json'}", f"--output={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "fastunlearn", "train", *arguments]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model" / "model_index.json").is_file()
