@@ -7,7 +7,6 @@ with it.  At the end each writes its peak memory and the bytes of its optimizer'
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -93,7 +92,8 @@ def main() -> None:
         trainer.step += 1
         if steps is not None:
             steps.send("done")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss, in which a new process starts at the peak of the one that started it.
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     record = {"peak_memory_bytes": peak, "optimizer_bytes": optimizer_bytes(trainer.engine)}
     (folder / f"memory-{world.rank}.json").write_text(json.dumps(record))
     trainer.engine.close()
