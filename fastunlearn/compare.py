@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import CompareConfig
-from .records import claimed
 from .report import templates
-from .run_folder import check_output, clear_output, whole_file, write_json, write_text
+from .run_folder import check_output, claimed, clear_output, whole_file, write_json, write_text
 from .statistics import Comparison, compare, holm
 from .summary import is_forget
 

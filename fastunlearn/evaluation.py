@@ -20,9 +20,9 @@ from .originals import PictureCache
 from .perceptual import PerceptualDistance, load_perceptual
 from .ranks import Ranks
 from .records import FOLDER as JOURNAL
-from .records import Batch, Journal, claimed
+from .records import Batch, Journal
 from .results import EvaluationReport, write_results
-from .run_folder import check_output, clear_output
+from .run_folder import check_output, claimed, clear_output
 from .sources import Source, as_source
 from .summary import PromptGroups
 

@@ -6,9 +6,7 @@ kept, and nothing is written before all of it is known.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import os
@@ -30,7 +28,7 @@ from .models import resolve_device, versions
 from .perceptual import PerceptualDistance, load_perceptual
 from .pictures import Picture, find_pictures, read_picture
 from .report import Gallery, GalleryRow
-from .run_folder import check_output, prepare_output, write_json, write_lines
+from .run_folder import check_output, claimed, prepare_output, write_json, write_lines
 from .statistics import clustered_mean, quantiles
 
 _SHOWN = 4  # pairs of each kind in the report
@@ -77,7 +75,7 @@ def evaluate_images(
     distance = load_perceptual(
         config.metric, device, trunk_weights=config.trunk_weights, micro_batch_size=config.batch_size
     )
-    with _claimed(output):
+    with claimed(output):
         scores = score(pairs, distance, further, config.num_workers or os.cpu_count() or 1, on_progress)
         summary = summarize(pairs, scores, distance, further, config)
         galleries = _galleries(pairs, scores.distances)
@@ -349,27 +347,3 @@ def _galleries(pairs: Sequence[Pair], distances: npt.NDArray[np.float32]) -> lis
             rows.append(GalleryRow(label, pictures, ["", f"distance {distances[place]:.4f}"]))
         galleries.append(Gallery(title, "", ["original", "unlearned"], rows))
     return galleries
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Holds the output folder, made if need be, against other evaluations; one that stays empty goes again.
-
-    The lock is the operating system's, on the folder itself: it ends with the process, however that ends.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another evaluation is writing to {folder}. Wait for it, or use another `--output`."
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()

@@ -6,7 +6,6 @@ key gives the same columns whatever number of ranks wrote them, in whatever orde
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -231,28 +230,3 @@ def _whole_lines(path: Path) -> list[bytes]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < 60 else text[:57] + "..."
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Holds the output folder, made if need be, against other evaluations; a new one that stays empty goes again.
-
-    The lock is the operating system's, on the folder itself: it ends with the process, however that ends.
-    Raises ValueError where another process has it.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another evaluation is writing to {folder}. Wait for it, or use another `--output`."
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None
     """ValueError unless the folder is new or empty, or is ours and is to be replaced or continued.  Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--output` {folder} is a file. Name a folder.")
-    used = folder.is_dir() and not all(_is_scrap(entry) for entry in folder.iterdir())
+    used = folder.is_dir() and _is_used(folder)
     if used and overwrite:
         _refuse_foreign(folder)
     elif used and not resume:
@@ -39,19 +40,44 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None
 def prepare_output(folder: Path, *, overwrite: bool, resume: bool = False) -> None:
     """Make the folder, as :func:`check_output` allows it; one to be replaced is emptied."""
     check_output(folder, overwrite=overwrite, resume=resume)
-    if overwrite and folder.is_dir():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        clear_output(folder)
     remove_scraps(folder)
 
 
 def clear_output(folder: Path, *, but: Sequence[str] = ()) -> None:
     """Remove what an earlier run left, as :func:`check_output` allows it, but for these names.  The folder stays."""
-    if any(folder.iterdir()):
+    if _is_used(folder):
         _refuse_foreign(folder)
     for entry in folder.iterdir():
         if entry.name not in but:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _remove(entry)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Holds the output folder, made if need be, against other evaluations; a new one that stays empty goes again.
+
+    The lock is the operating system's, on the folder itself: it ends with the process, however that ends.
+    Raises ValueError where another process has it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another evaluation is writing to {folder}. Wait for it, or use another `--output`."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -81,6 +107,11 @@ def _is_result(entry: Path) -> bool:
     return "evaluation.json" in names and names <= {"pairs.jsonl", "evaluation.json"}
 
 
+def _is_used(folder: Path) -> bool:
+    """Whether the folder holds more than scraps."""
+    return not all(_is_scrap(entry) for entry in folder.iterdir())
+
+
 def _is_scrap(entry: Path) -> bool:
     """Whether a killed run left this while it wrote."""
     return entry.name.startswith(".") and entry.suffix == ".tmp"
@@ -90,7 +121,11 @@ def remove_scraps(folder: Path) -> None:
     """Delete what killed runs were in the middle of writing."""
     for entry in folder.iterdir():
         if _is_scrap(entry):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 @contextlib.contextmanager

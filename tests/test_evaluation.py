@@ -23,7 +23,8 @@ from fastunlearn.evaluator import Evaluator, Plan, PromptGroups
 from fastunlearn.generate import SamplerSpec
 from fastunlearn.originals import PictureCache
 from fastunlearn.ranks import Ranks
-from fastunlearn.records import Batch, Journal, claimed
+from fastunlearn.records import Batch, Journal
+from fastunlearn.run_folder import claimed
 from fastunlearn.sources import as_source
 
 GROUPED = [(prompt, "forget" if place < 3 else "near" if place < 7 else "far") for place, prompt in enumerate(PROMPTS)]

@@ -10,6 +10,7 @@ from fastunlearn import demo
 from fastunlearn.config import DEMO_METHODS, TrainConfig, to_yaml
 from fastunlearn.run_folder import (
     check_output,
+    claimed,
     clear_output,
     prepare_output,
     whole_file,
@@ -235,3 +236,16 @@ def test_a_number_that_is_none_is_never_written(number, tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_lines(tmp_path / "a.jsonl", [{"mean": number}])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_to_be_replaced_stays_the_one_that_is_claimed(tmp_path):
+    folder = plant(tmp_path / "run", OURS["models evaluated together"])
+    (folder / ".report.html.x.tmp").touch()
+    with claimed(folder):
+        prepare_output(folder, overwrite=True)
+        assert not list(folder.iterdir())
+        with pytest.raises(ValueError, match="another evaluation is writing"), claimed(folder):
+            pass
+    (folder / ".report.html.x.tmp").touch()
+    clear_output(folder)
+    assert not list(folder.iterdir())
