@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from .report import Gallery, _data_uri, _distance, percent
+from .report import Gallery, distance_text, percent, templates
 from .run_folder import write_text
 
 
@@ -23,15 +21,7 @@ class ImagesReport:
 
 def write_images_report(path: Path, report: ImagesReport) -> None:
     """Write one HTML file that loads nothing from elsewhere; the same report gives the same bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastunlearn"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(distance=_distance, percent=percent, uri=_data_uri)
-    template = environment.get_template("images.html.j2")
+    template = templates().get_template("images.html.j2")
     write_text(
         path,
         template.render(
@@ -48,10 +38,10 @@ def image_sentence(summary: Mapping[str, Any]) -> str:
     integrity = summary["integrity"]
     interval = ""
     if integrity["ci95"] is not None:
-        low, high = (_distance(value) for value in integrity["ci95"])
+        low, high = (distance_text(value) for value in integrity["ci95"])
         interval = f", 95\u00a0% interval {low} to {high}"
     return (
-        f"On {integrity['n_pairs']:,} pairs the pictures are on average {_distance(integrity['mean'])} apart "
+        f"On {integrity['n_pairs']:,} pairs the pictures are on average {distance_text(integrity['mean'])} apart "
         f"({integrity['metric']}{interval}), where 0 is the same picture; {percent(integrity['unchanged'])} did not "
         "change. This is about what was kept: whether the concept is gone has to be shown on other pictures."
     )

@@ -154,7 +154,7 @@ def templates() -> jinja2.Environment:
     environment.filters.update(
         percent=percent,
         percent_range=percent_range,
-        distance=_distance,
+        distance=distance_text,
         uri=_data_uri,
         signed=lambda value: f"{value:+.3f}".replace("-", "\u2212"),
         p_value=lambda value: f"{value:.3f}" if value >= 0.001 else "< 0.001",
@@ -323,7 +323,7 @@ def _digits(value: float) -> int:
     return 0 if gap == 0 or gap > 0.5 else 1 if gap > 0.05 else 2
 
 
-def _distance(value: float) -> str:
+def distance_text(value: float) -> str:
     return "0" if value == 0 else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
 
 
