@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
-from .models import fingerprint
+from .models import fingerprint, read_tensors
 from .run_folder import whole_file, whole_folder
 
 DELTA_FORMAT = "fastunlearn-delta-1"
@@ -45,7 +45,7 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for file in sorted((source / part).glob("*.safetensors")):
-        for name, original in _named_in(file, set(values)).items():
+        for name, original in read_tensors(file, values)[0].items():
             if name in dtypes:
                 raise ValueError(f"{source / part} has {name} in two files, which a delta cannot tell. Save the model.")
             dtypes[name] = original.dtype
@@ -72,14 +72,11 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
 
     ValueError if the file is no delta, damaged, or made from another pipeline.
     """
-    from safetensors import safe_open
-
     if not delta.is_file():
         raise ValueError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
     try:
-        with safe_open(delta, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        tensors, found = read_tensors(delta)
+        metadata = found or {}
         if metadata.get("format") != DELTA_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
         shapes = json.loads(metadata["shapes"])
@@ -112,14 +109,11 @@ def overlay(folder: Path, values: Values, bits: Bits | None = None) -> dict[str,
 
     Returns the type of each tensor in the files, to which its values are rounded.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     dtypes: dict[str, torch.dtype] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        tensors, metadata = read_tensors(path)
         changed = set(values) & set(tensors)
         for name in changed:
             dtypes[name] = tensors[name].dtype
@@ -142,13 +136,6 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     result = original.contiguous().clone()
     result.view(-1)[unpack_bits(bits.cpu(), original.numel())] = stored
     return result
-
-
-def _named_in(file: Path, names: set[str]) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys() if name in names}  # noqa: SIM118 - no mapping
 
 
 def _check_found(folder: Path, wanted: Values, found: Mapping[str, torch.dtype]) -> None:

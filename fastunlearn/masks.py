@@ -13,7 +13,7 @@ from fastunlearn_kernels import accumulate_saliency_, pack_bits, saliency_mask, 
 from torch import nn
 
 from .bank import Bank, build_bank, plan_bank
-from .models import Model, denoiser_hash
+from .models import Model, denoiser_hash, read_tensors
 from .recipe import EMPTY, NOISE, Recipe, Row, Sum
 from .run_folder import whole_file
 
@@ -111,14 +111,11 @@ class GradMask:
 
 def load_mask(path: Path, model: Model) -> GradMask:
     """Read what :meth:`GradMask.save` wrote.  ValueError if it is no mask, or one of another model."""
-    from safetensors import safe_open
-
     if not path.is_file():
         raise ValueError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        bits, found = read_tensors(path)
+        metadata = found or {}
         if metadata.get("format") != MASK_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -272,6 +272,17 @@ def fingerprint(source: Path) -> str:
 def denoiser_hash(model: Model) -> str:
     """:func:`fingerprint` of the denoiser's files alone: the weights that a mask or a delta belongs to."""
     return fingerprint(model.source / model.denoiser_folder)
+
+
+def read_tensors(
+    path: Path, names: Collection[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """The tensors of a safetensors file, all or those of ``names`` that it has, and its metadata, if it has any."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        found = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 - no mapping
+        return {name: file.get_tensor(name) for name in found}, file.metadata()
 
 
 def versions() -> dict[str, str]:
