@@ -11,7 +11,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,6 @@ def _evaluate_run(
     folder: Path,
     reporter: Reporter,
 ) -> None:
-
     if groups and metric:
         reporter.stage("evaluation")
         # The original is loaded afresh: the model in memory has been trained.
@@ -187,12 +186,7 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
         raise ValueError(f"`--output` {path}: the folder {path.parent} does not exist. Make it first.")
     model = load_model(config.model, config.device)
     defaults = get_method("salun").defaults_for(model.is_bundled)
-    word = config.forget.strip()
-    if config.forget_prompts:
-        forget = prompts.parse_prompts(config.forget_prompts)
-    else:
-        forget = prompts.shapes_prompts(word, "train")[0] if model.is_bundled else [word]
-    _check_tokens(model, forget)
+    forget = _forget_prompts(config, model)
     names = select_parameters(model.denoiser, config.trainable)
     check_deterministic(model.pipeline.scheduler)
     reporter.stage("mask")
@@ -435,15 +429,11 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
 def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaults) -> Concept:
     """What to forget, what takes its place, what to keep: from the user, else from the bundled world."""
     word = config.forget.strip()
-    if model.is_bundled and not (config.forget_prompts and config.retain_prompts):
-        own_forget, own_retain = prompts.shapes_prompts(word, "train")
+    forget = _forget_prompts(config, model, alone=method.concept_alone)
+    if config.retain_prompts:
+        retain = prompts.parse_prompts(config.retain_prompts)
     else:
-        own_forget, own_retain = [word], []
-    if method.concept_alone:
-        own_forget = [word]
-    forget = prompts.parse_prompts(config.forget_prompts) if config.forget_prompts else own_forget
-    retain = prompts.parse_prompts(config.retain_prompts) if config.retain_prompts else own_retain
-    _check_tokens(model, forget)
+        retain = prompts.shapes_prompts(word, "train")[1] if model.is_bundled else []
     prompts.check_disjoint(forget, retain)
     if method.needs_retain and not retain:
         raise ValueError(
@@ -465,7 +455,14 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
     return Concept(anchor, tuple(forget), anchors, tuple(retain), settings)
 
 
-def _check_tokens(model: Model, forget: Sequence[str]) -> None:
+def _forget_prompts(config: TrainConfig | MaskConfig, model: Model, *, alone: bool = False) -> list[str]:
+    """The user's prompts that show the concept, else the bundled world's, else, or if ``alone``, the bare word."""
+    word = config.forget.strip()
+    if config.forget_prompts:
+        forget = prompts.parse_prompts(config.forget_prompts)
+    else:
+        own = prompts.shapes_prompts(word, "train")[0] if model.is_bundled else []  # refuses a word it does not know
+        forget = [word] if alone or not own else own
     for prompt in forget:
         tokens = model.count_tokens(prompt)
         if tokens == 0:
@@ -474,6 +471,7 @@ def _check_tokens(model: Model, forget: Sequence[str]) -> None:
             raise ValueError(
                 f"the forget prompt {prompt!r} has {tokens} tokens and the model reads {model.max_tokens}. Shorten it."
             )
+    return forget
 
 
 def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None:
