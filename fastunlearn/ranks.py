@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .distributed import world_of_environment
+
 _PARENT = "FASTUNLEARN_PARENT"  # process id of the first rank, where that one started the others
 
 
@@ -29,14 +31,14 @@ class Ranks:
     @classmethod
     def from_environment(cls, num_processes: int) -> Ranks:
         """From ``RANK`` and ``WORLD_SIZE`` as launchers set them, else the first of ``num_processes``."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size == 1:
+        world = world_of_environment()
+        if world.size == 1:
             return cls(0, num_processes, False)
         if num_processes > 1:
             raise ValueError(
-                f"`--num-processes` {num_processes} within {world_size} launched processes: give one of them."
+                f"`--num-processes` {num_processes} within {world.size} launched processes: give one of them."
             )
-        return cls(int(os.environ["RANK"]), world_size, _PARENT not in os.environ)
+        return cls(world.rank, world.size, _PARENT not in os.environ)
 
     def device(self, device: str) -> str:
         """The GPU of this rank where there are several."""
