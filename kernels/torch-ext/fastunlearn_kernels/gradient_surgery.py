@@ -16,7 +16,7 @@ from . import reference
 from .bits import num_bytes, unpack_bits
 from .checks import check_tensor, check_tensor_list
 from .launch import jit, on_device_of, runs_triton, tl
-from .tables import TRITON_DTYPES, are_aligned, load_pointer, tensor_table
+from .tables import TRITON_DTYPES, are_aligned, load_pointer, place_of_program, tensor_table
 
 TILES = 8  # of 1024 elements a program: few enough partials that their sum costs nothing
 SECTORS = 128
@@ -47,10 +47,7 @@ def _gradient_dots_kernel(
     SECTORS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    row = tl.load(program_tensor_ptr + pid).to(tl.int64) * NUM_COLUMNS
-    numel = tl.load(table_ptr + row)
-    block = pid - tl.load(table_ptr + row + 1)
+    pid, row, numel, block = place_of_program(table_ptr, program_tensor_ptr, NUM_COLUMNS)
     pointer0 = load_pointer(table_ptr, row + 2, DTYPE0, ALIGNED)
     pointer1 = load_pointer(table_ptr, row + 3, DTYPE1, ALIGNED)
     bits_address = tl.load(table_ptr + row + 4)

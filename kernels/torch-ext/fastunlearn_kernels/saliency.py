@@ -18,7 +18,7 @@ from . import reference
 from .bits import num_bytes, pack_bits, unpack_bits
 from .checks import check_tensor, check_tensor_list
 from .launch import ceil_div, jit, on_device_of, runs_triton, tl
-from .tables import TRITON_DTYPES, TensorTable, are_aligned, load_pointer, tensor_table
+from .tables import TRITON_DTYPES, TensorTable, are_aligned, load_pointer, place_of_program, tensor_table
 
 MODES = ("absolute", "signed", "squared")
 GRANULARITIES = ("element", "sector", "row")
@@ -39,12 +39,10 @@ def _accumulate_kernel(
     NUM_COLUMNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    row = tl.load(program_tensor_ptr + pid).to(tl.int64) * NUM_COLUMNS
-    numel = tl.load(table_ptr + row)
+    _, row, numel, block = place_of_program(table_ptr, program_tensor_ptr, NUM_COLUMNS)
     saliency_ptr = load_pointer(table_ptr, row + 2, tl.float32, ALIGNED)
     gradient_ptr = load_pointer(table_ptr, row + 3, DTYPE, ALIGNED)
-    start = (pid - tl.load(table_ptr + row + 1)) * BLOCK_SIZE
+    start = block * BLOCK_SIZE
     offsets = start + tl.arange(0, BLOCK_SIZE)
     if start + BLOCK_SIZE <= numel:
         _accumulate_tile(saliency_ptr + offsets, gradient_ptr + offsets, offsets >= 0, MODE)
@@ -90,10 +88,7 @@ def _histogram_kernel(
     TILES: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    row = tl.load(program_tensor_ptr + pid).to(tl.int64) * NUM_COLUMNS
-    numel = tl.load(table_ptr + row)
-    block = pid - tl.load(table_ptr + row + 1)
+    pid, row, numel, block = place_of_program(table_ptr, program_tensor_ptr, NUM_COLUMNS)
     score_ptr = load_pointer(table_ptr, row + 2, tl.float32, ALIGNED)
     prefix = tl.load(prefix_ptr).to(tl.int32)
     counts = tl.zeros((BINS,), tl.int32)
@@ -118,10 +113,7 @@ def _pack_kernel(
     SECTORS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    row = tl.load(program_tensor_ptr + pid).to(tl.int64) * NUM_COLUMNS
-    numel = tl.load(table_ptr + row)
-    block = pid - tl.load(table_ptr + row + 1)
+    pid, row, numel, block = place_of_program(table_ptr, program_tensor_ptr, NUM_COLUMNS)
     score_ptr = load_pointer(table_ptr, row + 2, tl.float32, ALIGNED)
     bits_ptr = load_pointer(table_ptr, row + 3, tl.uint8, False)
     threshold = tl.load(threshold_ptr).to(tl.int32)

@@ -98,6 +98,14 @@ TRITON_DTYPES = (
 
 
 @jit
+def place_of_program(table_ptr, program_tensor_ptr, NUM_COLUMNS: tl.constexpr):
+    """This program's number, its tensor's row of the table, that tensor's numel, and which of its blocks this is."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = tl.load(program_tensor_ptr + pid).to(tl.int64) * NUM_COLUMNS
+    return pid, row, tl.load(table_ptr + row), pid - tl.load(table_ptr + row + 1)
+
+
+@jit
 def load_pointer(table_ptr, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(table_ptr + column).to(tl.pointer_type(DTYPE))
     if ALIGNED:
