@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,19 +50,19 @@ def compare(method: str, trajectories: list[int], seeds: int) -> list[dict]:
     """One row a number of trajectories, ``fresh`` first, over ``seeds`` training seeds on the same evaluation pairs."""
     with tempfile.TemporaryDirectory() as scratch:
         models = {}
-        for seed in range(seeds):
-            for count in ("fresh", *trajectories):
-                name = f"{count}-{seed}"
-                train_one(method, count, seed, Path(scratch) / name)
-                models[name] = load_model(str(Path(scratch) / name / "model"), "cpu")
+        counts: list[int | str] = ["fresh", *trajectories]
+        for seed, count in itertools.product(range(seeds), counts):
+            name = f"{count}-{seed}"
+            train_one(method, count, seed, Path(scratch) / name)
+            models[name] = load_model(str(Path(scratch) / name / "model"), "cpu")
         found = evaluate_models(
             load_model("shapes", "cpu"), models, shapes_groups("star"), load_perceptual("shapes", "cpu"), SamplerSpec()
         )
     by_name = {result.name: result for result in found.results}
     rows = []
-    for count in ("fresh", *trajectories):
+    for count in counts:
         group = [by_name[f"{count}-{seed}"] for seed in range(seeds)]
-        row = {
+        row: dict[str, Any] = {
             "trajectories": count,
             "forget_accuracy": float(np.mean([r.summary["erasure"]["forget_accuracy"] for r in group])),
             "retention": [round(r.summary["integrity"]["retention"], 4) for r in group],
@@ -110,7 +112,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
             points = kept.view(-1, plan.bank.points)
             draws = torch.randint(points.shape[1], (len(points),), generator=torch.Generator().manual_seed(seed))
             bank.role_rows[role] = points[torch.arange(len(points)), draws]
-    train(model, plan, bank, config, folder, Reporter())
+    train(model, plan, bank, None, config, folder, Reporter())
 
 
 if __name__ == "__main__":

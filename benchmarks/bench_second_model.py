@@ -27,7 +27,7 @@ def test_a_second_model_costs_at_most_55_percent_of_the_first(benchmark, tmp_pat
     """The first fills the cache with the original's pictures; the second draws only its own."""
     seconds_of(tmp_path / "warm-up", tmp_path / "warm-up-cache")
     first, report = seconds_of(tmp_path / "first", tmp_path / "cache")
-    second = []
+    second: list[float] = []
 
     def run():
         taken, again = seconds_of(tmp_path / f"second-{len(second)}", tmp_path / "cache")

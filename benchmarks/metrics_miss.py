@@ -17,6 +17,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class World:
             for side, pictures in (("before", before), ("after", after)):
                 found |= {f"{what}-{side}": right for what, right in self.right(pictures).items()}
             with whole_file(path) as unfinished, unfinished.open("wb") as stream:
-                np.savez(stream, **found)
+                np.savez(stream, **found)  # type: ignore[arg-type]  # takes the names for its own flag
         return dict(np.load(path))
 
     def right(self, pictures: torch.Tensor) -> dict[str, np.ndarray]:
@@ -192,7 +193,7 @@ class World:
 
 def table(world: World) -> list[dict[str, Any]]:
     """Every model under every metric, two pictures a prompt."""
-    loaders: dict[str, Callable[[], Model]] = {method: (lambda m=method: world.trained(m)) for method in METHODS}
+    loaders: dict[str, Callable[[], Model]] = {method: partial(world.trained, method) for method in METHODS}
     loaders["ordinary training"] = world.ordinary
     loaders["gold"] = lambda: load_model("shapes-gold-star")
     shown_before = world.shows_concept(world.pictures("original", world.forget, 0, lambda: load_model("shapes")))
@@ -292,7 +293,7 @@ def doses(world: World, damage: str) -> dict[str, Any]:
     for dose in DOSES:
         # At its end, the model of the table has just these weights.
         name = "esd" if (damage, dose) == ("esd", 1.0) else f"{damage}-{dose}"
-        drawn = world.pictures(name, world.prompts, 0, lambda dose=dose: at(dose))
+        drawn = world.pictures(name, world.prompts, 0, partial(at, dose))
         rows = world.rows(name, 0, drawn)
         kept = retention(rows["integrity"], world.prompts, rows["ceiling"], world.prompts)
         found.append((statistics(world, rows), {"mean": kept.mean, "ci95": [kept.low, kept.high]}))
@@ -327,7 +328,7 @@ def damaged(world: World, damage: str) -> Model:
     with torch.no_grad():
         for parameter in model.denoiser.parameters():
             spread = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
-            parameter += 0.2 * spread * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * spread * torch.randn(parameter.shape, generator=generator))
     return model
 
 

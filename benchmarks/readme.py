@@ -56,9 +56,9 @@ def render(text: str) -> str:
         "kernels": lambda: kernels_section([_read(path.name) for path in sorted(RESULTS.glob("kernels-*.json"))]),
     }
     for name in re.findall(r"<!-- begin (\w+) -->", text):
-        content = sections[name]()
-        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        head, _, rest = text.partition(begin)
+        text = head + begin + sections[name]() + "\n" + end + rest.partition(end)[2]
     return text
 
 
@@ -174,8 +174,8 @@ def metrics_section(found: dict[str, Any]) -> str:
         "",
         f"{found['prompts']} prompts that no training has seen, {found['seeds']} pictures each. The smallest dose of a "
         f"damage that each metric tells from harmless training in {doses['power']:.0%} of resamples, with the range "
-        "that holds 95 % of them; 0 is the original, 1 the damaged model, and all metrics see the same pictures. All of "
-        f"it was made by one command in {found['minutes']:.0f} minutes, with {found['threads']} CPU threads:",
+        "that holds 95 % of them; 0 is the original, 1 the damaged model, and all metrics see the same pictures. All "
+        f"of it was made by one command in {found['minutes']:.0f} minutes, with {found['threads']} CPU threads:",
         "",
         f"| | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),

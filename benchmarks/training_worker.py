@@ -42,7 +42,7 @@ def make_trainer(case, world: World, folder: Path) -> Trainer:
     names = [name for name, _ in model.denoiser.named_parameters()]
     bits = None if case["density"] is None else mask_bits(model, case["density"])
     if case["stage"] is None:
-        engine = TorchEngine(model.denoiser, names, learning_rate=1e-5, bits=bits)
+        engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.denoiser, names, learning_rate=1e-5, bits=bits)
     else:
         path = folder / f"ds-{world.rank}.json"
         buckets = {"reduce_bucket_size": 1_000_000}  # as large as the model's own largest tensors need
