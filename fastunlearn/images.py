@@ -175,7 +175,9 @@ def score(
     digests = hashlib.sha256(), hashlib.sha256()
     size: tuple[int, int] | None = None
     done = 0
-    for batch, decoded in _decoded(pairs, distance.micro_batch_size, num_workers):
+    # Where the distance itself takes every core, decoding beside it only disturbs.
+    ahead = 0 if distance.device.type == "cpu" else 1 + -(-2 * num_workers // distance.micro_batch_size)
+    for batch, decoded in _decoded(pairs, distance.micro_batch_size, num_workers, ahead):
         for pair, pictures in zip(batch, decoded, strict=True):
             size = size or pictures[0].pixels.shape[:2]
             _check_size(pair, pictures, size)
@@ -200,15 +202,14 @@ def score(
 
 
 def _decoded(
-    pairs: Sequence[Pair], batch_size: int, num_workers: int
+    pairs: Sequence[Pair], batch_size: int, num_workers: int, ahead: int
 ) -> Iterator[tuple[Sequence[Pair], list[tuple[Picture, Picture]]]]:
-    """Batches in order, while workers decode some batches ahead.  Pillow decodes without Python's lock: threads do."""
+    """Batches in order, while workers decode ``ahead`` more.  Pillow decodes without Python's lock: threads do."""
 
     def read(pair: Pair) -> tuple[Picture, Picture]:
         return read_picture(pair.original), read_picture(pair.unlearned)
 
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    ahead = 1 + -(-2 * num_workers // batch_size)
     waiting: deque[list[Future[tuple[Picture, Picture]]]] = deque()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as workers:
         try:
@@ -285,7 +286,7 @@ def summarize(
             "height": scores.size[0],
             "width": scores.size[1],
             "batch_size": config.batch_size,
-            "device": str(next(distance.parameters()).device),
+            "device": str(distance.device),
             "hashes": {"original_images": scores.digests[0], "unlearned_images": scores.digests[1]},
             "versions": versions(),
         },
