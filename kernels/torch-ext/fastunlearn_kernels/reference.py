@@ -105,15 +105,18 @@ def _all_used(factors: torch.Tensor) -> bool:
 def lpips_distance(
     features0: Sequence[torch.Tensor], features1: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """LPIPS heads, (N,) fp32."""
+    """LPIPS heads, (N,) fp32, by pairs few enough that their temporaries stay in a cache."""
     distance = torch.zeros(features0[0].shape[0], dtype=torch.float32, device=features0[0].device)
-    for feature0, feature1, weight in zip(features0, features1, weights, strict=True):
-        feature0, feature1 = feature0.float(), feature1.float()
-        # divided and then subtracted: the expanded form 1 - 2<f0, f1> + 1 cancels when the images are alike
-        difference = feature0 / torch.linalg.vector_norm(feature0, dim=1, keepdim=True).add_(LPIPS_EPS)
-        difference -= feature1 / torch.linalg.vector_norm(feature1, dim=1, keepdim=True).add_(LPIPS_EPS)
-        head = torch.tensordot(difference.square_(), weight.float(), dims=([1], [0]))
-        distance += head.flatten(1).sum(1) / max(head[0:1].numel(), 1)
+    for layer0, layer1, weight in zip(features0, features1, weights, strict=True):
+        pairs = max(1, 4 * CHUNK // max(layer0[0:1].numel(), 1))
+        parts = zip(distance.split(pairs), layer0.split(pairs), layer1.split(pairs), strict=True)
+        for total, feature0, feature1 in parts:
+            feature0, feature1 = feature0.float(), feature1.float()
+            # divided and then subtracted: the expanded form 1 - 2<f0, f1> + 1 cancels when the images are alike
+            difference = feature0 / torch.linalg.vector_norm(feature0, dim=1, keepdim=True).add_(LPIPS_EPS)
+            difference -= feature1 / torch.linalg.vector_norm(feature1, dim=1, keepdim=True).add_(LPIPS_EPS)
+            head = torch.tensordot(difference.square_(), weight.float(), dims=([1], [0]))
+            total += head.flatten(1).sum(1) / max(head[0:1].numel(), 1)
     return distance
 
 
