@@ -195,13 +195,12 @@ def evaluation_section(speed: dict[str, Any], second: dict[str, Any]) -> str:
         "| pairs/s on a CPU | the `lpips` package's script | `lpips` in batches | `evaluate-images` |",
         "|---|---|---|---|",
     ]
-    for net, ways in speed["nets"].items():
-        cells = [f"{ways[way]['pairs_per_second']:.1f}" for way in ("script", "batched", "evaluate-images")]
-        ours = ways["evaluate-images"]
-        batched = ours["pairs_per_second"] / ways["batched"]["pairs_per_second"]
+    for net in speed["nets"]:
+        rates, times, ranges = net["pairs_per_second"], net["times_as_fast_as"], net["range"]
+        ratios = [f"{times[way]:.2f}x ({ranges[way][0]:.2f} to {ranges[way][1]:.2f})" for way in ("script", "batched")]
         lines.append(
-            f"| {net}, {ours['side']} x {ours['side']} PNG, {ours['pairs']} pairs | {cells[0]} | {cells[1]} | "
-            f"**{cells[2]}** ({ours['times_the_script']:.2f}x, {batched:.2f}x) |"
+            f"| {net['net']}, {net['side']} x {net['side']} PNG, {net['pairs']} pairs | {rates['script']:.1f} | "
+            f"{rates['batched']:.1f} | **{rates['evaluate-images']:.1f}**: {ratios[0]}, {ratios[1]} |"
         )
     drawn = second["share_of_the_second"]["draw"]
     lines += [
@@ -226,16 +225,9 @@ def _dose(value: float | None) -> str:
 def distil_evaluation(path: Path) -> None:
     """Keep of a pytest-benchmark file the pairs a second and the ratios."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    nets: dict[str, Any] = {}
-    for entry in report["benchmarks"]:
-        info = dict(entry["extra_info"])
-        nets.setdefault(info.pop("net"), {})[info.pop("way")] = {
-            "seconds": round(entry["stats"]["median"], 3),
-            **info,
-        }
     content = {
         "machine": {key: report["machine_info"][key] for key in ("processor", "python_version", "machine")},
-        "nets": nets,
+        "nets": [entry["extra_info"] for entry in report["benchmarks"]],
     }
     (RESULTS / "evaluation_cpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
