@@ -49,7 +49,7 @@ readme:
 	$(PYTHON) benchmarks/readme.py
 
 weights: $(VENV)/.installed
-	$(BIN)/python -m fastunlearn.shapes.train --output fastunlearn/shapes/weights
+	$(BIN)/python tools/train_shapes.py --output fastunlearn/worlds/shapes/weights
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastunlearn.api import Reporter, plan_training, train
-from fastunlearn.bank import build_bank
 from fastunlearn.config import TrainConfig
-from fastunlearn.evaluator import evaluate_models, shapes_groups
-from fastunlearn.generate import SamplerSpec
+from fastunlearn.evaluation.evaluator import evaluate_models, shapes_groups
+from fastunlearn.files.run_folder import write_json
 from fastunlearn.methods import get_method
-from fastunlearn.models import load_model
-from fastunlearn.perceptual import load_perceptual
-from fastunlearn.run_folder import write_json
-from fastunlearn.statistics import difference
+from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.statistics import difference
+from fastunlearn.models.generate import SamplerSpec
+from fastunlearn.models.loading import load_model
+from fastunlearn.training.bank import build_bank
+from fastunlearn.training.unlearn import Reporter, plan_training, train
 
 ROWS, BATCH_SIZE = 200, 8
 

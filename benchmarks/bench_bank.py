@@ -17,13 +17,13 @@ import time
 import pytest
 import torch
 
-from fastunlearn.bank import build_bank, plan_bank
-from fastunlearn.engine import TorchEngine
-from fastunlearn.masks import select_parameters
-from fastunlearn.models import load_model
-from fastunlearn.recipe import EMPTY, Recipe, Row, Sum
-from fastunlearn.sampling import initial_noise
-from fastunlearn.trainer import Schedule, Trainer
+from fastunlearn.methods.recipe import EMPTY, Recipe, Row, Sum
+from fastunlearn.models.loading import load_model
+from fastunlearn.models.sampling import initial_noise
+from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.engine import TorchEngine
+from fastunlearn.training.selection import select_parameters
+from fastunlearn.training.trainer import Schedule, Trainer
 
 ROWS, USUAL_ROWS, STEPS, GUIDANCE, ETA = 200, 25, 50, 3.0, 2.0
 ROUNDS = 3

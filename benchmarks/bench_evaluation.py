@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastunlearn.images import find_pairs, score
-from fastunlearn.models import mend_torchvision
-from fastunlearn.perceptual import from_lpips
+from fastunlearn.evaluation.evaluate_images import find_pairs, score
+from fastunlearn.metrics.lpips import from_lpips
+from fastunlearn.models.loading import mend_torchvision
 
 CASES = {"alex": (100, 256), "vgg": (16, 128)}  # net: pairs a round and their side
 ROUNDS = 5  # of other pictures each, every way on each

@@ -11,7 +11,7 @@ import time
 import torch
 
 from fastunlearn import evaluate, load_model, load_perceptual
-from fastunlearn.generate import SamplerSpec, generate
+from fastunlearn.models.generate import SamplerSpec, generate
 from fastunlearn.prompts import shapes_prompts
 
 UNLEARNED = "shapes-gold-star"

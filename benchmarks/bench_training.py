@@ -95,8 +95,8 @@ def unet_step(config, rows, kind, density):
     """
     from fastunlearn_kernels import pack_bits
 
-    from fastunlearn.engine import TorchEngine
-    from fastunlearn.models import import_diffusers
+    from fastunlearn.models.loading import import_diffusers
+    from fastunlearn.training.engine import TorchEngine
 
     torch.manual_seed(0)
     with torch.device("cuda"):

@@ -24,20 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastunlearn.api import unlearn
 from fastunlearn.config import TrainConfig
-from fastunlearn.generate import SamplerSpec, generate
-from fastunlearn.masks import select_parameters
-from fastunlearn.metrics import load_metric
-from fastunlearn.models import Model, load_model, versions
-from fastunlearn.perceptual import load_perceptual
+from fastunlearn.files.run_folder import whole_file, write_json, write_text
+from fastunlearn.metrics.field import load_metric
+from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.statistics import clustered_mean, retention, wilson
+from fastunlearn.models.generate import SamplerSpec, generate
+from fastunlearn.models.loading import Model, load_model, versions
 from fastunlearn.prompts import attributes, shapes_prompts
-from fastunlearn.run_folder import whole_file, write_json, write_text
-from fastunlearn.shapes import BACKGROUNDS, COLORS, SHAPES, load_classifier
-from fastunlearn.shapes.captions import full_caption, sample_captions
-from fastunlearn.shapes.classifier import HEADS, to_pixel_values
-from fastunlearn.shapes.world import render, sample_scenes
-from fastunlearn.statistics import clustered_mean, retention, wilson
+from fastunlearn.training.selection import select_parameters
+from fastunlearn.training.unlearn import unlearn
+from fastunlearn.worlds.shapes import BACKGROUNDS, COLORS, SHAPES, load_classifier
+from fastunlearn.worlds.shapes.captions import full_caption, sample_captions
+from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values
+from fastunlearn.worlds.shapes.world import render, sample_scenes
 
 CONCEPT = "star"
 METHODS = ("identity", "placebo", "esd", "ovw", "saddle")

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from fastunlearn_kernels import pack_bits
 
-from fastunlearn.bank import build_bank, plan_bank
-from fastunlearn.deepspeed_config import read_deepspeed
 from fastunlearn.distributed import World, world_of_environment
-from fastunlearn.engine import TorchEngine
-from fastunlearn.engine_deepspeed import DeepSpeedEngine
-from fastunlearn.models import load_model
-from fastunlearn.recipe import Recipe, Row, Sum
-from fastunlearn.trainer import Schedule, Trainer
+from fastunlearn.methods.recipe import Recipe, Row, Sum
+from fastunlearn.models.loading import load_model
+from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.deepspeed_config import read_deepspeed
+from fastunlearn.training.engine import TorchEngine
+from fastunlearn.training.engine_deepspeed import DeepSpeedEngine
+from fastunlearn.training.trainer import Schedule, Trainer
 
 ROWS = 8  # a step, over all processes
 PROMPTS = ["a red star on a plain background", "a blue star on a striped background"]

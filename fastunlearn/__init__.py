@@ -12,14 +12,14 @@ _PUBLIC = {
     "EvaluateConfig": "config",
     "EvaluateImagesConfig": "config",
     "TrainConfig": "config",
-    "EvaluationReport": "results",
-    "PerceptualDistance": "perceptual",
-    "Reporter": "api",
-    "evaluate": "evaluation",
-    "evaluate_images": "images",
-    "load_model": "models",
-    "load_perceptual": "perceptual",
-    "unlearn": "api",
+    "EvaluationReport": "evaluation.results",
+    "PerceptualDistance": "metrics.lpips",
+    "Reporter": "training.unlearn",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_images": "evaluation.evaluate_images",
+    "load_model": "models.loading",
+    "load_perceptual": "metrics.lpips",
+    "unlearn": "training.unlearn",
 }
 
 __all__ = [
@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .api import Reporter, unlearn
     from .config import EvaluateConfig, EvaluateImagesConfig, TrainConfig
-    from .evaluation import evaluate
-    from .images import evaluate_images
-    from .models import load_model
-    from .perceptual import PerceptualDistance, load_perceptual
-    from .results import EvaluationReport
+    from .evaluation.evaluate import evaluate
+    from .evaluation.evaluate_images import evaluate_images
+    from .evaluation.results import EvaluationReport
+    from .metrics.lpips import PerceptualDistance, load_perceptual
+    from .models.loading import load_model
+    from .training.unlearn import Reporter, unlearn
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import shapes
-from .shapes.captions import full_caption, named, paraphrase
+from .worlds import shapes
+from .worlds.shapes.captions import full_caption, named, paraphrase
 
 _DOMAINS = {"shape": shapes.SHAPES, "color": shapes.COLORS, "background": shapes.BACKGROUNDS}
 

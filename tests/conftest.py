@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network; subproces
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled model on the CPU.  Tests only look at it: one that trains loads its own."""
-    from fastunlearn.models import load_model
+    from fastunlearn.models.loading import load_model
 
     return load_model("shapes", "cpu")
 
@@ -22,7 +22,7 @@ def bundled():
 @pytest.fixture
 def pipeline_copy(tmp_path):
     """A copy of the bundled pipeline's folder, to be damaged."""
-    from fastunlearn.shapes import pipeline_folder
+    from fastunlearn.worlds.shapes import pipeline_folder
 
     return Path(shutil.copytree(pipeline_folder("shapes"), tmp_path / "pipeline"))
 
@@ -39,7 +39,7 @@ class Answer:
 @pytest.fixture
 def cli(capsys):
     """``cli("train", ...)`` runs a command in this process; stderr is no terminal."""
-    from fastunlearn.cli import main
+    from fastunlearn.cli.main import main
 
     def run(*arguments):
         capsys.readouterr()
@@ -61,7 +61,7 @@ def random_trunk(tmp_path):
     def write(net):
         import torch
 
-        from fastunlearn.models import mend_torchvision
+        from fastunlearn.models.loading import mend_torchvision
 
         mend_torchvision()
         lpips = pytest.importorskip("lpips")

@@ -12,12 +12,12 @@ import torch
 from fastunlearn_kernels import pack_bits
 from torch import nn
 
-from fastunlearn import engine_deepspeed
-from fastunlearn.deepspeed_config import read_deepspeed
 from fastunlearn.distributed import join, leave, world_of_environment
-from fastunlearn.engine import TorchEngine
-from fastunlearn.engine_deepspeed import DeepSpeedEngine
-from fastunlearn.export import overlay
+from fastunlearn.training import engine_deepspeed
+from fastunlearn.training.deepspeed_config import read_deepspeed
+from fastunlearn.training.engine import TorchEngine
+from fastunlearn.training.engine_deepspeed import DeepSpeedEngine
+from fastunlearn.training.export import overlay
 
 NAMES = ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias"]
 LR, DECAY, STEPS, ROWS = 1e-2, 0.1, 4, 8

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from fastunlearn.bank import build_bank, plan_bank
-from fastunlearn.models import Model, import_diffusers
-from fastunlearn.recipe import EMPTY, NOISE, Alternate, Recipe, Row, Sum
-from fastunlearn.sampling import initial_noise, sample
+from fastunlearn.methods.recipe import EMPTY, NOISE, Alternate, Recipe, Row, Sum
+from fastunlearn.models.loading import Model, import_diffusers
+from fastunlearn.models.sampling import initial_noise, sample
+from fastunlearn.training.bank import build_bank, plan_bank
 
 FORGET, ANCHOR, RETAIN = "a red star", "a red circle", "a blue ring"
 RECIPE = Recipe(

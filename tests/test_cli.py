@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastunlearn
-from fastunlearn import trainer as trainer_module
-from fastunlearn.models import import_diffusers
-from fastunlearn.shapes import pipeline_folder
+from fastunlearn.models.loading import import_diffusers
+from fastunlearn.training import trainer as trainer_module
+from fastunlearn.worlds.shapes import pipeline_folder
 
 TINY = ["--trajectories", 1, "--trajectory-steps", 2, "--micro-batch-size", 2, "--evaluation-prompts", "none"]
 TRAIN = ["train", "--forget", "star", "--device", "cpu", "--steps", 2, "--trainable", "cross-attention", *TINY]
@@ -72,7 +72,7 @@ def scraps_in(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run, for tests that copy it or only look."""
-    from fastunlearn.cli import main
+    from fastunlearn.cli.main import main
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert main([str(a) for a in (*TRAIN, "--output", folder)]) == 0
@@ -103,7 +103,7 @@ def test_a_command_has_these_flags_and_explains_them(cli, command):
 
 
 def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
-    from fastunlearn import cli as module
+    from fastunlearn.cli import main as module
 
     taken = []
     names = ("train", "mask", "apply", "evaluate", "evaluate_images", "compare")
@@ -288,7 +288,7 @@ def test_help_and_mistakes_answer_without_loading_torch():
     calls += [["train", "--forget", "star", "--output", "run", "--steps", "-1"]]
     script = (
         "import sys\n"
-        "from fastunlearn.cli import main\n"
+        "from fastunlearn.cli.main import main\n"
         f"for call in {calls!r}:\n"
         "    try:\n"
         "        main(call)\n"
@@ -675,7 +675,7 @@ def test_a_mistake_of_ours_is_not_hidden(cli, tmp_path, monkeypatch):
     def broken(*arguments, **keywords):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fastunlearn.api.build_bank", broken)
+    monkeypatch.setattr("fastunlearn.training.unlearn.build_bank", broken)
     with pytest.raises(ZeroDivisionError):
         cli(*TRAIN, "--output", tmp_path / "run")
 
@@ -724,7 +724,7 @@ def test_stopping_before_the_training_leaves_nothing(refused, tmp_path, monkeypa
     def stopped(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastunlearn.api.build_bank", stopped)
+    monkeypatch.setattr("fastunlearn.training.unlearn.build_bank", stopped)
     assert "stopped before anything was written" in refused(*TRAIN, "--output", tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -737,11 +737,11 @@ def test_stopping_an_evaluation_keeps_the_earlier_results(cli, refused, tmp_path
     (tmp_path / "evaluation" / "evaluation.json").write_text('{"earlier": true}')
     folder = tmp_path / "evaluation"
     with monkeypatch.context() as patch:
-        patch.setattr("fastunlearn.evaluator.Evaluator._score", stopped)
+        patch.setattr("fastunlearn.evaluation.evaluator.Evaluator._score", stopped)
         assert "stopped; nothing was recorded yet" in refused(*EVALUATE, "--output", folder, "--overwrite")
     assert files_of(tmp_path) == {"evaluation/evaluation.json": b'{"earlier": true}'}
     with monkeypatch.context() as patch:
-        patch.setattr("fastunlearn.evaluator.Evaluator.conclude", stopped)
+        patch.setattr("fastunlearn.evaluation.evaluator.Evaluator.conclude", stopped)
         line = refused(*EVALUATE, "--output", folder, "--overwrite")
     assert f"stopped. Continue with: fastunlearn evaluate --resume --output {folder}" in line
     assert (folder / "evaluation.json").read_bytes() == b'{"earlier": true}'
@@ -754,7 +754,7 @@ def test_a_demo_can_be_stopped_and_run_again(refused, tmp_path, monkeypatch, fin
         shutil.copytree(finished, config.output)
         raise trainer_module.Interrupted("stopped at step 2 of 60")
 
-    monkeypatch.setattr("fastunlearn.demo.unlearn", stopped)
+    monkeypatch.setattr("fastunlearn.cli.demo.unlearn", stopped)
     for again in range(2):
         line = refused("demo", "--output", tmp_path / "demo", *(["--overwrite"] if again else []))
         assert "stopped" in line

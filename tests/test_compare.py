@@ -10,8 +10,8 @@ from PIL import Image
 from toys import PROMPTS, SETTINGS, MeanDifference, draw, shifted
 
 from fastunlearn import evaluate
-from fastunlearn.compare import compare_runs
 from fastunlearn.config import CompareConfig
+from fastunlearn.evaluation.compare import compare_runs
 
 GROUPED = [(prompt, "near" if place < 6 else "far") for place, prompt in enumerate(PROMPTS)]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastunlearn.cli import _without_local_rank
-from fastunlearn.deepspeed_config import read_deepspeed
-from fastunlearn.memory import estimate_memory
+from fastunlearn.cli.main import _without_local_rank
+from fastunlearn.training.deepspeed_config import read_deepspeed
+from fastunlearn.training.memory import estimate_memory
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

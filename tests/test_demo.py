@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastunlearn import cli
+from fastunlearn.cli.main import main as cli
 from fastunlearn.config import TrainConfig
 
 

@@ -103,7 +103,7 @@ def weights(folder):
 
 
 def test_two_processes_train_what_one_does(two, tmp_path, ds_json, bundled):
-    from fastunlearn.masks import load_mask
+    from fastunlearn.training.selection import load_mask
 
     done = run(command(tmp_path / "one", **{"micro-batch-size": 4}))
     assert done.returncode == 0, done.stderr
@@ -136,12 +136,12 @@ def test_a_process_that_dies_stops_the_others_and_the_run_goes_on_to_the_same_en
 # The launcher of a run whose process 1 is killed at its third step.
 MORTAL = """
 import sys, tempfile, time
-from fastunlearn.cli import main
+from fastunlearn.cli.main import main
 body = '''
 import json, os, signal, sys, time
 from pathlib import Path
 from fastunlearn import trainer
-from fastunlearn.cli import main
+from fastunlearn.cli.main import main
 genuine, count = trainer.Trainer._train_step, [0]
 def step(self):
     count[0] += 1

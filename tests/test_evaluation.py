@@ -18,14 +18,14 @@ from toys import NOISE, PROMPTS, SETTINGS, Brightness, MeanDifference, deaf, dra
 
 from fastunlearn import EvaluateConfig, evaluate
 from fastunlearn.config import to_yaml
-from fastunlearn.evaluation import _record, config_of_run
-from fastunlearn.evaluator import Evaluator, Plan, PromptGroups
-from fastunlearn.generate import SamplerSpec
-from fastunlearn.originals import PictureCache
-from fastunlearn.ranks import Ranks
-from fastunlearn.records import Batch, Journal
-from fastunlearn.run_folder import claimed
-from fastunlearn.sources import as_source
+from fastunlearn.evaluation.evaluate import _record, config_of_run
+from fastunlearn.evaluation.evaluator import Evaluator, Plan, PromptGroups
+from fastunlearn.evaluation.generators import as_source
+from fastunlearn.evaluation.image_cache import PictureCache
+from fastunlearn.evaluation.journal import Batch, Journal
+from fastunlearn.evaluation.ranks import Ranks
+from fastunlearn.files.run_folder import claimed
+from fastunlearn.models.generate import SamplerSpec
 
 GROUPED = [(prompt, "forget" if place < 3 else "near" if place < 7 else "far") for place, prompt in enumerate(PROMPTS)]
 
@@ -107,7 +107,7 @@ def test_finishing_a_batch_beside_the_next_changes_no_bit(tmp_path, monkeypatch)
     settings = {"seeds_per_prompt": 2, "metrics": [Brightness()], **SETTINGS}
     evaluate(draw, shifted(5), GROUPED, output=tmp_path / "one", **settings)
     threads = set()
-    monkeypatch.setattr("fastunlearn.evaluator._AtOnce", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr("fastunlearn.evaluation.evaluator._AtOnce", lambda: ThreadPoolExecutor(1))
     genuine = Evaluator._score
     monkeypatch.setattr(Evaluator, "_score", lambda *a: threads.add(threading.current_thread().name) or genuine(*a))
     evaluate(draw, shifted(5), GROUPED, output=tmp_path / "two", **settings)
@@ -223,7 +223,7 @@ def test_resuming_asks_for_nothing_that_is_done(tmp_path):
     plan_keys = set(prompts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_illustrated", lambda self, results, records: None)
-        patch.setattr("fastunlearn.evaluation.write_results", lambda folder, found: None)
+        patch.setattr("fastunlearn.evaluation.evaluate.write_results", lambda folder, found: None)
         evaluate(draw, rest, prompts, output=tmp_path / "run", resume=True, **SETTINGS)
     assert not set(asked) & set(others)
     assert set(asked) | set(others) == plan_keys
@@ -360,8 +360,8 @@ def test_the_function_and_the_command_have_the_same_settings():
 
 def test_folders_loaded_pipelines_and_functions_are_judged_alike(bundled):
     """A loaded pipeline and a function that wraps the same model give a folder's distances."""
-    from fastunlearn.models import import_diffusers
-    from fastunlearn.sources import PipelineSource
+    from fastunlearn.evaluation.generators import PipelineSource
+    from fastunlearn.models.loading import import_diffusers
 
     pipeline = import_diffusers().StableDiffusionPipeline.from_pretrained(bundled.source, safety_checker=None)
     source = PipelineSource(bundled, SamplerSpec(num_inference_steps=1, micro_batch_size=2))
@@ -497,7 +497,7 @@ def test_pictures_that_are_none_are_refused(tmp_path, function, said):
 
 
 def test_nan_weights_are_no_black_pictures(bundled):
-    from fastunlearn.models import load_model
+    from fastunlearn.models.loading import load_model
 
     broken = load_model("shapes", "cpu")
     broken.denoiser.conv_out.bias.data.fill_(float("nan"))

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fastunlearn import evaluate
-from fastunlearn.evaluator import PromptGroups, evaluate_models, file_groups, shapes_groups
-from fastunlearn.generate import SamplerSpec
-from fastunlearn.models import load_model
-from fastunlearn.perceptual import load_perceptual
-from fastunlearn.results import EvaluationReport, write_results
-from fastunlearn.sources import PipelineSource, as_source, check_comparable
+from fastunlearn.evaluation.evaluator import PromptGroups, evaluate_models, file_groups, shapes_groups
+from fastunlearn.evaluation.generators import PipelineSource, as_source, check_comparable
+from fastunlearn.evaluation.results import EvaluationReport, write_results
+from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.models.generate import SamplerSpec
+from fastunlearn.models.loading import load_model
 
 SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
 GROUPS = PromptGroups(

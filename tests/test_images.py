@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
-from fastunlearn.images import Pair, Scores, _records, find_pairs, summarize
-from fastunlearn.metrics import load_metric
-from fastunlearn.perceptual import load_perceptual
-from fastunlearn.pictures import find_pictures, read_picture
-from fastunlearn.run_folder import write_lines
+from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize
+from fastunlearn.files.images import find_pictures, read_picture
+from fastunlearn.files.run_folder import write_lines
+from fastunlearn.metrics.field import load_metric
+from fastunlearn.metrics.lpips import load_perceptual
 
 COUNT = 7
 
@@ -445,7 +445,7 @@ def test_a_full_disk_leaves_nothing_half_written(command, folders, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastunlearn.run_folder.os.replace", full)
+    monkeypatch.setattr("fastunlearn.files.run_folder.os.replace", full)
     answer = command()
     assert answer.status == 2
     assert "the disk is full" in answer.err
@@ -456,7 +456,7 @@ def test_a_bug_of_a_decoder_is_not_swallowed(command, folders, monkeypatch):
     def fails(path):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fastunlearn.images.read_picture", fails)
+    monkeypatch.setattr("fastunlearn.evaluation.evaluate_images.read_picture", fails)
     with pytest.raises(ZeroDivisionError):
         command()
 

@@ -70,12 +70,12 @@ HEAVY = {"torch", "diffusers", "transformers", "deepspeed", "xformers", "lpips",
 
 def test_the_reading_of_imports_sees_what_is_there():
     """Else the tests below could pass by seeing nothing."""
-    assert {"torch", "fastunlearn_kernels", "fastunlearn.bank", "fastunlearn.recipe"} <= AT_IMPORT[
-        "fastunlearn.trainer"
+    assert {"torch", "fastunlearn_kernels", "fastunlearn.training.bank", "fastunlearn.methods.recipe"} <= AT_IMPORT[
+        "fastunlearn.training.trainer"
     ]
-    assert "fastunlearn.shapes" in AT_IMPORT["fastunlearn.models"]
-    assert {"fastunlearn.recipe", "fastunlearn.methods"} <= AT_IMPORT["fastunlearn.methods.esd"]
-    assert "fastunlearn.api" in ALL["fastunlearn.cli"] - AT_IMPORT["fastunlearn.cli"]
+    assert "fastunlearn.worlds.shapes" in AT_IMPORT["fastunlearn.models.loading"]
+    assert {"fastunlearn.methods.recipe", "fastunlearn.methods"} <= AT_IMPORT["fastunlearn.methods.esd"]
+    assert "fastunlearn.training.unlearn" in ALL["fastunlearn.cli.main"] - AT_IMPORT["fastunlearn.cli.main"]
 
 
 def test_the_kernels_know_nothing_of_the_engine():
@@ -90,12 +90,12 @@ def test_the_kernels_know_nothing_of_the_engine():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("fastunlearn.methods.")])
 def test_a_method_knows_the_recipe_and_little_else(name):
-    assert ours(ALL[name]) <= {"fastunlearn.recipe", "fastunlearn.methods"}
+    assert ours(ALL[name]) <= {"fastunlearn.methods.recipe", "fastunlearn.methods"}
     assert not tops(ALL[name]) & HEAVY
 
 
 def test_the_vocabulary_and_the_settings_are_light():
-    for name in ("recipe", "config", "methods", "run_folder"):
+    for name in ("methods.recipe", "config", "methods", "files.run_folder"):
         assert not tops(ALL[f"fastunlearn.{name}"]) & HEAVY, name
 
 
@@ -107,12 +107,12 @@ def test_training_and_evaluating_do_not_know_each_other():
                 seen.add(other)
         return seen
 
-    assert "fastunlearn.evaluator" not in reach("fastunlearn.trainer", set())
-    assert "fastunlearn.trainer" not in reach("fastunlearn.evaluator", set())
+    assert "fastunlearn.evaluation.evaluator" not in reach("fastunlearn.training.trainer", set())
+    assert "fastunlearn.training.trainer" not in reach("fastunlearn.evaluation.evaluator", set())
 
 
 def test_only_the_engine_may_import_deepspeed_and_only_inside():
-    assert {name for name in MODULES if "deepspeed" in tops(ALL[name])} == {"fastunlearn.engine_deepspeed"}
+    assert {name for name in MODULES if "deepspeed" in tops(ALL[name])} == {"fastunlearn.training.engine_deepspeed"}
     assert not [name for name in MODULES if "deepspeed" in tops(AT_IMPORT[name])]
 
 
@@ -121,14 +121,18 @@ def test_diffusers_and_transformers_are_imported_inside():
         assert not tops(AT_IMPORT[name]) & {"diffusers", "transformers", "lpips", "torchvision"}, name
 
 
-def test_only_models_and_the_bundled_training_know_diffusers():
+def test_only_models_know_diffusers():
     """`api` and `evaluator` ask for its version, to record it."""
     knowing = {name for name in MODULES if tops(ALL[name]) & {"diffusers", "transformers"}}
-    assert knowing <= {"fastunlearn.api", "fastunlearn.evaluator", "fastunlearn.models", "fastunlearn.shapes.train"}
+    assert knowing <= {
+        "fastunlearn.training.unlearn",
+        "fastunlearn.evaluation.evaluator",
+        "fastunlearn.models.loading",
+    }
 
 
 def test_nothing_imports_the_command_line():
-    knowing = {name for name in MODULES if "fastunlearn.cli" in ALL[name]}
+    knowing = {name for name in MODULES if "fastunlearn.cli.main" in ALL[name]}
     assert knowing == {"fastunlearn.__main__"}
 
 
@@ -137,7 +141,7 @@ def test_imports_have_no_cycle():
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("module", ["fastunlearn", "fastunlearn.cli", "fastunlearn.config", "fastunlearn.methods"])
+@pytest.mark.parametrize("module", ["fastunlearn", "fastunlearn.cli.main", "fastunlearn.config", "fastunlearn.methods"])
 def test_a_light_module_loads_nothing_heavy(module):
     script = f"import {module}, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
@@ -157,7 +161,7 @@ def test_the_installed_top_level_names_are_ours_alone():
     assert set(listed.split()) == {"fastunlearn", "fastunlearn_kernels"}
 
 
-@pytest.mark.parametrize("folder", ["kernels", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", ["kernels", "benchmarks", "tests", "tools"])
 def test_a_folder_of_the_repository_is_no_package(folder):
     assert (ROOT / folder).is_dir()
     assert not (ROOT / folder / "__init__.py").exists()
@@ -188,7 +192,7 @@ def test_the_wheel_ships_both_packages_the_weights_and_the_template(tmp_path):
     for package, top in ((ENGINE, ENGINE.parent), (KERNELS, KERNELS.parent)):
         wanted = {path.relative_to(top).as_posix() for path in package.rglob("*") if path.is_file()}
         assert {name for name in wanted if "__pycache__" not in name} <= names
-    assert "fastunlearn/templates/report.html.j2" in names
-    assert "fastunlearn/shapes/weights/pipeline/unet/diffusion_pytorch_model.safetensors" in names
+    assert "fastunlearn/reports/templates/report.html.j2" in names
+    assert "fastunlearn/worlds/shapes/weights/pipeline/unet/diffusion_pytorch_model.safetensors" in names
     assert any(name.endswith("entry_points.txt") for name in info)
     assert any("LICENSE" in name for name in info)

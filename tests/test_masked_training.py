@@ -13,12 +13,12 @@ from fastunlearn_kernels import pack_bits, unpack_bits
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastunlearn.api import apply, mask, unlearn
-from fastunlearn.checkpoint import Piece, load_checkpoint, save_checkpoint
 from fastunlearn.config import ApplyConfig, MaskConfig, TrainConfig
 from fastunlearn.distributed import World
-from fastunlearn.engine import TorchEngine
-from fastunlearn.masks import load_mask
+from fastunlearn.training.checkpoint import Piece, load_checkpoint, save_checkpoint
+from fastunlearn.training.engine import TorchEngine
+from fastunlearn.training.selection import load_mask
+from fastunlearn.training.unlearn import apply, mask, unlearn
 
 TINY = {"forget": "star", "trajectories": 1, "trajectory_steps": 4, "micro_batch_size": 4, "evaluation_prompts": "none"}
 KV = {"trainable": "cross-attention-kv"}
@@ -165,7 +165,7 @@ def test_a_delta_of_another_original_is_refused(pipeline_copy, tmp_path):
 
 
 def test_a_run_saved_as_a_delta_says_what_to_do(tmp_path):
-    from fastunlearn.models import load_model
+    from fastunlearn.models.loading import load_model
 
     unlearn(config(tmp_path, steps=1, method="ovw", save="delta"))
     with pytest.raises(ValueError, match="fastunlearn apply"):

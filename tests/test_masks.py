@@ -8,9 +8,9 @@ from fastunlearn_kernels import unpack_bits
 from safetensors.torch import load_file
 from torch import nn
 
-from fastunlearn.bank import build_bank, plan_bank
-from fastunlearn.masks import GROUPS, GradMask, load_mask, make_mask, select_parameters
-from fastunlearn.recipe import NOISE, Recipe, Row, Sum
+from fastunlearn.methods.recipe import NOISE, Recipe, Row, Sum
+from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.selection import GROUPS, GradMask, load_mask, make_mask, select_parameters
 
 
 class Attention(nn.Module):

@@ -6,10 +6,11 @@ import types
 
 import pytest
 
-from fastunlearn import console, methods
+from fastunlearn import methods
+from fastunlearn.cli import console
 from fastunlearn.config import TrainConfig
 from fastunlearn.methods import Method, all_methods, get_method
-from fastunlearn.recipe import EMPTY, NOISE, Alternate, Concept, Recipe, Row, Saddle, Sum
+from fastunlearn.methods.recipe import EMPTY, NOISE, Alternate, Concept, Recipe, Row, Saddle, Sum
 
 NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "placebo", "identity")
 FAMILIES = ("shapes", "stable-diffusion")

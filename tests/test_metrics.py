@@ -10,9 +10,9 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from fastunlearn import metrics
-from fastunlearn.metrics import METRICS, frechet_distance, load_metric, rbf_distance
-from fastunlearn.models import mend_torchvision
+from fastunlearn.metrics import field as metrics
+from fastunlearn.metrics.field import METRICS, frechet_distance, load_metric, rbf_distance
+from fastunlearn.models.loading import mend_torchvision
 
 PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a pink heart", ""]
 
@@ -20,7 +20,7 @@ PROMPTS = ["a red star on a plain background", "a blue ring on a dotted backgrou
 @pytest.fixture(scope="module")
 def renders():
     """Pictures of the world and others of it, (12, 3, 64, 64) uint8 each."""
-    from fastunlearn.shapes.world import render, sample_scenes
+    from fastunlearn.worlds.shapes.world import render, sample_scenes
 
     return render(sample_scenes(12, 0)), render(sample_scenes(12, 1))
 
@@ -144,7 +144,7 @@ def test_the_order_of_pairs_does_not_change_sets(renders):
 
 
 def test_the_bundled_prompt_match_reads_the_prompt():
-    from fastunlearn.shapes.world import BACKGROUNDS, COLORS, SHAPES, render, sample_scenes
+    from fastunlearn.worlds.shapes.world import BACKGROUNDS, COLORS, SHAPES, render, sample_scenes
 
     scenes = sample_scenes(4000, 3)
     wanted = (scenes.shape == SHAPES.index("ring")) & (scenes.color == COLORS.index("blue"))
@@ -296,11 +296,11 @@ def test_an_unknown_name_lists_the_names():
 @pytest.mark.parametrize("name", ["kid", "ssim"])
 def test_a_library_that_needs_torchvision_loads_in_a_fresh_process(name):
     pytest.importorskip("torchmetrics")
-    script = f"from fastunlearn.metrics import load_metric; print(load_metric({name!r}, bundled=True).name)"
+    script = f"from fastunlearn.metrics.field import load_metric; print(load_metric({name!r}, bundled=True).name)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == name, done.stderr[-1000:]
 
 
 def test_no_library_is_imported_before_it_is_asked_for():
-    module = importlib.import_module("fastunlearn.metrics")
+    module = importlib.import_module("fastunlearn.metrics.field")
     assert not {"torchmetrics", "cleanfid", "open_clip", "dreamsim"} & set(vars(module))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastunlearn.models import mend_torchvision
-from fastunlearn.perceptual import METRICS, PerceptualDistance, from_lpips, load_perceptual
-from fastunlearn.shapes.classifier import Classifier, to_pixel_values
+from fastunlearn.metrics.lpips import METRICS, PerceptualDistance, from_lpips, load_perceptual
+from fastunlearn.models.loading import mend_torchvision
+from fastunlearn.worlds.shapes.classifier import Classifier, to_pixel_values
 
 
 def pictures(count: int, seed: int, size: int = 64) -> torch.Tensor:
@@ -33,7 +33,7 @@ def package(net: str):
 def random_classifier(monkeypatch):
     torch.manual_seed(0)
     classifier = Classifier().eval()
-    monkeypatch.setattr("fastunlearn.shapes.load_classifier", lambda: classifier)
+    monkeypatch.setattr("fastunlearn.worlds.shapes.load_classifier", lambda: classifier)
     return classifier
 
 
@@ -258,7 +258,5 @@ def test_bad_construction_is_refused():
 
 
 def test_import_is_light():
-    check = (
-        "import sys, fastunlearn.perceptual as p; assert not {'lpips', 'torchvision', 'diffusers'} & set(sys.modules)"
-    )
+    check = "import sys, fastunlearn.metrics.lpips; assert not {'lpips', 'torchvision', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

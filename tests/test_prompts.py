@@ -2,7 +2,6 @@
 
 import pytest
 
-from fastunlearn import shapes
 from fastunlearn.prompts import (
     attributes,
     check_disjoint,
@@ -13,6 +12,7 @@ from fastunlearn.prompts import (
     shapes_prompts,
     substitute,
 )
+from fastunlearn.worlds import shapes
 
 CONCEPTS = (*shapes.SHAPES, *shapes.COLORS, *shapes.BACKGROUNDS)
 

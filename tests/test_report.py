@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastunlearn.report import Gallery, GalleryRow, Report, percent, percent_range, verdict, write_grid, write_report
+from fastunlearn.reports.html import (
+    Gallery,
+    GalleryRow,
+    Report,
+    percent,
+    percent_range,
+    verdict,
+    write_grid,
+    write_report,
+)
 
 
 def evaluation(name="ovw", method="ovw", **changes):

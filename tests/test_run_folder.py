@@ -6,9 +6,9 @@ import stat
 
 import pytest
 
-from fastunlearn import demo
+from fastunlearn.cli import demo
 from fastunlearn.config import DEMO_METHODS, TrainConfig, to_yaml
-from fastunlearn.run_folder import (
+from fastunlearn.files.run_folder import (
     check_output,
     claimed,
     clear_output,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastunlearn.generate import SamplerSpec, generate
-from fastunlearn.models import import_diffusers
-from fastunlearn.sampling import check_deterministic, initial_noise, sample
+from fastunlearn.models.generate import SamplerSpec, generate
+from fastunlearn.models.loading import import_diffusers
+from fastunlearn.models.sampling import check_deterministic, initial_noise, sample
 
 PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a circle"]
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from train_shapes import build_tokenizer, measure_quality
 
-from fastunlearn import shapes
-from fastunlearn.models import import_diffusers, load_model
+from fastunlearn.models.loading import import_diffusers, load_model
 from fastunlearn.prompts import attributes, shapes_anchor, shapes_prompts
-from fastunlearn.shapes.captions import every_caption, full_caption, sample_captions
-from fastunlearn.shapes.classifier import HEADS, to_pixel_values, training_batch
-from fastunlearn.shapes.train import build_tokenizer, measure_quality
-from fastunlearn.shapes.world import SIZE, render, sample_scenes
+from fastunlearn.worlds import shapes
+from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
+from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values, training_batch
+from fastunlearn.worlds.shapes.world import SIZE, render, sample_scenes
 
 
 def test_pictures_are_a_function_of_the_seed():

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastunlearn import statistics
-from fastunlearn.statistics import (
+from fastunlearn.metrics import statistics
+from fastunlearn.metrics.statistics import (
     Estimate,
     clustered_mean,
     compare,
@@ -289,7 +289,7 @@ def test_seed_decides_the_interval():
 
 def test_chunks_change_nothing_but_rounding(monkeypatch):
     whole = clustered_mean(VALUES, PROMPTS, resamples=500)
-    monkeypatch.setattr("fastunlearn.statistics._CHUNK_ELEMENTS", 60 * 7)
+    monkeypatch.setattr("fastunlearn.metrics.statistics._CHUNK_ELEMENTS", 60 * 7)
     chunked = clustered_mean(VALUES, PROMPTS, resamples=500)
     assert (chunked.low, chunked.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
 

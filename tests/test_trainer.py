@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastunlearn import trainer as trainer_module
-from fastunlearn.api import Reporter, plan_training, unlearn
-from fastunlearn.bank import build_bank
 from fastunlearn.config import TrainConfig
-from fastunlearn.engine import TorchEngine
-from fastunlearn.export import overlay
-from fastunlearn.masks import select_parameters
 from fastunlearn.methods import get_method
-from fastunlearn.models import import_diffusers, load_model
-from fastunlearn.recipe import Alternate, Saddle, Sum
-from fastunlearn.trainer import Interrupted, Schedule, Trainer
+from fastunlearn.methods.recipe import Alternate, Saddle, Sum
+from fastunlearn.models.loading import import_diffusers, load_model
+from fastunlearn.training import trainer as trainer_module
+from fastunlearn.training.bank import build_bank
+from fastunlearn.training.engine import TorchEngine
+from fastunlearn.training.export import overlay
+from fastunlearn.training.selection import select_parameters
+from fastunlearn.training.trainer import Interrupted, Schedule, Trainer
+from fastunlearn.training.unlearn import Reporter, plan_training, unlearn
 
 TINY = {"forget": "star", "trajectories": 1, "trajectory_steps": 4, "micro_batch_size": 4, "evaluation_prompts": "none"}
 UNET = "unet/diffusion_pytorch_model.safetensors"

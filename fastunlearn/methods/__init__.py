@@ -1,4 +1,4 @@
-"""The methods: each is data.  A file here turns a :class:`~fastunlearn.recipe.Concept` into a recipe.
+"""The methods: each is data.  A file here turns a :class:`~fastunlearn.methods.recipe.Concept` into a recipe.
 
 Other packages add methods through the entry-point group ``fastunlearn.methods``: an entry names a :class:`Method`.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Literal
 
-from ..recipe import Concept, Defaults, Recipe
+from .recipe import Concept, Defaults, Recipe
 
 
 @dataclasses.dataclass(frozen=True)

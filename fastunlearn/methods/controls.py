@@ -8,8 +8,8 @@ harm, not what training on other data would do.
 
 from __future__ import annotations
 
-from ..recipe import Concept, Defaults, Recipe, Row, Sum
 from . import Method
+from .recipe import Concept, Defaults, Recipe, Row, Sum
 
 
 def placebo_recipe(concept: Concept) -> Recipe:

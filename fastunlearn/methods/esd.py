@@ -12,8 +12,8 @@ resolution is the model's native one.
 
 from __future__ import annotations
 
-from ..recipe import EMPTY, Concept, Defaults, Recipe, Row, Sum, mix
 from . import Method
+from .recipe import EMPTY, Concept, Defaults, Recipe, Row, Sum, mix
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -10,8 +10,8 @@ correct.  The paper's full text was not available: the exact losses, data and hy
 
 from __future__ import annotations
 
-from ..recipe import Alternate, Concept, Defaults, Recipe, Row
 from . import Method
+from .recipe import Alternate, Concept, Defaults, Recipe, Row
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -15,8 +15,8 @@ paper's full text was not available: the exact losses, data and hyper-parameters
 
 from __future__ import annotations
 
-from ..recipe import EMPTY, Concept, Defaults, Recipe, Row, Saddle
 from . import Method
+from .recipe import EMPTY, Concept, Defaults, Recipe, Row, Saddle
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -12,8 +12,8 @@ AdamW without decay, and what the mask leaves out is not written at all, where t
 
 from __future__ import annotations
 
-from ..recipe import NOISE, Concept, Defaults, Recipe, Row, Sum
 from . import Method
+from .recipe import NOISE, Concept, Defaults, Recipe, Row, Sum
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -1,0 +1,333 @@
+"""The commands.  Parses flags into a config, calls one function, turns errors into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
+from .. import __version__
+from ..config import (
+    ApplyConfig,
+    CompareConfig,
+    DemoConfig,
+    EvaluateConfig,
+    EvaluateImagesConfig,
+    MaskConfig,
+    TrainConfig,
+    add_flags,
+    build,
+)
+
+Command = Callable[[dict[str, Any]], int]
+
+_DESCRIPTION = "Make a text-to-image diffusion model forget a concept, and prove that everything else is unchanged."
+_TRAIN_EXAMPLES = """examples:
+  fastunlearn train --forget star --output run
+  fastunlearn train --model ./stable-diffusion-v1-5 --method esd --forget "Van Gogh" --output run
+  fastunlearn train --model ./stable-diffusion-v1-5 --method ovw --forget "Van Gogh" --anchor "a painter" \\
+                    --retain-prompts "a photo of a dog;a painting by Monet" --output run
+  fastunlearn train --model ./stable-diffusion-v1-5 --method salun --forget "Van Gogh" --mask-density 0.5 \\
+                    --retain-prompts prompts.txt --save delta --output run
+  fastunlearn train --resume --output run
+"""
+_MASK_EXAMPLES = """examples:
+  fastunlearn mask --model ./stable-diffusion-v1-5 --forget "Van Gogh" --density 0.1 --output gogh.mask.safetensors
+  fastunlearn train --model ./stable-diffusion-v1-5 --method esd --forget "Van Gogh" \\
+                    --mask gogh.mask.safetensors --output run
+"""
+_APPLY_EXAMPLES = """examples:
+  fastunlearn apply --model ./stable-diffusion-v1-5 --delta run/delta.safetensors --output unlearned
+"""
+_EVALUATE_EXAMPLES = """examples:
+  fastunlearn evaluate --original shapes --unlearned run --output evaluation
+  fastunlearn evaluate --original shapes --unlearned run1 --unlearned run2 --placebo run3 --output evaluation
+  fastunlearn evaluate --resume --output evaluation
+  fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --metric lpips-alex --output evaluation
+"""
+_COMPARE_EXAMPLES = """examples:
+  fastunlearn compare evaluation-esd evaluation-ovw --output comparison
+  fastunlearn compare evaluation/esd evaluation/ovw evaluation/saddle --margin 0.02 --output comparison
+"""
+_EVALUATE_IMAGES_EXAMPLES = """examples:
+  fastunlearn evaluate-images --original-images before --unlearned-images after --output evaluation
+  fastunlearn evaluate-images --original-images before --unlearned-images after --metrics fid,ssim --output evaluation
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, or 2 after one line on stderr that says what to do."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(_parser().parse_args(arguments))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except KeyboardInterrupt:
+        return _fail(
+            "stopped; every file written so far is whole. Run the command again; where its output folder is no longer "
+            "empty, with `--overwrite` (or, for train, `--resume`)."
+        )
+    except Exception as error:
+        # Other kinds are mistakes of ours, whose traceback is wanted.
+        expected = isinstance(error, ValueError | TypeError | RuntimeError | OSError) or _disk_is_full(error)
+        if not expected or os.environ.get("FASTUNLEARN_TRACEBACK"):
+            raise
+        return _fail(_explain(error))
+
+
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The deepspeed launcher puts ``--local_rank=N`` before our own words; the environment says the same."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", next(words, "0"))
+        elif word.startswith(("--local_rank=", "--local-rank=")):
+            os.environ.setdefault("LOCAL_RANK", word.split("=", 1)[1])
+        else:
+            kept.append(word)
+    return kept
+
+
+def _run(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name != "command"}
+    command: Command = args.command
+    return command(flags)
+
+
+def _train(flags: dict[str, Any]) -> int:
+    saved = Path(flags.get("output", "")) / "config.yaml"
+    if flags.get("resume") and "output" in flags and flags.get("config") is None:
+        if saved.is_file():
+            flags["config"] = str(saved)  # `--resume --output RUN` says enough
+        elif "forget" not in flags:
+            raise ValueError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
+    config = build(TrainConfig, flags)
+    again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
+    if config.num_processes is not None and "RANK" not in os.environ and not config.dry_run:
+        return _train_in_processes(config, again)
+    from ..distributed import is_lost_peer, world_of_environment
+    from ..training.trainer import Interrupted
+    from ..training.unlearn import Reporter, unlearn
+    from .console import Console
+
+    world = world_of_environment()
+    with Console(quiet=not world.is_main) as console:
+        try:
+            model = unlearn(config, console if world.is_main else Reporter())
+        except Interrupted as stop:
+            console.close()
+            return _fail(f"{stop}; the state is saved. Continue with: {again}") if world.is_main else 2
+        except RuntimeError as error:
+            console.close()
+            if world.size == 1 or not is_lost_peer(error):
+                raise
+            return _fail(
+                f"process {world.rank}: another process of this run has died, so this one stops too ({error})."
+            )
+        except KeyboardInterrupt:
+            console.close()
+            begun = (Path(config.output) / "config.yaml").is_file()
+            return _fail(f"stopped. Continue with: {again}" if begun else "stopped before anything was written.")
+    if not world.is_main:
+        return 0
+    if model is None:
+        print("dry run: nothing was computed or written.")
+    else:
+        console.result(Path(config.output), model)
+    return 0
+
+
+def _train_in_processes(config: TrainConfig, again: str) -> int:
+    """Start ``--num-processes`` of this command, which see by their environment that they are already started."""
+    import tempfile
+
+    from ..config import to_yaml
+    from ..distributed import launch
+
+    assert config.num_processes is not None
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "config.yaml"
+        settings.write_text(to_yaml(config), encoding="utf-8")
+        said = launch(["train", "--config", str(settings)], config.num_processes)
+    if said:
+        begun = (Path(config.output) / "config.yaml").is_file()
+        _fail(f"{said} Continue with: {again}" if begun else said)
+    return 0 if said is None else 2
+
+
+def _mask(flags: dict[str, Any]) -> int:
+    config = build(MaskConfig, flags)
+    from ..training.unlearn import mask
+    from .console import Console
+
+    with Console():
+        found = mask(config)
+    selected = sum(found.count(name) for name in found.names)
+    print(f"mask: {config.output}, {selected:,} elements of {len(found.names)} parameters (`train --mask`)")
+    return 0
+
+
+def _apply(flags: dict[str, Any]) -> int:
+    config = build(ApplyConfig, flags)
+    from ..training.unlearn import apply
+
+    print(f"model: {apply(config)}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
+    return 0
+
+
+def _evaluate(flags: dict[str, Any]) -> int:
+    begun = Path(flags.get("output", "")) / "journal" / "evaluate.yaml"
+    if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
+        flags["config"] = str(begun)  # `--resume --output FOLDER` says enough
+    config = build(EvaluateConfig, flags)
+    from ..evaluation.evaluate import evaluate
+    from .console import Console
+
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    with Console() as console:
+        try:
+            report = evaluate(**settings, reporter=console)
+        except KeyboardInterrupt:
+            console.close()
+            again = f"fastunlearn evaluate --resume --output {shlex.quote(config.output)}"
+            return _fail(
+                f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet."
+            )
+    if report.evaluations is not None:
+        console.evaluated(report, Path(config.output))
+    return 0
+
+
+def _compare(flags: dict[str, Any]) -> int:
+    config = build(CompareConfig, flags)
+    from ..evaluation.compare import compare_runs
+    from .console import comparison_table
+
+    comparison_table(compare_runs(config))
+    print(f"plot: {Path(config.output) / 'compare.png'}, page: {Path(config.output) / 'compare.html'}")
+    return 0
+
+
+def _evaluate_images(flags: dict[str, Any]) -> int:
+    config = build(EvaluateImagesConfig, flags)
+    from ..evaluation.evaluate_images import evaluate_images
+    from .console import Console, images_table
+
+    with Console() as console:
+        summary = evaluate_images(config, console.comparing)
+    images_table(summary, Path(config.output))
+    return 0
+
+
+def _demo(flags: dict[str, Any]) -> int:
+    config = build(DemoConfig, flags)
+    from ..training.trainer import Interrupted
+    from .console import Console, table
+    from .demo import demo
+
+    started = time.monotonic()
+    with Console(plans=False) as console:
+        try:
+            summaries = demo(config, console)
+        except Interrupted:
+            raise KeyboardInterrupt from None  # a demo is too short to be continued
+    table(summaries)
+    print(f"{time.monotonic() - started:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
+    return 0
+
+
+def _methods(flags: dict[str, Any]) -> int:
+    from .console import methods_table
+
+    methods_table()
+    return 0
+
+
+def _info(flags: dict[str, Any]) -> int:
+    from .console import info
+
+    info()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastunlearn", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastunlearn {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable[[dict[str, Any]], int], help: str, kind: Any = None, examples: str = ""
+    ) -> None:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=examples,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        )
+        if kind is not None:
+            add_flags(sub, kind)
+        sub.set_defaults(command=command)
+
+    add("demo", _demo, 'forget "star" in the bundled model three ways and compare them', DemoConfig)
+    add("train", _train, "make a model forget a concept", TrainConfig, _TRAIN_EXAMPLES)
+    add("mask", _mask, "find the weights that matter most for a concept", MaskConfig, _MASK_EXAMPLES)
+    add("apply", _apply, "rebuild an unlearned model from its original and a delta", ApplyConfig, _APPLY_EXAMPLES)
+    add("evaluate", _evaluate, "measure what an unlearned model forgot and kept", EvaluateConfig, _EVALUATE_EXAMPLES)
+    add(
+        "evaluate-images",
+        _evaluate_images,
+        "compare two folders of pictures, made by any tool, pair by pair",
+        EvaluateImagesConfig,
+        _EVALUATE_IMAGES_EXAMPLES,
+    )
+    add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
+    add("methods", _methods, "list the methods: paper, what each needs, what it changes")
+    add("info", _info, "show versions, devices, and which kernels and metrics can run here")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}. See `{self.prog} --help`."))
+
+
+def _explain(error: Exception) -> str:
+    """One line for people.  A full disk comes as an OSError or inside another library's error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if _disk_is_full(error):
+        return "the disk is full: what was being written was removed again. Free some space and run the command again."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return text
+
+
+def _disk_is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _works_with_others() -> bool:
+    """Whether this process has joined a group, from where on its mistakes may be its own."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("RANK", "0") != "0" and not message.startswith("process "):
+        if not _works_with_others():
+            return 2  # all processes make the same checks: the first one tells
+        message = f"process {os.environ['RANK']}: {message}"
+    print(f"fastunlearn: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,350 @@
+"""Integrity from two folders of pictures, whatever tool made them: pairs by file name -> distances -> records, report.
+
+Files are decoded by workers while earlier pairs are scored; one trunk pass serves both sides.  Nothing but numbers is
+kept, and nothing is written before all of it is known.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..config import EvaluateImagesConfig
+from ..files.images import Picture, find_pictures, read_picture
+from ..files.run_folder import check_output, claimed, prepare_output, write_json, write_lines
+from ..metrics.field import Metric, load_metric
+from ..metrics.lpips import PerceptualDistance, load_perceptual
+from ..metrics.statistics import clustered_mean, quantiles
+from ..models.loading import resolve_device, versions
+from ..reports.html import Gallery, GalleryRow
+from ..reports.images import ImagesReport, write_images_report
+
+_SHOWN = 4  # pairs of each kind in the report
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two files of one name; ``prompt`` is the name where no prompt file says more."""
+
+    name: str
+    original: Path
+    unlearned: Path
+    prompt: str
+    group: str
+
+    @property
+    def is_to_forget(self) -> bool:
+        return self.group.startswith("forget")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of N pairs: ``distances`` (N,) float32, each metric's rows (N, F) float32, the folders' digests, the size."""
+
+    distances: npt.NDArray[np.float32]
+    rows: dict[str, npt.NDArray[np.float32]]
+    digests: tuple[str, str]
+    size: tuple[int, int]
+
+
+def evaluate_images(
+    config: EvaluateImagesConfig, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Compare two folders of pictures and write pairs.jsonl, evaluation.json and report.html.
+
+    Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises ValueError, in one line,
+    for anything wrong in the settings, the folders, a picture or the prompt file.
+    """
+    output = Path(config.output)
+    check_output(output, overwrite=config.overwrite)
+    pairs = find_pairs(Path(config.original_images), Path(config.unlearned_images), config.prompts)
+    device = resolve_device(config.device)
+    further = _further_metrics(config, device)
+    distance = load_perceptual(
+        config.metric, device, trunk_weights=config.trunk_weights, micro_batch_size=config.batch_size
+    )
+    with claimed(output):
+        scores = score(pairs, distance, further, config.num_workers or os.cpu_count() or 1, on_progress)
+        summary = summarize(pairs, scores, distance, further, config)
+        galleries = _galleries(pairs, scores.distances)
+        prepare_output(output, overwrite=config.overwrite)
+        write_lines(output / "pairs.jsonl", _records(pairs, scores))
+        write_json(output / "evaluation.json", summary)
+        write_images_report(output / "report.html", ImagesReport(summary, galleries))
+    return summary
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> list[Pair]:
+    """All pairs, sorted by name.  ``prompts``: a CSV with the columns file, prompt and perhaps group.
+
+    Raises ValueError where a picture has no partner, and where the prompt file does not list every picture once or has
+    none to keep.
+    """
+    before, after = find_pictures(original.expanduser()), find_pictures(unlearned.expanduser())
+    lonely = {
+        "the unlearned": sorted(before.keys() - after.keys()),
+        "the original": sorted(after.keys() - before.keys()),
+    }
+    missing = [f"{len(names)} in {side} folder ({_some(names)})" for side, names in lonely.items() if names]
+    if missing:
+        raise ValueError(
+            f"partners are missing: {' and '.join(missing)}. Pictures are paired by their name without suffix; "
+            "add the missing ones or remove their partners."
+        )
+    if len(before) < 2:
+        raise ValueError("an interval needs at least 2 pairs of pictures, got 1.")
+    said = _read_prompts(Path(prompts).expanduser(), before) if prompts is not None else {}
+    pairs = [Pair(name, path, after[name], *said.get(name, (name, "retain"))) for name, path in before.items()]
+    if all(pair.is_to_forget for pair in pairs):
+        raise ValueError("all pictures are of a forget group: integrity is measured on prompts to keep. Add some.")
+    return pairs
+
+
+def _read_prompts(path: Path, pictures: dict[str, Path]) -> dict[str, tuple[str, str]]:
+    """Prompt and group of every picture."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompt file {path} ({' '.join(str(error).split())}).") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    by_file = {_inside(picture, name): name for name, picture in pictures.items()}
+    found: dict[str, tuple[str, str]] = {}
+    unknown, twice = [], []
+    try:
+        missing = {"file", "prompt"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"the prompt file {path} has no column named `{min(missing)}`, but {reader.fieldnames}.")
+        for row in reader:
+            file = (row["file"] or "").strip().removeprefix("./")
+            name = file if file in pictures else by_file.get(file)
+            if name is None:
+                unknown.append(file)
+            elif name in found:
+                twice.append(file)
+            else:
+                found[name] = ((row["prompt"] or "").strip(), (row.get("group") or "").strip() or "retain")
+    except csv.Error as error:
+        raise ValueError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
+    for names, what in (
+        (unknown, "name no picture of the folders"),
+        (twice, "are there twice"),
+        (sorted(pictures.keys() - found.keys()), "are missing in it"),
+    ):
+        if names:
+            raise ValueError(f"the prompt file {path} does not fit the folders: {len(names)} {what} ({_some(names)}).")
+    return found
+
+
+def _inside(picture: Path, name: str) -> str:
+    """The picture's path in its folder, suffix included."""
+    return name + picture.suffix
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score(
+    pairs: Sequence[Pair],
+    distance: PerceptualDistance,
+    metrics: Sequence[Metric],
+    num_workers: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Decode and compare all pairs, in order.  Raises ValueError for a picture that is refused or of another size."""
+    distances = np.empty(len(pairs), dtype=np.float32)
+    rows: dict[str, list[torch.Tensor]] = {metric.name: [] for metric in metrics}
+    digests = hashlib.sha256(), hashlib.sha256()
+    size: tuple[int, int] | None = None
+    done = 0
+    # Where the distance itself takes every core, decoding beside it only disturbs.
+    ahead = 0 if distance.device.type == "cpu" else 1 + -(-2 * num_workers // distance.micro_batch_size)
+    for batch, decoded in _decoded(pairs, distance.micro_batch_size, num_workers, ahead):
+        for pair, pictures in zip(batch, decoded, strict=True):
+            size = size or pictures[0].pixels.shape[:2]
+            _check_size(pair, pictures, size)
+            for digest, picture in zip(digests, pictures, strict=True):
+                digest.update(pair.name.encode() + b"\0" + picture.digest)
+        before, after = (_stack([pictures[side] for pictures in decoded]) for side in (0, 1))
+        try:
+            found = distance.distance(before, after)
+        except RuntimeError as error:
+            raise _too_small(error, distance, size) from error
+        distances[done : done + len(batch)] = found.numpy()
+        for metric in metrics:
+            rows[metric.name].append(metric.measure(before, after, [pair.prompt for pair in batch]))
+        done += len(batch)
+        on_progress(done, len(pairs))
+    bad = np.flatnonzero(~np.isfinite(distances))
+    if len(bad):
+        raise ValueError(f"the distance of {len(bad)} pairs is no number, for example {pairs[bad[0]].name}.")
+    assert size is not None
+    stacked = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
+    return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), (size[0], size[1]))
+
+
+def _decoded(
+    pairs: Sequence[Pair], batch_size: int, num_workers: int, ahead: int
+) -> Iterator[tuple[Sequence[Pair], list[tuple[Picture, Picture]]]]:
+    """Batches in order, while workers decode ``ahead`` more.  Pillow decodes without Python's lock: threads do."""
+
+    def read(pair: Pair) -> tuple[Picture, Picture]:
+        return read_picture(pair.original), read_picture(pair.unlearned)
+
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    waiting: deque[list[Future[tuple[Picture, Picture]]]] = deque()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as workers:
+        try:
+            upcoming = iter(batches)
+            for batch in batches:
+                while len(waiting) <= ahead and (following := next(upcoming, None)) is not None:
+                    waiting.append([workers.submit(read, pair) for pair in following])
+                yield batch, [future.result() for future in waiting.popleft()]
+        finally:
+            workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _stack(pictures: Sequence[Picture]) -> torch.Tensor:
+    """(B, 3, H, W) uint8, which lies in memory as it was decoded: channels last."""
+    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def _check_size(pair: Pair, pictures: tuple[Picture, Picture], size: tuple[int, ...]) -> None:
+    for path, picture in zip((pair.original, pair.unlearned), pictures, strict=True):
+        if picture.pixels.shape[:2] != size:
+            height, width = picture.pixels.shape[:2]
+            raise ValueError(
+                f"the picture {path} has {width} x {height} pixels, the first one {size[1]} x {size[0]}: distances of "
+                "different sizes do not compare. Give all pictures of both folders one size."
+            )
+
+
+def _too_small(error: RuntimeError, distance: PerceptualDistance, size: tuple[int, ...] | None) -> Exception:
+    assert size is not None
+    if "size" not in str(error) or min(size) >= 64:
+        return error
+    return ValueError(f"pictures of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
+
+
+def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list[Metric]:
+    names = [name.strip() for name in (config.metrics or "").split(",") if name.strip()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`--metrics` {config.metrics} names a metric twice. Name each once.")
+    metrics = [load_metric(name, device, bundled=config.metric == "shapes") for name in names]
+    for metric in metrics:
+        if metric.needs_prompts and config.prompts is None:
+            raise ValueError(f"the metric {metric.name} needs the prompts of the pictures: give `--prompts FILE`.")
+    return metrics
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def summarize(
+    pairs: Sequence[Pair],
+    scores: Scores,
+    distance: PerceptualDistance,
+    metrics: Sequence[Metric],
+    config: EvaluateImagesConfig,
+) -> dict[str, Any]:
+    """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics."""
+    kept = [place for place, pair in enumerate(pairs) if not pair.is_to_forget]
+    overall = _integrity(pairs, scores.distances, kept)
+    groups = {}
+    for group in _groups(pairs):
+        places = [place for place, pair in enumerate(pairs) if pair.group == group]
+        groups[group] = overall if places == kept else _integrity(pairs, scores.distances, places)
+    return {
+        "integrity": overall | {"metric": distance.metric, "clusters": "prompts" if config.prompts else "pairs"},
+        "groups": groups,
+        "metrics": {
+            metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[place].prompt for place in kept])
+            for metric in metrics
+        },
+        "spec": {
+            "original_images": config.original_images,
+            "unlearned_images": config.unlearned_images,
+            "prompts": config.prompts,
+            "height": scores.size[0],
+            "width": scores.size[1],
+            "batch_size": config.batch_size,
+            "device": str(distance.device),
+            "hashes": {"original_images": scores.digests[0], "unlearned_images": scores.digests[1]},
+            "versions": versions(),
+        },
+    }
+
+
+def _integrity(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], places: list[int]) -> dict[str, Any]:
+    values, prompts = distances[places].astype(np.float64), [pairs[place].prompt for place in places]
+    count = len(set(prompts))
+    found: dict[str, Any] = {
+        "mean": float(values.mean()),
+        "ci95": None,
+        "interval": "none: one prompt",
+        "quantiles": quantiles(values),
+        "unchanged": float((values == 0).mean()),
+        "n_pairs": len(values),
+        "n_prompts": count,
+    }
+    if count > 1:
+        mean = clustered_mean(values, prompts)
+        found |= {"mean": mean.mean, "ci95": [mean.low, mean.high], "interval": mean.method}
+    return found
+
+
+def _groups(pairs: Sequence[Pair]) -> list[str]:
+    return list(dict.fromkeys(pair.group for pair in pairs))
+
+
+def _records(pairs: Sequence[Pair], scores: Scores) -> list[dict[str, Any]]:
+    """A line a pair.  Of the further metrics those that are one or two numbers, not features."""
+    records = [
+        {"file": pair.name, "group": pair.group, "prompt": pair.prompt, "distance": float(value)}
+        for pair, value in zip(pairs, scores.distances, strict=True)
+    ]
+    for name, rows in scores.rows.items():
+        if rows.shape[1] <= 2:
+            for record, row in zip(records, rows.tolist(), strict=True):
+                record[name] = row[0] if len(row) == 1 else row
+    return records
+
+
+def _galleries(pairs: Sequence[Pair], distances: npt.NDArray[np.float32]) -> list[Gallery]:
+    """The most changed, the median and the least changed pairs, read once more."""
+    order = np.argsort(-distances, kind="stable").tolist()
+    count = min(_SHOWN, len(order))
+    middle = (len(order) - count) // 2
+    chosen = {
+        "The most changed": order[:count],
+        "In the middle": order[middle : middle + count],
+        "The least changed": order[::-1][:count],
+    }
+    galleries = []
+    for title, places in chosen.items():
+        rows = []
+        for place in places:
+            pair = pairs[place]
+            pictures = [read_picture(path).pixels for path in (pair.original, pair.unlearned)]
+            label = pair.prompt if pair.prompt == pair.name else f"{pair.prompt} ({pair.name})"
+            rows.append(GalleryRow(label, pictures, ["", f"distance {distances[place]:.4f}"]))
+        galleries.append(Gallery(title, "", ["original", "unlearned"], rows))
+    return galleries

@@ -1,0 +1,274 @@
+"""What draws pictures: a pipeline or any function, asked the same way, from the same noise, in batches of one size."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..methods.recipe import EMPTY
+from ..models.generate import SamplerSpec, decode, denoise
+from ..models.loading import Model, content_of, fingerprint, load_model, sampler_config, versions, wrap_pipeline
+from ..models.sampling import check_deterministic, initial_noise
+
+#: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to pictures (B, 3, H, W) uint8.
+Drawer = Callable[[list[str], torch.Tensor], Any]
+Key = tuple[str, int]  # prompt, seed
+
+
+class Source(ABC):
+    """Draws pictures for (prompt, seed) keys.
+
+    ``noise_shape``: (C, H, W) of the initial noise.  ``batch_size``: rows of every batch.  ``state``: everything that
+    decides the pictures, to be hashed; None where that cannot be known.  ``settings``: what the results' record says.
+    """
+
+    def __init__(self, name: str, noise_shape: tuple[int, int, int], batch_size: int) -> None:
+        self.name, self.noise_shape, self.batch_size = name, noise_shape, batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the bundled world's classifier can judge the pictures."""
+        return False
+
+    @abstractmethod
+    def content(self) -> str:
+        """A hash of what draws, or a name for it where there is nothing to hash."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any] | None: ...
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def begin(self, prompts: list[str], noise: torch.Tensor) -> Any:
+        """Start a batch of exactly ``batch_size`` rows."""
+
+    @abstractmethod
+    def finish(self, begun: Any) -> torch.Tensor:
+        """The batch's pictures, (B, 3, H, W) uint8 on the CPU."""
+
+    def start(self, keys: Sequence[Key]) -> Callable[[], torch.Tensor]:
+        """Start at most ``batch_size`` keys; what is returned gives their pictures.
+
+        A batch is filled up with its last key: results of a network may change in the last bit with the size of a
+        batch, not with a row's place in it.
+        """
+        padded = [*keys, *[keys[-1]] * (self.batch_size - len(keys))]
+        prompts = [prompt for prompt, _ in padded]
+        begun = self.begin(prompts, initial_noise(prompts, [seed for _, seed in padded], self.noise_shape))
+        return lambda: self.finish(begun)[: len(keys)]
+
+    def draw(self, keys: Sequence[Key]) -> torch.Tensor:
+        """Pictures (N, 3, H, W) uint8 of any number of keys."""
+        starts = range(0, len(keys), self.batch_size)
+        return torch.cat([self.start(keys[start : start + self.batch_size])() for start in starts])
+
+
+class PipelineSource(Source):
+    """A Stable Diffusion pipeline with its sampler's settings; those of one text encoder can share its states."""
+
+    def __init__(self, model: Model, spec: SamplerSpec, *, saved: bool = True) -> None:
+        super().__init__(model.name, model.latent_shape, spec.micro_batch_size)
+        self.model, self.spec = model, spec
+        self._saved = saved  # the folder holds what is in memory
+        self.text = TextStates(model, spec.micro_batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def is_bundled(self) -> bool:
+        return self.model.is_bundled
+
+    @functools.cache  # noqa: B019  (as long-lived as the process)
+    def content(self) -> str:
+        return fingerprint(self.model.source) if self._saved else content_of(self.model.pipeline)
+
+    def state(self) -> dict[str, Any]:
+        return {"content": self.content(), "noise": self.noise_shape, **self.settings(), **environment(self.device)}
+
+    def settings(self) -> dict[str, Any]:
+        sampler = sampler_config(self.model)
+        return {
+            "sampler": sampler["_class_name"],
+            "sampler_config": sampler,
+            "steps": self.spec.num_inference_steps,
+            "guidance_scale": self.spec.guidance_scale,
+            "dtype": "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32",
+            "micro_batch_size": self.batch_size,
+        }
+
+    def check_sampler(self) -> None:
+        """ValueError for a sampler that draws noise of its own, or more steps than it was made for."""
+        check_deterministic(self.model.pipeline.scheduler)
+        self.model.new_scheduler(self.spec.num_inference_steps)
+
+    def share_text(self, other: PipelineSource) -> None:
+        """Use the other's text states if both have the same text encoder and tokenizer."""
+        if self.batch_size == other.batch_size and _same_text(self, other):
+            self.text = other.text
+
+    def begin(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
+        branches = [self.text.of([EMPTY] * len(prompts)), self.text.of(prompts)]
+        return denoise(self.model, branches, noise, self.spec)
+
+    def finish(self, begun: torch.Tensor) -> torch.Tensor:
+        return decode(self.model, begun, self.spec)
+
+
+class FunctionSource(Source):
+    """Any function from prompts and noise to pictures."""
+
+    def __init__(self, function: Drawer, name: str, noise_shape: tuple[int, int, int], batch_size: int) -> None:
+        super().__init__(name, noise_shape, batch_size)
+        self.function = function
+
+    def content(self) -> str:
+        return f"function {self.name}"
+
+    def state(self) -> None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {"sampler": "function", "noise_shape": list(self.noise_shape), "micro_batch_size": self.batch_size}
+
+    def begin(self, prompts: list[str], noise: torch.Tensor) -> Any:
+        return len(prompts), self.function(prompts, noise)
+
+    def finish(self, begun: Any) -> torch.Tensor:
+        count, drawn = begun
+        pictures = torch.as_tensor(drawn) if isinstance(drawn, torch.Tensor | np.ndarray) else None
+        if pictures is None or pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+            got = type(drawn).__name__ if pictures is None else f"{pictures.dtype} {tuple(pictures.shape)}"
+            raise ValueError(
+                f"the function {self.name} must return pictures (B, 3, H, W) as uint8, got {got}: check for NaN, round "
+                "to 0..255 and convert."
+            )
+        if len(pictures) != count:
+            raise ValueError(f"the function {self.name} got {count} prompts and returned {len(pictures)} pictures.")
+        return pictures.cpu()
+
+
+class TextStates:
+    """The text states of the prompts asked for lately, each encoded once, in batches of one size."""
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+        self._rows: collections.OrderedDict[str, dict[str, torch.Tensor]] = collections.OrderedDict()
+
+    def of(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The denoiser's conditions for a batch of prompts, (B, ...) each."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if missing:
+            encoded = self.model.encode(missing, self.batch_size)
+            for place, prompt in enumerate(missing):
+                self._rows[prompt] = {name: values[place] for name, values in encoded.tensors.items()}
+        for prompt in dict.fromkeys(prompts):
+            self._rows.move_to_end(prompt)
+        rows = [self._rows[prompt] for prompt in prompts]
+        while len(self._rows) > 8 * self.batch_size:
+            self._rows.popitem(last=False)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def as_source(
+    given: Any, spec: SamplerSpec, *, name: str | None = None, device: str = "auto", noise_shape: Any = None
+) -> Source:
+    """A source from a name or folder (as for ``load_model``), a ``Model``, a diffusers pipeline or a function.
+
+    ``noise_shape``: (C, H, W) of the noise that functions get.  Raises ValueError, TypeError for anything else.
+    """
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, str | Path):
+        return PipelineSource(load_model(str(given), device), spec)
+    if isinstance(given, Model):
+        return PipelineSource(given, spec)
+    name = name or str(getattr(given, "__name__", type(given).__name__))
+    if hasattr(given, "components") and hasattr(given, "scheduler"):
+        return PipelineSource(wrap_pipeline(given, name), spec, saved=False)
+    if callable(given):
+        if noise_shape is None:
+            raise ValueError(f"`noise_shape` is missing: say which noise (C, H, W) the function {name} gets.")
+        return FunctionSource(given, name, tuple(noise_shape), spec.micro_batch_size)
+    raise TypeError(
+        f"a model is a folder, a name, a diffusers pipeline or a function (prompts, noise) -> pictures, got {given!r}."
+    )
+
+
+def check_comparable(original: Source, unlearned: Source, name: str) -> None:
+    """ValueError unless both start from noise of one shape and, as pipelines, are of one family and sampler: else a
+    difference would not be unlearning's."""
+    if isinstance(original, PipelineSource) and isinstance(unlearned, PipelineSource):
+        if original.model.family != unlearned.model.family:
+            raise ValueError(
+                f"{name} is of the family {unlearned.model.family}, the original of {original.model.family}."
+            )
+        ours, theirs = sampler_config(original.model), sampler_config(unlearned.model)
+        if ours != theirs:
+            differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            raise ValueError(
+                f"{name} has another sampler than the original ({', '.join(differing)} differ), so their pictures "
+                "cannot be compared. Give both the same scheduler/scheduler_config.json."
+            )
+    if original.noise_shape != unlearned.noise_shape:
+        raise ValueError(
+            f"{name} starts from noise {unlearned.noise_shape}, the original from {original.noise_shape}: models of "
+            "one resolution can be compared."
+        )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What of the machine can change the last bit of a picture."""
+    if device.type == "cpu":
+        machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    else:
+        machine = {"gpu": torch.cuda.get_device_name(device)}
+    return {"device": device.type, **machine, "versions": versions()}
+
+
+def other_batch_size(source: Source) -> Source:
+    """The same, drawing in batches of another size; what differs then is rounding."""
+    size = 2 if source.batch_size == 1 else min(8, max(1, source.batch_size // 2))
+    if isinstance(source, PipelineSource):
+        spec = dataclasses.replace(source.spec, micro_batch_size=size)
+        return PipelineSource(source.model, spec, saved=source._saved)
+    assert isinstance(source, FunctionSource)
+    return FunctionSource(source.function, source.name, source.noise_shape, size)
+
+
+def other_precision(source: Source) -> PipelineSource | None:
+    """A pipeline in bfloat16, or one that is in bfloat16 in float32; None for what has no precision to choose."""
+    if not isinstance(source, PipelineSource):
+        return None
+    precision = "no" if source.spec.mixed_precision == "bf16" else "bf16"
+    size = min(8, source.batch_size)
+    spec = dataclasses.replace(source.spec, mixed_precision=precision, micro_batch_size=size)
+    return PipelineSource(source.model, spec, saved=source._saved)
+
+
+def _same_text(one: PipelineSource, other: PipelineSource) -> bool:
+    parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    if all(getattr(one.model.pipeline, p, None) is getattr(other.model.pipeline, p, None) for p in parts):
+        return True
+    if not (one._saved and other._saved):
+        return False
+    folders = [[source.model.source / part for part in parts] for source in (one, other)]
+    return all(
+        a.is_dir() == b.is_dir() and (not a.is_dir() or fingerprint(a) == fingerprint(b))
+        for a, b in zip(*folders, strict=True)
+    )

@@ -1,0 +1,232 @@
+"""What an evaluation keeps of every pair: a few numbers, as columns in memory and as a journal on disk.
+
+Each rank appends to a journal of its own, batch by batch; a line is there whole or not at all.  Sorting all journals by
+key gives the same columns whatever number of ranks wrote them, in whatever order, with whatever stops in between.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import io
+import itertools
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..files.run_folder import write_json, write_text
+
+FOLDER = "journal"
+
+Key = tuple[str, int]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass
+class Batch:
+    """The results of some keys, or of all.
+
+    ``redrawn``: (N,) distance of the original to itself from other noise, NaN where it was not asked.  ``distances``:
+    (M, N), one row a model.  ``labels``: (1 + M, N, H) uint8 places in the classifier's heads, the original's first, or
+    None.  ``rows``: a metric's rows, (M, N, F), by its name.
+    """
+
+    keys: list[Key]
+    redrawn: Floats
+    distances: Floats
+    labels: npt.NDArray[np.uint8] | None = None
+    rows: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def merge(cls, batches: Sequence[Batch]) -> Batch:
+        """All of them, sorted by key.  Raises ValueError for a key that is there twice."""
+        keys = [key for batch in batches for key in batch.keys]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        for one, following in itertools.pairwise(order):
+            if keys[one] == keys[following]:
+                raise ValueError(f"the pair {keys[one]} was recorded twice: delete the output folder and start again.")
+        labels = None
+        if batches[0].labels is not None:
+            labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None], axis=1)[:, order]
+        return cls(
+            [keys[place] for place in order],
+            np.concatenate([batch.redrawn for batch in batches])[order],
+            np.concatenate([batch.distances for batch in batches], axis=1)[:, order],
+            labels,
+            {
+                name: np.concatenate([batch.rows[name] for batch in batches], axis=1)[:, order]
+                for name in batches[0].rows
+            },
+        )
+
+
+class Journal:
+    """The unfinished evaluation in ``folder/journal``: what it is of, and every finished key of every rank."""
+
+    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
+        self.folder = folder / FOLDER
+        self.rank, self.world_size = rank, world_size
+        self._stream: IO[bytes] | None = None
+        self._rows: dict[str, IO[bytes]] = {}
+
+    # ---- beginning ---------------------------------------------------------------------------------------------------
+
+    def begin(self, spec: Mapping[str, Any], config: str, prompts: Sequence[tuple[str, str]], *, resume: bool) -> None:
+        """Start, or continue what was begun with the same ``spec``.  For the first rank.
+
+        ``config``: YAML that starts the other ranks and continues the evaluation; ``prompts``: (prompt, group).
+        Raises ValueError where there is something else to continue, or nothing.
+        """
+        if resume:
+            self._check_same(spec)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            text = io.StringIO(newline="")
+            csv.writer(text, lineterminator="\n").writerows([("prompt", "group"), *prompts])
+            write_text(self.folder / "prompts.csv", text.getvalue())
+            write_text(self.folder / "evaluate.yaml", config)
+            write_json(self.folder / "spec.json", spec)  # last: the other ranks wait for it
+        self._open()
+
+    def join(self, spec: Mapping[str, Any], timeout_s: float = 600) -> None:
+        """Take part in what the first rank began."""
+        deadline = time.monotonic() + timeout_s
+        while not (self.folder / "spec.json").is_file():
+            if time.monotonic() > deadline:
+                raise ValueError(f"rank {self.rank} waited for rank 0 to begin in {self.folder.parent}: it did not.")
+            time.sleep(0.1)
+        self._check_same(spec)
+        self._open()
+
+    def _check_same(self, spec: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.folder / "spec.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ValueError(
+                f"`--resume`: {self.folder.parent} holds no unfinished evaluation. Leave the flag out to start one."
+            ) from None
+        now = json.loads(json.dumps(spec))
+        differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"the evaluation in {self.folder.parent} has {name} = {_short(before.get(name))}, now it is "
+                f"{_short(now.get(name))}. Give the same settings, or another `--output`."
+            )
+
+    def _open(self) -> None:
+        path = self.folder / f"{self.rank}.jsonl"
+        self._stream = path.open("ab+")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._stream.close()
+            raise ValueError(f"another process still writes {path}. Wait for it, or end it.") from None
+        lines = _whole_lines(path)
+        os.truncate(path, sum(map(len, lines)))
+        for rows in self._row_files(self.rank).values():
+            width = _width(rows)
+            os.truncate(rows, _HEADER.size + 4 * width * len(lines) if width else 0)
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def append(self, batch: Batch) -> None:
+        """Add the results of a batch.  Rows of metrics go first, so that no line is without them."""
+        assert self._stream is not None
+        for name, rows in batch.rows.items():
+            stream = self._rows.get(name)
+            if stream is None:
+                stream = self._rows[name] = self._row_path(self.rank, name).open("ab")
+                if stream.tell() == 0:
+                    stream.write(_HEADER.pack(rows.shape[0] * rows.shape[2], rows.shape[0]))
+            stream.write(np.ascontiguousarray(rows.transpose(1, 0, 2), dtype="<f4").tobytes())
+            stream.flush()
+        lines = []
+        for place, (prompt, seed) in enumerate(batch.keys):
+            redrawn = float(batch.redrawn[place])
+            labels = None if batch.labels is None else batch.labels[:, place].tolist()
+            distances = batch.distances[:, place].tolist()
+            lines.append(json.dumps([prompt, seed, None if np.isnan(redrawn) else redrawn, distances, labels]) + "\n")
+        self._stream.write("".join(lines).encode())
+        self._stream.flush()
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def finished(self) -> set[Key]:
+        """The keys that are done, by any rank."""
+        return {(line[0], line[1]) for path in self._files() for line in map(json.loads, _whole_lines(path))}
+
+    def batches(self) -> Iterator[Batch]:
+        """What every rank wrote."""
+        for path in self._files():
+            lines = [json.loads(line) for line in _whole_lines(path)]
+            if not lines:
+                continue
+            labels = None
+            if lines[0][4] is not None:
+                labels = np.array([line[4] for line in lines], dtype=np.uint8).transpose(1, 0, 2)
+            rows = {}
+            for name, file in self._row_files(int(path.stem)).items():
+                width, models = _HEADER.unpack(file.read_bytes()[: _HEADER.size])
+                content = np.fromfile(file, dtype="<f4", offset=_HEADER.size, count=width * len(lines))
+                rows[name] = content.reshape(len(lines), models, width // models).transpose(1, 0, 2)
+            yield Batch(
+                [(sys.intern(line[0]), line[1]) for line in lines],
+                np.array([np.nan if line[2] is None else line[2] for line in lines], dtype=np.float32),
+                np.array([line[3] for line in lines], dtype=np.float32).T,
+                labels,
+                rows,
+            )
+
+    def close(self) -> None:
+        """Let go of the files.  A journal without a single record is removed: there is nothing to continue."""
+        for stream in (self._stream, *self._rows.values()):
+            if stream is not None:
+                stream.close()
+        begun, self._stream, self._rows = self._stream is not None, None, {}
+        if begun and self.rank == 0 and not any(path.stat().st_size for path in self._files()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """The evaluation is finished and written."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))
+
+    def _row_path(self, rank: int, name: str) -> Path:
+        return self.folder / f"{rank}.{name}.rows"
+
+    def _row_files(self, rank: int) -> dict[str, Path]:
+        prefix = f"{rank}."
+        return {path.name.removeprefix(prefix)[: -len(".rows")]: path for path in self.folder.glob(f"{prefix}*.rows")}
+
+
+_HEADER = struct.Struct("<2I")  # floats a line, models
+
+
+def _width(path: Path) -> int:
+    header = path.read_bytes()[: _HEADER.size]
+    return _HEADER.unpack(header)[0] if len(header) == _HEADER.size else 0
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a journal; one that was being written when its process was killed is left out."""
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 60 else text[:57] + "..."

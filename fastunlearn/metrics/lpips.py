@@ -1,0 +1,247 @@
+"""How different two pictures look: the LPIPS form on any trunk (Zhang et al. 2018, arXiv 1801.03924, equation 1).
+
+A distance is the sum over layers of the spatial mean of ``sum_c w_c * (f0_c / |f0| - f1_c / |f1|)**2``, with the
+channel weights of the ``lpips`` package, or uniform ones on the bundled world's classifier.  Values made with
+different trunks or picture sizes do not compare; ``PerceptualDistance.metric`` names what was used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+import torch
+from fastunlearn_kernels import lpips_distance
+from torch import nn
+
+if TYPE_CHECKING:
+    import lpips
+
+#: The names ``load_perceptual`` knows.
+METRICS = ("shapes", "lpips-alex", "lpips-vgg", "lpips-squeeze")
+
+_TRUNK_WEIGHTS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+
+
+class PerceptualDistance(nn.Module):
+    """A trunk, its channel weights, and the distance they define.
+
+    ``trunk`` maps (B, 3, H, W) float32 in [-1, 1] to a sequence of features (B, C, h, w); ``weights`` holds one (C,)
+    tensor a layer; ``name`` says what they are.  Pictures pass in micro-batches of exactly ``micro_batch_size``
+    pairs, the last one padded, so that a pair's distance does not depend on its company.
+
+    One trunk pass serves both sides, in channels_last.  Nine tenths of the time on a CPU are oneDNN's convolutions,
+    near the rate of its matrix products: compiled and frozen trunks did not pay, nor did bfloat16 in three parts;
+    Winograd's F(4, 3) would gain a tenth and lose a digit.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, weights: Sequence[torch.Tensor], name: str, *, micro_batch_size: int = 32
+    ) -> None:
+        super().__init__()
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+        self.trunk = trunk
+        self.weights = nn.ParameterList(weight.detach().clone().float() for weight in weights)
+        self.micro_batch_size = micro_batch_size
+        self.eval().requires_grad_(False)
+        self._metric = f"{name}@{fingerprint_of(self)}"
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack this form
+
+    @property
+    def metric(self) -> str:
+        """The name and the first 12 hex digits of the SHA-256 of all weights."""
+        return self._metric
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.weights[0].device
+
+    @torch.inference_mode()
+    def distance(self, pictures0: torch.Tensor, pictures1: torch.Tensor) -> torch.Tensor:
+        """Distances (N,) float32 on the CPU of pictures (N, 3, H, W) uint8 to their partners; 0 means equal features.
+
+        Raises ``ValueError`` for other dtypes or shapes.
+        """
+        for pictures in (pictures0, pictures1):
+            if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+                raise ValueError(
+                    f"pictures must be uint8 of shape (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}: "
+                    "round them to 0..255 first"
+                )
+        if pictures0.shape != pictures1.shape:
+            raise ValueError(
+                f"both sides must have one shape, got {tuple(pictures0.shape)} and {tuple(pictures1.shape)}: "
+                "compare pictures of one size, pair by pair"
+            )
+        device, size = self.device, self.micro_batch_size
+        distances = torch.empty(len(pictures0))
+        # Scoring resolves differences far below TF32's precision.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            for start in range(0, len(pictures0), size):
+                sides = [pictures[start : start + size].to(device) for pictures in (pictures0, pictures1)]
+                count = len(sides[0])
+                padded = [torch.cat([side, side[-1:].expand(size - count, -1, -1, -1)]) for side in sides]
+                features = self.trunk(_to_pixel_values(torch.cat(padded)))
+                features0, features1 = (
+                    [layer[half] for layer in features] for half in (slice(size), slice(size, None))
+                )
+                result = lpips_distance(features0, features1, list(self.weights))
+                distances[start : start + count] = result[:count].float().cpu()
+        return distances
+
+
+def load_perceptual(
+    name: str,
+    device: str | torch.device = "cpu",
+    *,
+    trunk_weights: str | Path | None = None,
+    micro_batch_size: int = 32,
+) -> PerceptualDistance:
+    """A distance by name: ``shapes`` (the bundled classifier's features) or ``lpips-alex|vgg|squeeze``.
+
+    The latter take their channel weights from the ``lpips`` package and their trunk's weights from the safetensors
+    file ``trunk_weights``, which has torchvision's names (``features.0.weight``, ...; others are ignored), or without
+    one from torchvision, which fetches its ImageNet weights once.  Raises ``ValueError`` for an unknown name and when
+    the weights cannot be had or do not fit.
+    """
+    if name not in METRICS:
+        raise ValueError(f"unknown perceptual distance {name!r}: choose one of {', '.join(METRICS)}")
+    if name == "shapes":
+        if trunk_weights is not None:
+            raise ValueError("the perceptual distance `shapes` brings its own trunk: leave `--trunk-weights` out")
+        return _shapes_distance(micro_batch_size).to(device)
+    model, name = _lpips_model(name.removeprefix("lpips-"), trunk_weights)
+    return from_lpips(model, name, micro_batch_size=micro_batch_size).to(device)
+
+
+def from_lpips(model: lpips.LPIPS, name: str = "lpips", *, micro_batch_size: int = 32) -> PerceptualDistance:
+    """The distance of an ``lpips.LPIPS`` object, version 0.1 (the one that scales its input), with linear layers."""
+    if not model.lpips or model.version != "0.1":
+        raise ValueError(f"from_lpips needs LPIPS(lpips=True, version='0.1'), got {model.lpips=}, {model.version=}")
+    weights = [layer.model[-1].weight.flatten() for layer in model.lins]
+    trunk = nn.Sequential(_Scaling(model.scaling_layer.shift, model.scaling_layer.scale), model.net)
+    return PerceptualDistance(trunk, weights, name, micro_batch_size=micro_batch_size)
+
+
+class _Scaling(nn.Module):
+    """The package's (pixel_values - shift) / scale in one pass over the pictures."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, shift: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(-self.shift / self.scale, pixel_values, 1 / self.scale)
+
+
+class _ClassifierTrunk(nn.Module):
+    def __init__(self) -> None:
+        from ..worlds.shapes import load_classifier
+
+        super().__init__()
+        self.classifier = load_classifier()
+
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        return self.classifier.features(pixel_values)
+
+
+def _shapes_distance(micro_batch_size: int) -> PerceptualDistance:
+    trunk = _ClassifierTrunk()
+    widths = trunk.classifier.widths
+    weights = [torch.full((width,), 1 / len(widths)) for width in widths]
+    return PerceptualDistance(trunk, weights, "lpips-form/shapes-classifier", micro_batch_size=micro_batch_size)
+
+
+def _to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 [0, 255] to float32 [-1, 1] in channels_last, with one copy."""
+    return pictures.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+
+
+def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIPS, str]:
+    """The package's model with its trunk's weights put in, and its name."""
+    from ..models.loading import mend_torchvision
+
+    mend_torchvision()
+    try:
+        lpips = importlib.import_module("lpips")
+        models = importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise ValueError(f"lpips-{net} needs the packages lpips and torchvision ({error}): install them") from error
+    # A random trunk first, whose weights are then replaced: the package itself would unpickle whatever the cache holds.
+    # It must not disturb the caller's random numbers, and torchvision's advice on its arguments is not for the user.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    if trunk_weights is not None:
+        _load_trunk(model.net, _read_trunk_weights(Path(trunk_weights), net), f"the file {trunk_weights}", net)
+    else:
+        _fetch_trunk(model.net, getattr(models, _TRUNK_WEIGHTS[net]).IMAGENET1K_V1.url, net)
+    return model, f"lpips/{net}"
+
+
+def _fetch_trunk(trunk: nn.Module, url: str, net: str) -> None:
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    try:
+        state = torch.hub.load_state_dict_from_url(
+            url, folder, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+        _load_trunk(trunk, state, os.path.basename(url), net)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(
+            f"lpips-{net} needs the ImageNet weights {os.path.basename(url)}, which could not be fetched or read "
+            f"({reason}): let this machine reach torchvision's downloads, put the intact file into {folder}, "
+            "give a safetensors file with `--trunk-weights`, or choose another perceptual distance"
+        ) from error
+
+
+def _read_trunk_weights(path: Path, net: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot read the trunk weights {path} ({reason}): give a safetensors file of torchvision's {net} weights"
+        ) from error
+
+
+def _load_trunk(trunk: nn.Module, state: Mapping[str, torch.Tensor], source: str, net: str) -> None:
+    """Put torchvision's ``features.<index>.*`` where the package has them: in ``slice<n>.<index>.*``."""
+    found = {}
+    for key, own in trunk.state_dict().items():
+        name = "features." + key.partition(".")[2]
+        given = state.get(name)
+        if given is None or given.shape != own.shape:
+            got = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
+            raise ValueError(
+                f"{source} does not hold the trunk {net}: `{name}` {got} and must be {tuple(own.shape)}. "
+                "Give the weights of that network, with torchvision's names"
+            )
+        if not torch.isfinite(given).all():
+            raise ValueError(f"{source} is damaged: `{name}` holds NaN or infinity. Fetch it again")
+        found[key] = given.float()
+    trunk.load_state_dict(found)
+
+
+def fingerprint_of(module: nn.Module) -> str:
+    """The first 12 hex digits of the SHA-256 of all of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,215 @@
+"""Training rows made in advance: points of the frozen teacher's trajectories with all its predictions that rows need.
+
+Training then runs neither the teacher nor the sampler.  The price is that the points of one trajectory are correlated;
+`trajectories` is the knob, and `benchmarks/bench_bank.py` shows what it costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from ..methods.recipe import EMPTY, NOISE, ROLES, Recipe, Role, Row
+from ..models.loading import Conditions, Model
+from ..models.sampling import initial_noise, sample
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows for one student forward; all of length B but ``teacher_preds`` (K, P, C, H, W), the bank's own storage."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    teacher_preds: torch.Tensor
+    row_index: torch.Tensor
+    coefficients: torch.Tensor
+    roles: tuple[tuple[Role, int], ...]
+
+
+@dataclasses.dataclass
+class Bank:
+    """P rows.  ``latents``: (P, C, H, W), ``timesteps``: (P,), ``teacher_preds``: (K, P, C, H, W), all on the device.
+
+    ``coefficients``: (P, K) mixes the K predictions into the row's target.  ``condition``: (P,) indexes ``conditions``.
+    ``role_rows`` lists the rows of each role.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    teacher_preds: torch.Tensor
+    coefficients: torch.Tensor
+    condition: torch.Tensor
+    conditions: Conditions
+    role_rows: dict[Role, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def batch(self, roles: Sequence[tuple[Role, int]], step: int, seed: int, *, part: int = 0, parts: int = 1) -> Batch:
+        """The rows of training step ``step``: for each (role, count), the next ones of that role's shuffled epochs.
+
+        A function of its arguments alone, so a resumed run sees the same rows.  ``part`` of ``parts`` is every
+        parts-th of them: whoever takes them, and in how many parts, the rows of a step are the same.
+        """
+        index = torch.cat([self._rows_of(role, count, step, seed) for role, count in roles])
+        index = index[part::parts].to(self.latents.device)
+        ends = itertools.accumulate(count for _, count in roles)
+        taken = [len(range(part, end, parts)) for end in ends]  # rows of this part among the first `end`
+        before = [0, *taken[:-1]]
+        roles = [(role, n - m) for (role, _), n, m in zip(roles, taken, before, strict=True) if n > m]
+        return Batch(
+            latents=self.latents[index],
+            timesteps=self.timesteps[index],
+            conditions=self.conditions.rows(self.condition[index]),
+            teacher_preds=self.teacher_preds,
+            row_index=index,
+            coefficients=self.coefficients[index],
+            roles=tuple(roles),
+        )
+
+    def _rows_of(self, role: Role, count: int, step: int, seed: int) -> torch.Tensor:
+        rows = self.role_rows[role]
+        picked: list[torch.Tensor] = []
+        position, missing = step * count, count
+        while missing:
+            epoch, offset = divmod(position, len(rows))
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch * 2 + ROLES.index(role))
+            part = torch.randperm(len(rows), generator=generator)[offset : offset + missing]
+            picked.append(rows[part])
+            position, missing = position + len(part), missing - len(part)
+        return torch.cat(picked)
+
+    def concept_strength(self) -> float:
+        """Mean over the forget rows of ``(teacher(concept) - teacher(""))^2``, the unit of Saddle's margin."""
+        rows = self.role_rows["forget"].to(self.latents.device)
+        return (self.teacher_preds[1, rows] - self.teacher_preds[0, rows]).square().mean().item()
+
+
+@dataclasses.dataclass(frozen=True)
+class BankPlan:
+    """What a bank will hold and cost, known before anything is computed.
+
+    ``assignments``: (row kind, trajectory number) for each trajectory.  ``points``: of a trajectory, one a forward;
+    some samplers (PNDM, Heun) have more of them than steps.  ``unet_evaluations``: forwards of one sample.
+    """
+
+    assignments: tuple[tuple[Row, int], ...]
+    branches: int
+    num_inference_steps: int
+    points: int
+    guidance_scale: float
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.assignments) * self.points
+
+    @property
+    def unet_evaluations(self) -> int:
+        return sum(self.points * len(_branch_prompts(row)) for row, _ in self.assignments)
+
+
+def plan_bank(
+    model: Model, recipe: Recipe, *, trajectories: int, num_inference_steps: int, guidance_scale: float, seed: int
+) -> BankPlan:
+    """Deal ``trajectories`` trajectories to each role, its kinds of row taking turns in a seeded order.
+
+    Raises ValueError for more steps than the model's sampler has.
+    """
+    points = len(model.new_scheduler(num_inference_steps).timesteps)
+    assignments: list[tuple[Row, int]] = []
+    generator = torch.Generator().manual_seed(seed)
+    for role in ROLES:
+        kinds = [row for row in recipe.rows if row.role == role]
+        order = torch.randperm(len(kinds), generator=generator).tolist()
+        assignments += [(kinds[order[n % len(kinds)]], n) for n in range(trajectories if kinds else 0)]
+    branches = max((len(_branch_prompts(row)) for row, _ in assignments), default=2)
+    return BankPlan(tuple(assignments), branches, num_inference_steps, points, guidance_scale, seed)
+
+
+@torch.no_grad()
+def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int = 64) -> Bank:
+    """Sample every trajectory of the plan, batched, and keep each point with its predictions.
+
+    A trajectory's predictions are, in order: the unconditional, its own prompt's (the two that guide it), then those of
+    the other prompts in the row's target.  ``micro_batch_size`` trajectories run at once.
+    """
+    conditions = model.encode(recipe.prompts())
+    shape = model.latent_shape
+    points, total = plan.points, plan.rows
+    latents = torch.empty(total, *shape, device=model.device)
+    timesteps = torch.empty(total, dtype=torch.int64, device=model.device)
+    teacher_preds = torch.zeros(plan.branches, total, *shape, device=model.device)
+    coefficients = torch.zeros(total, plan.branches, device=model.device)
+    condition = torch.empty(total, dtype=torch.int64, device=model.device)
+    role_rows: dict[Role, list[torch.Tensor]] = {}
+
+    for first, group in _groups(plan.assignments, micro_batch_size):
+        kinds = [row for row, _ in group]
+        noise = initial_noise(
+            [row.trajectory for row in kinds], [plan.seed * 1_000_003 + number for _, number in group], shape
+        )
+        prompts = [_branch_prompts(row) for row in kinds]
+        branches = [conditions.of(branch) for branch in zip(*prompts, strict=True)]
+        rows = torch.arange(first * points, (first + len(group)) * points, device=model.device).view(len(group), points)
+        steps = plan.num_inference_steps
+        trajectory = sample(model, noise, branches, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
+        for number, point in enumerate(trajectory):
+            latents[rows[:, number]] = point.latents
+            timesteps[rows[:, number]] = point.timestep.to(torch.int64)
+            teacher_preds[: len(branches), rows[:, number]] = point.predictions
+        for place, (row, _) in enumerate(group):
+            if NOISE in row.target:
+                where, seeds = rows[place], [f"{row.trajectory}{NOISE}{number}" for number in range(steps)]
+                noise = initial_noise(seeds, [plan.seed * 1_000_003 + group[place][1]] * steps, shape)
+                latents[where], teacher_preds[0, where] = _noised(
+                    model, point.next_latents[place], noise.to(model.device), timesteps[where]
+                )
+        for row, names, where in zip(kinds, prompts, rows, strict=True):
+            condition[where] = conditions.prompts.index(row.condition)
+            coefficients[where, : len(names)] = torch.tensor(_coefficients(row, names), device=model.device)
+            role_rows.setdefault(row.role, []).append(where.cpu())
+    indexed = {role: torch.cat(rows) for role, rows in role_rows.items()}
+    return Bank(latents, timesteps, teacher_preds, coefficients, condition, conditions, indexed)
+
+
+def _branch_prompts(row: Row) -> list[str]:
+    return [EMPTY, row.trajectory, *(key for key in row.target if key not in (EMPTY, row.trajectory, NOISE))]
+
+
+def _noised(
+    model: Model, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean latents (C, H, W) under ``noise`` (T, C, H, W) at ``timesteps`` (T,), and what the model should predict."""
+    scheduler = model.pipeline.scheduler
+    alphas = scheduler.alphas_cumprod.to(noise.device)[timesteps].view(-1, 1, 1, 1)
+    signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    return signal * clean + sigma * noise, signal * noise - sigma * clean if is_velocity else noise
+
+
+def _coefficients(row: Row, names: list[str]) -> list[float]:
+    if NOISE in row.target:  # stands where the unconditional prediction does in other rows
+        return [1.0, 0.0]
+    coefficients = [row.target.get(name, 0.0) for name in names]
+    if row.trajectory == EMPTY:  # both guiding branches are the same prediction: count it once
+        coefficients[1] = 0.0
+    return coefficients
+
+
+def _groups(assignments: Sequence[tuple[Row, int]], size: int) -> list[tuple[int, Sequence[tuple[Row, int]]]]:
+    """Runs of at most ``size`` trajectories with equally many branches, each with its first trajectory's place."""
+    groups: list[tuple[int, Sequence[tuple[Row, int]]]] = []
+    start = 0
+    while start < len(assignments):
+        width = len(_branch_prompts(assignments[start][0]))
+        end = start
+        while end < min(start + size, len(assignments)) and len(_branch_prompts(assignments[end][0])) == width:
+            end += 1
+        groups.append((start, assignments[start:end]))
+        start = end
+    return groups

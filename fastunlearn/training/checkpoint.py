@@ -1,0 +1,140 @@
+"""The files of a checkpoint: what every process holds of the trained elements, in a form that any number of them reads.
+
+A parameter's elements that may change, in order, are a vector; each process writes the range of it that it owns, with
+the optimizer's states of the range.  So a checkpoint does not depend on how many processes wrote it, nor on how they
+had divided the parameters, and it holds nothing of what may not change.  Only safetensors and JSON, never pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distributed import World
+from ..files.run_folder import flush_folder, write_json
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass
+class Piece:
+    """A range of one parameter's vector.  ``values``: kind -> (n,) float32; before the first step only ``weight``."""
+
+    name: str
+    start: int
+    values: dict[str, torch.Tensor]
+    step: float = 0.0
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.values["weight"])
+
+
+def save_checkpoint(
+    folder: Path, world: World, pieces: Sequence[Piece], lengths: Mapping[str, int], state: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint; all processes call it together.  It has its name only once all of it is on the disk.
+
+    ``lengths``: parameter -> length of its vector.  ``state``: JSON values, which :func:`load_checkpoint` gives back.
+    """
+    from safetensors.torch import save_file
+
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    try:
+        if world.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        world.barrier()
+        tensors: dict[str, torch.Tensor] = {}
+        ranges: dict[str, list[float]] = {}
+        for piece in pieces:
+            tensors |= {f"{kind}/{piece.name}": value.contiguous().cpu() for kind, value in piece.values.items()}
+            ranges[piece.name] = [piece.start, piece.stop, piece.step]
+        file = unfinished / f"rank-{world.rank}.safetensors"
+        save_file(tensors, file, metadata={"ranges": json.dumps(ranges)})
+        world.barrier()
+        if world.is_main:
+            write_json(
+                unfinished / "state.json", {"lengths": dict(lengths), "ranks": world.size, "trainer": dict(state)}
+            )
+            flush_folder(unfinished)
+            if folder.exists():
+                remove_folder(folder)
+            unfinished.rename(folder)
+        world.barrier()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def load_checkpoint(
+    folder: Path, lengths: Mapping[str, int], wanted: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """The ranges ``wanted`` (start, stop) of each parameter's vector, whoever wrote them, and the trainer's state.
+
+    ValueError if the checkpoint is damaged, or of a run that trained other elements.
+    """
+    from safetensors import safe_open
+
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = [folder / f"rank-{rank}.safetensors" for rank in range(content["ranks"])]
+        if content["lengths"] != dict(lengths):
+            raise _AnotherRun
+        found: dict[str, list[tuple[int, int, float, dict[str, torch.Tensor]]]] = {name: [] for name in wanted}
+        for path in files:
+            with safe_open(path, "pt") as file:
+                keys = set(file.keys())
+                for name, (start, stop, step) in json.loads(file.metadata()["ranges"]).items():
+                    if name not in wanted:
+                        continue
+                    first, last = max(start, wanted[name][0]), min(stop, wanted[name][1])
+                    if first < last:
+                        values = {
+                            kind: file.get_slice(f"{kind}/{name}")[first - start : last - start]
+                            for kind in KINDS
+                            if f"{kind}/{name}" in keys
+                        }
+                        found[name].append((first, last, step, values))
+        pieces = {name: _joined(name, wanted[name], parts) for name, parts in found.items()}
+    except _AnotherRun:
+        raise ValueError(f"the checkpoint {folder} is of another run: it trained other elements.") from None
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"the checkpoint {folder} is damaged ({text}). Delete it to resume from an older one."
+        ) from error
+    return pieces, content["trainer"]
+
+
+class _AnotherRun(Exception):
+    pass
+
+
+def _joined(name: str, wanted: tuple[int, int], parts: list[tuple[int, int, float, dict[str, torch.Tensor]]]) -> Piece:
+    """Ranges that follow one another, as one; it is an error if any element is missing."""
+    position, steps = wanted[0], {step for _, _, step, _ in parts}
+    parts = sorted(parts, key=lambda part: part[0])
+    for first, last, _, _ in parts:
+        if first != position:
+            break
+        position = last
+    if position != wanted[1] or len(steps) > 1:
+        raise ValueError(f"{name} is incomplete")
+    kinds = parts[0][3] if parts else {"weight": torch.empty(0)}
+    values = {kind: torch.cat([part[3][kind] for part in parts]) if parts else kinds[kind] for kind in kinds}
+    return Piece(name, wanted[0], values, steps.pop() if steps else 0.0)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that no half of it is ever seen under its name."""
+    doomed = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

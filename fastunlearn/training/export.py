@@ -1,0 +1,159 @@
+"""From trained elements to files: the original pipeline with them laid over it, or a delta that holds them alone.
+
+A delta is one safetensors file.  For every tensor NAME of the denoiser that changed it holds ``NAME.values`` (k,), in
+the type that the original's file has, and which elements of the flattened tensor they replace: ``NAME.indices`` (k,)
+int32, or int64 in a tensor of 2^31 elements, or ``NAME.bits``, where that is shorter: element i is bit i % 8 of byte
+i // 8.
+The metadata names the format, the original's hash, the folder of the denoiser and the tensors' shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from fastunlearn_kernels import pack_bits, unpack_bits
+
+from ..files.run_folder import whole_file, whole_folder
+from ..models.loading import fingerprint, read_tensors
+
+DELTA_FORMAT = "fastunlearn-delta-1"
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Values = Mapping[str, torch.Tensor]  # parameter -> (k,) float32, the elements that its mask selects, or all
+Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter without one is trained whole
+
+
+def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
+    """Write the pipeline ``source`` to ``folder`` with ``values`` in ``part``: its other bytes are the original's.
+
+    Returns the type in which each tensor is stored.
+    """
+    with whole_folder(folder) as unfinished:
+        copy_pipeline(source, unfinished)
+        return overlay(unfinished / part, values, bits)
+
+
+def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
+    """Write the delta between ``source`` and what :func:`export_model` would write; returns the types likewise."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for file in sorted((source / part).glob("*.safetensors")):
+        for name, original in read_tensors(file, values)[0].items():
+            if name in dtypes:
+                raise ValueError(f"{source / part} has {name} in two files, which a delta cannot tell. Save the model.")
+            dtypes[name] = original.dtype
+            trained = _replaced(name, original, values[name], bits.get(name))
+            changed = (_integers(trained) != _integers(original)).view(-1)
+            if not changed.any():
+                continue
+            shapes[name] = list(original.shape)
+            tensors[f"{name}.values"] = trained.view(-1)[changed]
+            indices = changed.nonzero()[:, 0].to(torch.int32 if changed.numel() < 2**31 else torch.int64)
+            if changed.numel() / 8 < indices.nbytes:
+                tensors[f"{name}.bits"] = pack_bits(changed)
+            else:
+                tensors[f"{name}.indices"] = indices
+    _check_found(source / part, values, dtypes)
+    metadata = {"format": DELTA_FORMAT, "original": fingerprint(source), "part": part, "shapes": json.dumps(shapes)}
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata=metadata)
+    return dtypes
+
+
+def apply_delta(source: Path, delta: Path, folder: Path) -> None:
+    """Rebuild from the pipeline ``source`` and a delta, bit for bit, what :func:`export_model` writes.
+
+    ValueError if the file is no delta, damaged, or made from another pipeline.
+    """
+    if not delta.is_file():
+        raise ValueError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
+    try:
+        tensors, found = read_tensors(delta)
+        metadata = found or {}
+        if metadata.get("format") != DELTA_FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
+        shapes = json.loads(metadata["shapes"])
+        values = {name: tensors[f"{name}.values"] for name in shapes}
+        bits = {name: _selection(tensors, name, shape) for name, shape in shapes.items()}
+    except Exception as error:
+        raise ValueError(f"{delta} is no delta of fastunlearn: {' '.join(str(error).split())}.") from error
+    if (ours := fingerprint(source)) != metadata["original"]:
+        raise ValueError(
+            f"the delta {delta} belongs to another original: its hash is {metadata['original'][:12]}, that of {source} "
+            f"is {ours[:12]}. Give `--model` the model that the run started from."
+        )
+    export_model(source, metadata["part"], folder, values, bits)
+
+
+def _selection(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
+    """The packed mask of a delta's tensor."""
+    if f"{name}.bits" in tensors:
+        mask = unpack_bits(tensors[f"{name}.bits"], shape).view(-1)
+    else:
+        mask = torch.zeros(torch.Size(shape).numel(), dtype=torch.bool)
+        mask[tensors[f"{name}.indices"].long()] = True
+    if int(mask.sum()) != len(tensors[f"{name}.values"]):
+        raise ValueError(f"{name} has {len(tensors[f'{name}.values'])} values for {int(mask.sum())} elements")
+    return pack_bits(mask)
+
+
+def overlay(folder: Path, values: Values, bits: Bits | None = None) -> dict[str, torch.dtype]:
+    """Lay ``values`` over the tensors of the folder's safetensors files; all other elements keep their bits.
+
+    Returns the type of each tensor in the files, to which its values are rounded.
+    """
+    from safetensors.torch import save_file
+
+    dtypes: dict[str, torch.dtype] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors, metadata = read_tensors(path)
+        changed = set(values) & set(tensors)
+        for name in changed:
+            dtypes[name] = tensors[name].dtype
+            tensors[name] = _replaced(name, tensors[name], values[name], (bits or {}).get(name))
+        if changed:
+            save_file(tensors, path, metadata=metadata)
+    _check_found(folder, values, dtypes)
+    return dtypes
+
+
+def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
+    """``original`` with ``values`` at the elements of the mask."""
+    stored = values.detach().cpu().to(original.dtype)
+    if not torch.isfinite(stored).all():
+        raise ValueError(
+            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`."
+        )
+    if bits is None:
+        return stored.reshape(original.shape).contiguous()
+    result = original.contiguous().clone()
+    result.view(-1)[unpack_bits(bits.cpu(), original.numel())] = stored
+    return result
+
+
+def _check_found(folder: Path, wanted: Values, found: Mapping[str, torch.dtype]) -> None:
+    if missing := set(wanted) - set(found):
+        raise ValueError(f"{folder} has no tensor {min(missing)!r}: the pipeline's weights are not in the usual form.")
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bits: what is compared so differs where any bit does, also in the sign of a zero."""
+    return tensor.contiguous().view(_AS_INTEGERS[tensor.element_size()])
+
+
+def copy_pipeline(source: Path, target: Path) -> None:
+    """Copy the pipeline's parts, leaving out pickles that stand beside safetensors and files of no part."""
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    shutil.copy(source / "model_index.json", target)
+    for part in sorted(index):
+        if part.startswith("_") or not (source / part).is_dir():
+            continue
+        redundant = ("*.bin", "*.msgpack", "*.ckpt") if any((source / part).glob("*.safetensors")) else ()
+        shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns(*redundant))

@@ -1,0 +1,213 @@
+"""What a method may change: parameters by name, and elements of them by a saliency mask of one bit an element."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from fastunlearn_kernels import accumulate_saliency_, pack_bits, saliency_mask, unpack_bits
+from torch import nn
+
+from ..files.run_folder import whole_file
+from ..methods.recipe import EMPTY, NOISE, Recipe, Row, Sum
+from ..models.loading import Model, denoiser_hash, read_tensors
+from .bank import Bank, build_bank, plan_bank
+
+MASK_FORMAT = "fastunlearn-mask-1"
+SALIENCY_GUIDANCE = 7.5  # of the loss whose gradient is the saliency, as SalUn's authors have it
+
+# The groups of the field, with ESD's names in brackets.
+GROUPS = {
+    "cross-attention": "every parameter of the attn2 blocks (esd-x)",
+    "cross-attention-kv": "attn2.to_k and attn2.to_v (esd-x-strict)",
+    "non-cross-attention": "everything outside the attn2 blocks (esd-u)",
+    "all": "every parameter (esd-all)",
+}
+
+
+def select_parameters(module: nn.Module, selector: str) -> list[str]:
+    """Names of the parameters that ``selector`` selects, in the module's order.
+
+    ``selector`` is a group of :data:`GROUPS` or a comma list of patterns; a pattern selects a parameter when it is a
+    part of its name between dots (``attn2.to_k``) or, with ``*`` or ``?``, matches the whole name.  ValueError if a
+    pattern selects nothing.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    if selector == "all":
+        return names
+    if selector == "cross-attention":
+        return _matching(names, "attn2", selector)
+    if selector == "cross-attention-kv":
+        return [n for n in names if _matches(n, "attn2.to_k") or _matches(n, "attn2.to_v")] or _nothing(names, selector)
+    if selector == "non-cross-attention":
+        return [name for name in names if not _matches(name, "attn2")] or _nothing(names, selector)
+    patterns = [pattern.strip() for pattern in selector.split(",") if pattern.strip()]
+    if not patterns:
+        return _nothing(names, selector)
+    selected = {name for pattern in patterns for name in _matching(names, pattern, selector)}
+    return [name for name in names if name in selected]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if "*" in pattern or "?" in pattern:
+        return fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def _matching(names: list[str], pattern: str, selector: str) -> list[str]:
+    return [name for name in names if _matches(name, pattern)] or _nothing(names, selector, pattern)
+
+
+def _nothing(names: list[str], selector: str, pattern: str = "") -> list[str]:
+    which = f"the part {pattern!r} of " if pattern and pattern != selector else ""
+    raise ValueError(
+        f"`--trainable`: {which}{selector!r} selects no parameter. Use {', '.join(GROUPS)}, or parts of names such as "
+        f"{names[len(names) // 2]!r}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GradMask:
+    """Which elements of a denoiser may change.  A parameter that is not named, or has no bit set, may not at all.
+
+    ``bits``: parameter -> (ceil(numel / 8),) uint8 on the CPU: element i of the flattened tensor is bit i % 8 of byte
+    i // 8, padding bits are 0.  ``model_hash`` tells the weights that it was made for, ``made`` how, in words.
+    """
+
+    bits: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    model_hash: str
+    made: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters of which any element may change."""
+        return [name for name, bits in self.bits.items() if bool(bits.any())]
+
+    def count(self, name: str) -> int:
+        """How many elements of a parameter may change."""
+        return int(unpack_bits(self.bits[name], self.shapes[name]).sum())
+
+    def restrict(self, names: Sequence[str]) -> GradMask:
+        """The mask of these parameters alone.  ValueError if it lets nothing of them change."""
+        bits = {name: self.bits[name] for name in names if name in self.bits and bool(self.bits[name].any())}
+        if not bits:
+            raise ValueError("the mask lets no element of the trainable parameters change. Use another `--trainable`.")
+        return dataclasses.replace(self, bits=bits, shapes={name: self.shapes[name] for name in bits})
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: one uint8 tensor a parameter, shapes and hash in its metadata."""
+        from safetensors.torch import save_file
+
+        metadata = {"format": MASK_FORMAT, "denoiser": self.model_hash, "made": json.dumps(self.made)}
+        metadata["shapes"] = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
+        with whole_file(path) as unfinished:
+            save_file(self.bits, unfinished, metadata=metadata)
+
+
+def load_mask(path: Path, model: Model) -> GradMask:
+    """Read what :meth:`GradMask.save` wrote.  ValueError if it is no mask, or one of another model."""
+    if not path.is_file():
+        raise ValueError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
+    try:
+        bits, found = read_tensors(path)
+        metadata = found or {}
+        if metadata.get("format") != MASK_FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        if shapes.keys() != bits.keys():
+            raise ValueError("names and shapes differ")
+        for name, packed in bits.items():
+            if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
+                raise ValueError(f"{name} has bits beyond its last element")
+    except Exception as error:
+        raise ValueError(f"{path} is no mask of `fastunlearn mask`: {' '.join(str(error).split())}") from error
+    parameters = dict(model.denoiser.named_parameters())
+    for name, shape in shapes.items():
+        if name not in parameters:
+            raise ValueError(f"the mask {path} is of another model: it names {name!r}, which {model.name} lacks.")
+        if tuple(parameters[name].shape) != shape:
+            raise ValueError(
+                f"the mask {path} is of another model: {name} has the shape {shape} there and "
+                f"{tuple(parameters[name].shape)} in {model.name}."
+            )
+    if (ours := denoiser_hash(model)) != metadata.get("denoiser"):
+        raise ValueError(
+            f"the mask {path} is of other weights: their hash is {str(metadata.get('denoiser'))[:12]}, that of "
+            f"{model.name} is {ours[:12]}. Make one for this model with `fastunlearn mask`."
+        )
+    in_order = [name for name in parameters if name in bits]
+    made = json.loads(metadata.get("made", "{}"))
+    return GradMask({name: bits[name] for name in in_order}, {n: shapes[n] for n in in_order}, ours, made)
+
+
+def make_mask(
+    model: Model,
+    forget_prompts: Sequence[str],
+    names: Sequence[str],
+    *,
+    density: float,
+    granularity: str = "element",
+    trajectories: int,
+    num_inference_steps: int,
+    trajectory_guidance_scale: float,
+    micro_batch_size: int,
+    seed: int,
+    mixed_precision: str = "no",
+) -> GradMask:
+    """SalUn's mask: the share ``density`` of the elements on which the concept's denoising loss is steepest.
+
+    The gradient of ``|(1 + w) S(c) - w S("") - noise|^2``, w = 7.5, is summed over all forget rows, signs and all, and
+    the largest magnitudes are selected over all parameters together (Fan et al. 2024; ``generate_mask.py``).  A
+    function of model, prompts, ``names`` and settings alone.  ``granularity``: element, sector (8 neighbours) or row.
+    """
+    rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
+    recipe = Recipe(rows, Sum())
+    plan = plan_bank(
+        model,
+        recipe,
+        trajectories=trajectories,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=trajectory_guidance_scale,
+        seed=seed,
+    )
+    bank = build_bank(model, recipe, plan)
+    totals = _concept_saliency(model, bank, names, micro_batch_size, mixed_precision)
+    bits = saliency_mask(list(totals.values()), density, granularity=granularity)
+    mask = GradMask(
+        {name: packed.cpu() for name, packed in zip(totals, bits, strict=True)},
+        {name: tuple(total.shape) for name, total in totals.items()},
+        denoiser_hash(model),
+        {"density": f"{density:g}", "granularity": granularity, "prompts": "; ".join(forget_prompts)},
+    )
+    if not mask.names:
+        raise ValueError(f"a density of {density:g} selects no element of {len(totals)} parameters. Use a larger one.")
+    return mask
+
+
+def _concept_saliency(
+    model: Model, bank: Bank, names: Sequence[str], micro_batch_size: int, mixed_precision: str
+) -> dict[str, torch.Tensor]:
+    """name -> the summed gradient of the guided denoising loss over all rows of the bank, float32."""
+    named = dict(model.denoiser.named_parameters())
+    parameters = {name: named[name].requires_grad_(True) for name in names}
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    try:
+        for rows in torch.arange(len(bank), device=model.device).split(micro_batch_size):
+            conditional = bank.conditions.rows(bank.condition[rows])
+            unconditional = bank.conditions.of([EMPTY] * len(rows))
+            conditions = {key: torch.cat([unconditional[key], conditional[key]]) for key in conditional}
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+                both = model.predict(bank.latents[rows].repeat(2, 1, 1, 1), bank.timesteps[rows].repeat(2), conditions)
+            without, with_concept = both.chunk(2)
+            guided = torch.lerp(without, with_concept, 1 + SALIENCY_GUIDANCE)
+            loss = (guided - bank.teacher_preds[0, rows]).square().mean() * (len(rows) / len(bank))
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            accumulate_saliency_(list(totals.values()), list(gradients), mode="signed")
+    finally:
+        model.denoiser.requires_grad_(False)
+    return totals

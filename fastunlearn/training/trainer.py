@@ -1,0 +1,242 @@
+"""The training loop: rows from the bank, one student forward, one loss, one backward, one update."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastunlearn_kernels import noise_pred_loss
+
+from ..files.run_folder import remove_scraps, write_text
+from ..methods.recipe import ROLES, Alternate, Role, Rule, Saddle, Sum
+from ..models.loading import Model
+from .bank import Bank
+from .checkpoint import remove_folder
+from .engine import Engine
+
+Metrics = dict[str, float]
+_KEPT_CHECKPOINTS = 2
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long and how often.  ``lr_scheduler``: ``constant``, or ``linear``, which falls to 0 over the steps."""
+
+    steps: int
+    micro_batch_size: int
+    seed: int
+    log_every: int
+    checkpoint_every: int
+    lr_scheduler: str = "constant"
+
+
+class Trainer:
+    """Trains ``model.denoiser`` on a bank by a rule.  ``run`` is the loop; the caller builds everything it needs."""
+
+    def __init__(self, model: Model, bank: Bank, rule: Rule, engine: Engine, schedule: Schedule, folder: Path) -> None:
+        self.model, self.bank, self.rule, self.engine, self.schedule = model, bank, rule, engine, schedule
+        self.checkpoints = folder / "checkpoints"
+        self.metrics_path = folder / "metrics.jsonl"
+        self.step = 0
+        self.seconds = 0.0
+        device = model.device
+        # Stay on the device, so that the loop never waits for it.
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.dual = torch.zeros((), device=device)
+        self.margin = 1.0
+        if isinstance(rule, Saddle):
+            self.dual.fill_(rule.lambda_start)
+            self.margin = rule.kappa * bank.concept_strength()
+
+    def run(self, on_log: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
+        """Train to the last step.
+
+        ValueError when a loss or a weight is not finite (the last good checkpoint stays), :class:`Interrupted` when
+        asked to stop (the state is saved first).
+        """
+        started = time.monotonic() - self.seconds
+        with _stop_requests() as stop:
+            while self.step < self.schedule.steps:
+                metrics = self._train_step()
+                self.step += 1
+                self.seconds = time.monotonic() - started
+                if self.step % self.schedule.log_every == 0 or self.step == self.schedule.steps:
+                    self._check_finite()
+                    on_log(self.step, self._log(metrics))
+                if self.engine.world.any(stop.is_set(), self.model.device):
+                    self.save()
+                    raise Interrupted(f"stopped at step {self.step} of {self.schedule.steps}")
+                if self.schedule.checkpoint_every and self.step % self.schedule.checkpoint_every == 0:
+                    self.save()
+        if not self.engine.all_finite():
+            self._diverged()
+        if self.schedule.steps and not self._checkpoint().exists():
+            self.save()  # a run stopped during its evaluation resumes behind its training
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; older ones but one are deleted."""
+        self._check_finite()
+        if not self.engine.all_finite():  # the weights are one update ahead of the loss
+            self._diverged()
+        self.checkpoints.mkdir(exist_ok=True, parents=True)
+        state = {"step": self.step, "seconds": self.seconds, "dual": self.dual.item(), "rows": self._rows_a_step}
+        self.engine.save(self._checkpoint(), state)
+        if self.engine.world.is_main:
+            for path in self._saved()[:-_KEPT_CHECKPOINTS]:
+                remove_folder(path)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, or from the start where none was saved yet."""
+        if saved := self._saved():
+            state = self.engine.load(saved[-1])
+            if state["rows"] != self._rows_a_step:
+                raise ValueError(
+                    f"`--resume`: the run took {state['rows']} rows a step, now it is {self._rows_a_step} (micro batch "
+                    f"x accumulation x processes). Choose a micro batch or accumulation that makes them equal."
+                )
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.dual.fill_(state["dual"])
+        if self.engine.world.is_main and self.checkpoints.is_dir():
+            remove_scraps(self.checkpoints)
+        if self.engine.world.is_main and self.metrics_path.exists():
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if (record := _parsed(line)) and record["step"] <= self.step]
+            write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+
+    def _train_step(self) -> dict[str, torch.Tensor]:
+        metrics: dict[str, torch.Tensor] = {}
+        if self.schedule.lr_scheduler == "linear":
+            self.engine.scale_learning_rate(1 - self.step / self.schedule.steps)
+        for role_weights in self._updates():
+            counts = dict(self._counts(list(role_weights)))
+            # The loss, then of each role the sum of its rows' losses.
+            sums = torch.zeros(1 + len(counts), device=self.model.device)
+            for micro in range(self.engine.accumulation):
+                loss, row_sums = self._backward(micro, role_weights, counts)
+                sums += torch.stack([loss / self._parts, *row_sums])
+            metrics["grad_norm"] = self.engine.step()
+            loss, *row_sums = self.engine.world.sum(sums)
+            metrics["loss"] = metrics.get("loss", 0.0) + loss
+            for (role, count), row_sum in zip(counts.items(), row_sums, strict=True):
+                metrics[f"{role}_loss"] = row_sum / count
+        if isinstance(self.rule, Saddle):
+            metrics["dual"] = self.dual.clone()
+            ascent = self.rule.dual_rate * (1 - metrics["forget_loss"] / self.margin)
+            self.dual.add_(ascent).clamp_(0.0, self.rule.lambda_max)
+        self.finite &= torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"])
+        return metrics
+
+    def _backward(
+        self, micro: int, role_weights: dict[Role, torch.Tensor], counts: dict[Role, int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Forward and backward on one share of an update's rows: its loss, and the sum of each role's rows."""
+        world, parts = self.engine.world, self._parts
+        part = micro * world.size + world.rank
+        batch = self.bank.batch(list(counts.items()), self.step, self.schedule.seed, part=part, parts=parts)
+        with self.engine.autocast():
+            noise_pred = self.model.predict(batch.latents, batch.timesteps, batch.conditions, self.engine.module)
+        # Each role's loss is a mean over all its rows, whatever its share of this batch; the engine means over parts.
+        scale = len(batch.timesteps) * parts
+        weights = torch.cat([(role_weights[role] * scale / counts[role]).expand(n) for role, n in batch.roles])
+        loss, row_losses = noise_pred_loss(
+            noise_pred, batch.teacher_preds, batch.coefficients, weights, row_index=batch.row_index
+        )
+        self.engine.backward(loss)
+        split = dict(zip((role for role, _ in batch.roles), row_losses.split([n for _, n in batch.roles]), strict=True))
+        return loss.detach(), [split[role].sum() if role in split else loss.new_zeros(()) for role in counts]
+
+    @property
+    def _parts(self) -> int:
+        """Into how many student batches an update's rows are dealt."""
+        return self.engine.accumulation * self.engine.world.size
+
+    @property
+    def _rows_a_step(self) -> int:
+        return self.schedule.micro_batch_size * self._parts
+
+    def _updates(self) -> list[dict[Role, torch.Tensor]]:
+        """The weights of the roles in each update of a step."""
+        one = torch.ones((), device=self.model.device)
+        match self.rule:
+            case Sum(retain_weight, forget_weight):
+                weights = {"forget": one * forget_weight, "retain": one * retain_weight}
+                return [{role: weights[role] for role in ROLES if role in self.bank.role_rows}]
+            case Alternate(retain_weight):
+                return [{"forget": one}, {"retain": one * retain_weight}]
+            case Saddle():
+                return [{"forget": -self.dual, "retain": one}]
+
+    def _counts(self, roles: list[Role]) -> list[tuple[Role, int]]:
+        """The batch shared out over the roles, at least one row each."""
+        size = max(self._rows_a_step, len(roles))
+        share, rest = divmod(size, len(roles))
+        return [(role, share + (place < rest)) for place, role in enumerate(roles)]
+
+    def _log(self, metrics: dict[str, torch.Tensor]) -> Metrics:
+        record = {"step": self.step} | {name: float(value) for name, value in metrics.items()}
+        record |= {"seconds": round(self.seconds, 3), "steps_per_second": round(self.step / self.seconds, 3)}
+        if self.engine.world.is_main:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+    def _check_finite(self) -> None:
+        if not bool(self.finite):
+            self._diverged()
+
+    def _diverged(self) -> None:
+        saved = self._saved()
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
+        raise ValueError(
+            f"the loss is not a finite number by step {self.step}; {kept}. Use a smaller `--learning-rate`."
+        )
+
+    def _checkpoint(self) -> Path:
+        return self.checkpoints / f"step-{self.step}"
+
+    def _saved(self) -> list[Path]:
+        found = [path for path in self.checkpoints.glob("step-*") if path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of metrics, or None for one cut short by a kill."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and math.isfinite(record.get("step", math.nan)) else None
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that the loop ends between two steps; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def request(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
