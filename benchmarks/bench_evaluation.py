@@ -25,24 +25,24 @@ from fastunlearn.metrics.lpips import from_lpips
 from fastunlearn.models.loading import mend_torchvision
 
 CASES = {"alex": (100, 256), "vgg": (16, 128)}  # net: pairs a round and their side
-ROUNDS = 5  # of other pictures each, every way on each
+ROUNDS = 5  # of other images each, every way on each
 BATCH_SIZE = 8
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """For each net and round a folder with the sides ``before`` and ``after``: smooth pictures with a little grain."""
+    """For each net and round a folder with the sides ``before`` and ``after``: smooth images with a little grain."""
     generator = torch.Generator().manual_seed(0)
     made: dict[str, list[Path]] = {net: [tmp_path_factory.mktemp(net) for _ in range(ROUNDS)] for net in CASES}
     for net, (count, side) in CASES.items():
         for folder, name in itertools.product(made[net], ("before", "after")):
             (folder / name).mkdir()
-            for place in range(count):
+            for index in range(count):
                 coarse = torch.rand(1, 3, side // 8, side // 8, generator=generator)
                 smooth = torch.nn.functional.interpolate(coarse, side, mode="bicubic")[0]
                 grain = 0.03 * torch.randn(smooth.shape, generator=generator)
                 pixels = (smooth + grain).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(folder / name / f"{place:04}.png")
+                Image.fromarray(pixels).save(folder / name / f"{index:04}.png")
     return made
 
 
@@ -62,24 +62,24 @@ def pixel_values(path: Path) -> torch.Tensor:
 
 
 def script(model, folder: Path) -> np.ndarray:
-    found = []
+    result = []
     for name in sorted(os.listdir(folder / "before")):
         if (folder / "after" / name).exists():
             distance = model.forward(pixel_values(folder / "before" / name), pixel_values(folder / "after" / name))
-            found.append(float(distance))  # the script prints it
-    return np.array(found)
+            result.append(float(distance))  # the script prints it
+    return np.array(result)
 
 
 @torch.no_grad()
 def batched(model, folder: Path) -> np.ndarray:
-    names, found = sorted(os.listdir(folder / "before")), []
+    names, result = sorted(os.listdir(folder / "before")), []
     for start in range(0, len(names), BATCH_SIZE):
         sides = [
             torch.cat([pixel_values(folder / side / name) for name in names[start : start + BATCH_SIZE]])
             for side in ("before", "after")
         ]
-        found.append(model(*sides).flatten().numpy())
-    return np.concatenate(found)
+        result.append(model(*sides).flatten().numpy())
+    return np.concatenate(result)
 
 
 def ours(distance, folder: Path) -> np.ndarray:
@@ -100,9 +100,9 @@ def test_two_folders(benchmark, folders, net):
 
     def measure(way: str, folder: Path) -> np.ndarray:
         started = time.monotonic()
-        found = WAYS[way](scorers[way], folder)
+        result = WAYS[way](scorers[way], folder)
         seconds[way].append(time.monotonic() - started)
-        return found
+        return result
 
     def beside():
         """The package's two ways, right before ours: this machine's speed may drift."""
@@ -112,9 +112,9 @@ def test_two_folders(benchmark, folders, net):
         return (folder, expected), {}
 
     def run(folder, expected):
-        found = measure("evaluate-images", folder)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        assert (found > 1e-3).all()
+        result = measure("evaluate-images", folder)
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+        assert (result > 1e-3).all()
 
     benchmark.pedantic(run, setup=beside, rounds=len(waiting), iterations=1)
     times = {way: np.divide(seconds[way], seconds["evaluate-images"]) for way in ("script", "batched")}

@@ -24,7 +24,7 @@ def seconds_of(folder, cache):
 
 
 def test_a_second_model_costs_at_most_55_percent_of_the_first(benchmark, tmp_path):
-    """The first fills the cache with the original's pictures; the second draws only its own."""
+    """The first fills the cache with the original's images; the second draws only its own."""
     seconds_of(tmp_path / "warm-up", tmp_path / "warm-up-cache")
     first, report = seconds_of(tmp_path / "first", tmp_path / "cache")
     second: list[float] = []
@@ -51,16 +51,16 @@ def test_a_second_model_costs_at_most_55_percent_of_the_first(benchmark, tmp_pat
 
 
 def stages(prompts: list[str]) -> dict[str, float]:
-    """Seconds of each stage for these pictures, one model."""
+    """Seconds of each stage for these images, one model."""
     taken = {}
     started = time.monotonic()
     model = load_model("shapes", "cpu")
     taken["load a model"] = time.monotonic() - started
     started = time.monotonic()
-    pictures = generate(model, prompts, [0] * len(prompts), SamplerSpec())
+    images = generate(model, prompts, [0] * len(prompts), SamplerSpec())
     taken["draw"] = time.monotonic() - started
     distance = load_perceptual("shapes")
     started = time.monotonic()
-    distance.distance(pictures, pictures.flip(0))
+    distance.distance(images, images.flip(0))
     taken["distances"] = time.monotonic() - started
     return taken

@@ -2,12 +2,12 @@
 
 First the models of interest (controls, ESD, OVW, Saddle, the gold reference) under every metric.  Then doses: weights
 between the original's and a damaged model's, and from which dose on each metric tells them from ordinary training,
-with the same pictures for all.  A damage is detected where a statistic exceeds the 95th percentile of what ordinary
+with the same images for all.  A damage is detected where a statistic exceeds the 95th percentile of what ordinary
 training gives; prompts are resampled, so every dose has a power and every metric an interval of its smallest dose.
 
     python benchmarks/metrics_miss.py --output benchmarks/results/metrics_miss.json --figure docs/metrics_miss.png
 
-Draws about 4,000 pictures.  What is done stays in ``--work``, so that a stopped run continues.
+Draws about 4,000 images.  What is done stays in ``--work``, so that a stopped run continues.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ METHODS = ("identity", "placebo", "esd", "ovw", "saddle")
 DAMAGES = ("esd", "faded", "noise")
 DOSES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 RESAMPLES, LEVEL, POWER = 200, 0.95, 0.8
-SETS = ("fid", "kid")  # metrics of sets of pictures, on the same features
+SETS = ("fid", "kid")  # metrics of sets of images, on the same features
 PAIRED = ("dreamsim", "clip-score")
 
 #: What is compared at each dose, and how it is called in figure and table.
@@ -83,11 +83,11 @@ def main() -> None:
     draw(content, args.figure)
 
 
-# ---- pictures and what is measured on them ---------------------------------------------------------------------------
+# ---- images and what is measured on them ---------------------------------------------------------------------------
 
 
 class World:
-    """Prompts, models and their pictures; every picture is drawn once and kept in ``work``."""
+    """Prompts, models and their images; every image is drawn once and kept in ``work``."""
 
     def __init__(self, work: Path) -> None:
         self.work, self._started, self._before = work, time.monotonic(), 0.0
@@ -96,13 +96,13 @@ class World:
         trained = set(shapes_prompts(CONCEPT, "train")[1])
         everything = itertools.product(COLORS, (shape for shape in SHAPES if shape != CONCEPT), BACKGROUNDS)
         unseen = [prompt for parts in everything if (prompt := full_caption(*parts)) not in trained]
-        self.prompts = unseen[::2]  # two backgrounds of every shape and colour
+        self.prompts = unseen[::2]  # two backgrounds of every shape and color
         self.forget = shapes_prompts(CONCEPT, "evaluate")[0]
         self.distance = load_perceptual("shapes")
         self.classifier = load_classifier()
         self.metrics = {name: load_metric(name, bundled=True) for name in (*SETS, *PAIRED)}
         # A batch holds the same seed only, so that seeds can be drawn apart.
-        self.original = [self.pictures("original", self.prompts, seed, lambda: load_model("shapes")) for seed in (0, 1)]
+        self.original = [self.images("original", self.prompts, seed, lambda: load_model("shapes")) for seed in (0, 1)]
 
     def seconds(self) -> float:
         """Spent on all of it, also before a stop; what a stop lost is not counted."""
@@ -110,12 +110,12 @@ class World:
         write_text(self.work / "seconds", f"{spent}")
         return spent
 
-    def pictures(self, name: str, prompts: list[str], seed: int, load: Callable[[], Model]) -> torch.Tensor:
+    def images(self, name: str, prompts: list[str], seed: int, load: Callable[[], Model]) -> torch.Tensor:
         """(N, 3, 64, 64) uint8, one a prompt, from the same noise for every model."""
         which = "forget" if prompts is self.forget else "retain"
         path = self.work / f"{name}-{which}-{seed}.pt"
         if not path.exists():
-            print(f"{name}: {len(prompts)} {which} pictures, seed {seed}", flush=True)
+            print(f"{name}: {len(prompts)} {which} images, seed {seed}", flush=True)
             drawn = generate(load(), prompts, [seed] * len(prompts), SamplerSpec())
             with whole_file(path) as unfinished:
                 torch.save(drawn, unfinished)
@@ -151,30 +151,30 @@ class World:
         return model
 
     def rows(self, name: str, seed: int, after: torch.Tensor) -> dict[str, np.ndarray]:
-        """One row a prompt for every metric of these pictures beside the original's.  Measured once."""
+        """One row a prompt for every metric of these images beside the original's.  Measured once."""
         path = self.work / f"{name}-rows-{seed}.npz"
         if not path.exists():
             before, other = self.original[seed], self.original[1 - seed]
-            found = {
+            result = {
                 metric: self.metrics[metric].measure(before, after, self.prompts).numpy().astype(np.float64)
                 for metric in ("fid", *PAIRED)
             }
             # KID sees FID's features; from other noise means the original's features from the other seed.
-            features = np.split(found["fid"], 2, axis=1)[1]
+            features = np.split(result["fid"], 2, axis=1)[1]
             other_features = self.metrics["fid"].measure(other, other, self.prompts).numpy().astype(np.float64)
-            found["fid-other"] = np.concatenate([np.split(other_features, 2, axis=1)[0], features], axis=1)
-            found |= {"kid": found["fid"], "kid-other": found["fid-other"]}
-            found["integrity"] = self.distance.distance(before, after).numpy().astype(np.float64)
-            found["ceiling"] = self.distance.distance(before, other).numpy().astype(np.float64)
-            for side, pictures in (("before", before), ("after", after)):
-                found |= {f"{what}-{side}": right for what, right in self.right(pictures).items()}
+            result["fid-other"] = np.concatenate([np.split(other_features, 2, axis=1)[0], features], axis=1)
+            result |= {"kid": result["fid"], "kid-other": result["fid-other"]}
+            result["integrity"] = self.distance.distance(before, after).numpy().astype(np.float64)
+            result["ceiling"] = self.distance.distance(before, other).numpy().astype(np.float64)
+            for side, images in (("before", before), ("after", after)):
+                result |= {f"{what}-{side}": right for what, right in self.right(images).items()}
             with whole_file(path) as unfinished, unfinished.open("wb") as stream:
-                np.savez(stream, **found)  # type: ignore[arg-type]  # takes the names for its own flag
+                np.savez(stream, **result)  # type: ignore[arg-type]  # takes the names for its own flag
         return dict(np.load(path))
 
-    def right(self, pictures: torch.Tensor) -> dict[str, np.ndarray]:
-        """Which pictures show what their prompt names, by attribute; ``all`` of them; which are valid."""
-        predicted = self.classifier.predict(pictures)
+    def right(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        """Which images show what their prompt names, by attribute; ``all`` of them; which are valid."""
+        predicted = self.classifier.predict(images)
         named = [attributes(prompt) for prompt in self.prompts]
         right = {
             head: np.array(
@@ -184,23 +184,23 @@ class World:
         }
         return right | {"all": np.all(list(right.values()), axis=0), "valid": predicted["valid"].numpy() == 1}
 
-    def shows_concept(self, pictures: torch.Tensor) -> int:
-        return int((self.classifier.predict(pictures)["shape"] == SHAPES.index(CONCEPT)).sum())
+    def shows_concept(self, images: torch.Tensor) -> int:
+        return int((self.classifier.predict(images)["shape"] == SHAPES.index(CONCEPT)).sum())
 
 
 # ---- the models ------------------------------------------------------------------------------------------------------
 
 
 def table(world: World) -> list[dict[str, Any]]:
-    """Every model under every metric, two pictures a prompt."""
+    """Every model under every metric, two images a prompt."""
     loaders: dict[str, Callable[[], Model]] = {method: partial(world.trained, method) for method in METHODS}
     loaders["ordinary training"] = world.ordinary
     loaders["gold"] = lambda: load_model("shapes-gold-star")
-    shown_before = world.shows_concept(world.pictures("original", world.forget, 0, lambda: load_model("shapes")))
+    shown_before = world.shows_concept(world.images("original", world.forget, 0, lambda: load_model("shapes")))
     rows = [summary(world, "seeds permuted", world.original[::-1], None, shown_before)]
     for name, load in loaders.items():
-        drawn = [world.pictures(name, world.prompts, seed, load) for seed in (0, 1)]
-        forget = world.pictures(name, world.forget, 0, load)
+        drawn = [world.images(name, world.prompts, seed, load) for seed in (0, 1)]
+        forget = world.images(name, world.forget, 0, load)
         rows.append(summary(world, name, drawn, forget, shown_before))
     order = ["identity", "placebo", "seeds permuted", "ordinary training", "ovw", "saddle", "esd", "gold"]
     return sorted(rows, key=lambda row: order.index(row["model"]))
@@ -287,13 +287,13 @@ def doses(world: World, damage: str) -> dict[str, Any]:
         model.denoiser.load_state_dict({name: torch.lerp(value, weights[name], dose) for name, value in start.items()})
         return model
 
-    benign = world.pictures("ordinary training", world.prompts, 0, world.ordinary)
+    benign = world.images("ordinary training", world.prompts, 0, world.ordinary)
     null = statistics(world, world.rows("ordinary training", 0, benign))
     found = []
     for dose in DOSES:
         # At its end, the model of the table has just these weights.
         name = "esd" if (damage, dose) == ("esd", 1.0) else f"{damage}-{dose}"
-        drawn = world.pictures(name, world.prompts, 0, partial(at, dose))
+        drawn = world.images(name, world.prompts, 0, partial(at, dose))
         rows = world.rows(name, 0, drawn)
         kept = retention(rows["integrity"], world.prompts, rows["ceiling"], world.prompts)
         found.append((statistics(world, rows), {"mean": kept.mean, "ci95": [kept.low, kept.high]}))
@@ -316,7 +316,7 @@ def doses(world: World, damage: str) -> dict[str, Any]:
 
 
 def damaged(world: World, damage: str) -> Model:
-    """``esd``: unlearned with ESD.  ``faded``: all parameters trained on pictures of half the contrast.  ``noise``:
+    """``esd``: unlearned with ESD.  ``faded``: all parameters trained on images of half the contrast.  ``noise``:
     every weight moved at random by a fifth of its tensor's spread.
     """
     if damage == "esd":
@@ -335,16 +335,16 @@ def damaged(world: World, damage: str) -> Model:
 def statistics(world: World, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """(RESAMPLES,) values of every statistic over resampled prompts; larger means more damage."""
     draws = _resamples(len(world.prompts))
-    found = {name: np.array([rows[name][index].mean() for index in draws]) for name in ("integrity", "dreamsim")}
+    result = {name: np.array([rows[name][index].mean() for index in draws]) for name in ("integrity", "dreamsim")}
     lost = {
         "clip-score": rows["clip-score"][:, 0] - rows["clip-score"][:, 1],
         "accuracy": rows["all-before"].astype(float) - rows["all-after"],
     }
-    found |= {name: np.array([values[index].mean() for index in draws]) for name, values in lost.items()}
+    result |= {name: np.array([values[index].mean() for index in draws]) for name, values in lost.items()}
     for name in ("fid", "fid-other", "kid-other"):
         metric = name.removesuffix("-other")
-        found[name] = np.array([set_statistic(world, metric, rows[name][index]) for index in draws])
-    return found
+        result[name] = np.array([set_statistic(world, metric, rows[name][index]) for index in draws])
+    return result
 
 
 def set_statistic(world: World, metric: str, values: np.ndarray) -> float:
@@ -372,7 +372,7 @@ def _or_none(value: float) -> float | None:
 
 _TITLES = {
     "esd": "unlearned with ESD",
-    "faded": "trained on faded pictures",
+    "faded": "trained on faded images",
     "noise": "noise on all weights",
 }
 _COLORS = ("#c2410c", "#d97706", "#1d4ed8", "#0ea5e9", "#0d9488", "#6b7280", "#111827")

@@ -64,7 +64,7 @@ def render(text: str) -> str:
 
 def demo_section(demo: dict[str, Any]) -> str:
     lines = [
-        "| | star shown | shape kept | colour kept | background kept | R (95 % interval) | distance |",
+        "| | star shown | shape kept | color kept | background kept | R (95 % interval) | distance |",
         "|---|---|---|---|---|---|---|",
     ]
     first = demo["evaluations"][0]
@@ -78,11 +78,11 @@ def demo_section(demo: dict[str, Any]) -> str:
             f"| `{evaluation['name']}` | {evaluation['erasure']['forget_accuracy']:.1%} | {' | '.join(kept)} "
             f"| **{integrity['retention']:.3f}** ({low:.3f} to {high:.3f}) | {integrity['mean']:.4f} |"
         )
-    pictures = first["erasure"]["n_pictures"], first["integrity"]["n_pairs"]
+    images = first["erasure"]["n_images"], first["integrity"]["n_pairs"]
     lines += [
         "",
         f"All from one run of `make demo`, {demo['seconds']:.0f} s on 2 CPU cores after installation, without "
-        f"a GPU or a network: {pictures[0]} pictures for prompts with the concept, {pictures[1]} without.",
+        f"a GPU or a network: {images[0]} images for prompts with the concept, {images[1]} without.",
     ]
     return "\n".join(lines)
 
@@ -104,10 +104,10 @@ def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
     for count in (*trajectories, "fresh"):
         ratios = []
         for batch_size in (1, 8):
-            found = [r for r in speed["bank"] if (r["trajectories"], r["batch_size"]) == (count, batch_size)]
-            if found:
-                low, high = found[0]["times_faster_range"]
-                ratios.append(f"{found[0]['times_faster']:.1f}x ({low:.1f} to {high:.1f})")
+            result = [r for r in speed["bank"] if (r["trajectories"], r["batch_size"]) == (count, batch_size)]
+            if result:
+                low, high = result[0]["times_faster_range"]
+                ratios.append(f"{result[0]['times_faster']:.1f}x ({low:.1f} to {high:.1f})")
             else:
                 ratios.append("1x" if batch_size == 1 else "")
         cells = []
@@ -154,12 +154,12 @@ def _seconds(row: dict[str, Any]) -> float:
     return row.get("device_median_s", row["wall_median_s"])
 
 
-def metrics_section(found: dict[str, Any]) -> str:
+def metrics_section(result: dict[str, Any]) -> str:
     lines = [
         "| | star shown | prompt shown in full | CLIPScore-like, change | FID | R (95 % interval) |",
         "|---|---|---|---|---|---|",
     ]
-    for row in found["models"]:
+    for row in result["models"]:
         kept, low, high = (
             _signed(value, plus=False) for value in (row["retention"]["mean"], *row["retention"]["ci95"])
         )
@@ -168,14 +168,14 @@ def metrics_section(found: dict[str, Any]) -> str:
             f"{_signed(row['clip-score']['change'])} | {_signed(row['fid']['value'], plus=False)} | "
             f"**{kept}** ({low} to {high}) |"
         )
-    doses = found["doses"]
+    doses = result["doses"]
     names = list(doses["damages"])
     lines += [
         "",
-        f"{found['prompts']} prompts that no training has seen, {found['seeds']} pictures each. The smallest dose of a "
+        f"{result['prompts']} prompts that no training has seen, {result['seeds']} images each. The smallest dose of a "
         f"damage that each metric tells from harmless training in {doses['power']:.0%} of resamples, with the range "
-        "that holds 95 % of them; 0 is the original, 1 the damaged model, and all metrics see the same pictures. All "
-        f"of it was made by one command in {found['minutes']:.0f} minutes, with {found['threads']} CPU threads:",
+        "that holds 95 % of them; 0 is the original, 1 the damaged model, and all metrics see the same images. All "
+        f"of it was made by one command in {result['minutes']:.0f} minutes, with {result['threads']} CPU threads:",
         "",
         f"| | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),
@@ -207,7 +207,7 @@ def evaluation_section(speed: dict[str, Any], second: dict[str, Any]) -> str:
         "",
         f"From prompts to distances on the bundled model, {second['pairs']} pairs: {second['first_s']:.0f} s for the "
         f"first unlearned model, {second['second_s']:.0f} s for a second one, whose originals come from the cache "
-        f"({second['second_over_first']:.0%}; drawing its pictures is {drawn:.0%} of that).",
+        f"({second['second_over_first']:.0%}; drawing its images is {drawn:.0%} of that).",
     ]
     return "\n".join(lines)
 

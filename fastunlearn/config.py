@@ -117,14 +117,14 @@ class EvaluateConfig:
         "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
         None,
     )
-    seeds_per_prompt: int = _setting("pictures a prompt", 1)
-    batch_size: int = _setting("pictures a forward; a part of the result's definition", 32)
+    seeds_per_prompt: int = _setting("images a prompt", 1)
+    batch_size: int = _setting("images a forward; a part of the result's definition", 32)
     num_inference_steps: int = _setting("sampler steps", 20)
     guidance_scale: float = _setting("classifier-free guidance", 3.0)
     mixed_precision: Literal["no", "bf16"] = _setting("of both models", "no")
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes a GPU where there is one", "auto")
     control_pairs: int = _setting("pairs on which the numeric controls are measured", 8)
-    cache: str | None = _setting("folder that keeps the original's pictures for the next evaluation", None)
+    cache: str | None = _setting("folder that keeps the original's images for the next evaluation", None)
     cache_limit_gib: float = _setting("size the cache folder stays below", 4.0)
     num_processes: int = _setting("processes that share the prompts; with several GPUs one each", 1)
     resume: bool = _setting("continue the unfinished evaluation in the output folder", False)
@@ -145,7 +145,7 @@ class CompareConfig:
 
     runs: tuple[str, ...] = _setting("folders with the evaluation.json and pairs.jsonl to compare", positional=True)
     output: str = _setting("folder for the table and the plot")
-    margin: float = _setting("largest harmless difference, as a share of the distance of redrawn pictures", 0.05)
+    margin: float = _setting("largest harmless difference, as a share of the distance of redrawn images", 0.05)
     overwrite: bool = _setting("replace an earlier comparison in the output folder", False)
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class MaskConfig:
     forget_prompts: str | None = _setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None
     )
-    trajectories: int | None = _setting("teacher trajectories; their last latents are the pictures", None)
+    trajectories: int | None = _setting("teacher trajectories; their last latents are the images", None)
     trajectory_steps: int = _setting("sampler steps of a trajectory", 50)
     trajectory_guidance_scale: float = _setting("guidance of a trajectory", 3.0)
     micro_batch_size: int | None = _setting("rows a forward", None)
@@ -201,7 +201,7 @@ class ApplyConfig:
 class EvaluateImagesConfig:
     """What `evaluate-images` does."""
 
-    original_images: str = _setting("folder of the original model's pictures")
+    original_images: str = _setting("folder of the original model's images")
     unlearned_images: str = _setting("folder of the unlearned model's, with the same names; suffixes may differ")
     output: str = _setting("folder for the records and the report")
     prompts: str | None = _setting(

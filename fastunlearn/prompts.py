@@ -23,16 +23,16 @@ def parse_prompts(value: str) -> list[str]:
 def parse_grouped_prompts(value: str) -> list[tuple[str, str]]:
     """As :func:`parse_prompts`, with each prompt's group: the CSV's ``group`` column, else ``retain``.
 
-    The prompt may be empty in the group ``empty``: what a model draws without being asked for anything.
+    The prompt may be empty in the group ``empty``: what a model generates without being asked for anything.
     """
     if _looks_like_file(value):
         pairs = _read_file(Path(value).expanduser())
     else:
         pairs = [(text, "retain") for text in value.split(";")]
-    found = _once(pairs)
-    if not found:
+    result = _once(pairs)
+    if not result:
         raise ValueError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
-    return found
+    return result
 
 
 def check_grouped_prompts(given: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -95,7 +95,7 @@ def shapes_anchor(concept: str) -> str:
 def shapes_prompts(concept: str, split: str) -> tuple[list[str], list[str]]:
     """(forget, retain) prompts of the bundled world for a concept, for the split ``train`` or ``evaluate``.
 
-    The splits share no prompt.  Each pairs every shape with every colour on one background of its own; ``evaluate``
+    The splits share no prompt.  Each pairs every shape with every color on one background of its own; ``evaluate``
     asks for the concept on all backgrounds but training's, and also in a phrasing that training does not use.
     """
     _, word = domain_of(concept)
@@ -105,22 +105,22 @@ def shapes_prompts(concept: str, split: str) -> tuple[list[str], list[str]]:
         enumerate(shapes.SHAPES), enumerate(shapes.COLORS), enumerate(shapes.BACKGROUNDS)
     ):
         combination = (color, shape, background)
-        place = (b - s - c) % len(shapes.BACKGROUNDS)
-        own = {"evaluate": place == 0, "train": place == 2}[split]
+        index = (b - s - c) % len(shapes.BACKGROUNDS)
+        own = {"evaluate": index == 0, "train": index == 2}[split]
         if word not in combination:
             retain += [full_caption(*combination)] if own else []
         elif split == "train":
             forget += [full_caption(*combination)] if own else []
         else:
-            forget += [full_caption(*combination)] if place != 2 else []
+            forget += [full_caption(*combination)] if index != 2 else []
             forget += [paraphrase(*combination)] if own else []
     return ([word, f"a {word}", *forget] if split == "train" else forget), retain
 
 
 def attributes(prompt: str) -> dict[str, str]:
     """What a prompt of the bundled world names, by attribute."""
-    found = {domain: named(words, prompt) for domain, words in _DOMAINS.items()}
-    return {domain: word for domain, word in found.items() if word is not None}
+    result = {domain: named(words, prompt) for domain, words in _DOMAINS.items()}
+    return {domain: word for domain, word in result.items() if word is not None}
 
 
 def _looks_like_file(value: str) -> bool:

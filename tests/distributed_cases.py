@@ -185,12 +185,12 @@ def check_resume(folder, name, other, world, bits):
     train(engine, 2, 4)
     expected = engine.values()
     engine.close()
-    found = []
+    result = []
     for stage in (name, other):
         engine = deepspeed_engine(folder, stage, world, bits=bits, clip=0.5)
         assert engine.load(folder / f"checkpoint {name}") == {"step": 2}
         train(engine, 2, 4)
-        found.append(engine.values())
+        result.append(engine.values())
         engine.close()
     if not world.is_main:
         return None
@@ -199,9 +199,9 @@ def check_resume(folder, name, other, world, bits):
     train(alone, 2, 4)
     distance = [
         max(float((values[n] - expected[n]).abs().max()) for n in NAMES if len(expected[n]))
-        for values in (*found, alone.values())
+        for values in (*result, alone.values())
     ]
-    equal = all(torch.equal(found[0][n].view(torch.int32), expected[n].view(torch.int32)) for n in NAMES)
+    equal = all(torch.equal(result[0][n].view(torch.int32), expected[n].view(torch.int32)) for n in NAMES)
     return {"name": name, "bitwise": equal, "other_stage": distance[1], "one_process": distance[2]}
 
 

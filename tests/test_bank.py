@@ -46,12 +46,12 @@ def test_the_plan_counts_the_evaluations_that_are_made(bundled):
 
 def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):
     planned = plan(bundled)
-    for place, (row, number) in enumerate(planned.assignments):
+    for index, (row, number) in enumerate(planned.assignments):
         conditions = bundled.encode(["", row.trajectory])
         branches = [conditions.of([""]), conditions.of([row.trajectory])]
         noise = initial_noise([row.trajectory], [number], bundled.latent_shape)
         points = list(sample(bundled, noise, branches, num_inference_steps=3, guidance_scale=3.0))
-        rows = torch.arange(3 * place, 3 * place + 3)
+        rows = torch.arange(3 * index, 3 * index + 3)
         torch.testing.assert_close(bank.latents[rows], torch.cat([p.latents for p in points]), atol=1e-4, rtol=1e-4)
         assert bank.timesteps[rows].tolist() == [int(p.timestep) for p in points]
         for branch in (0, 1):
@@ -60,8 +60,8 @@ def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):
 
 
 def test_coefficients_compose_each_rows_target(bundled, bank):
-    for place, (row, _) in enumerate(plan(bundled).assignments):
-        where = 3 * place
+    for index, (row, _) in enumerate(plan(bundled).assignments):
+        where = 3 * index
         target = torch.einsum("k,kchw->chw", bank.coefficients[where], bank.teacher_preds[:, where])
         fresh = torch.zeros_like(target)
         for prompt, coefficient in row.target.items():

@@ -65,7 +65,7 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def scraps_in(folder):
+def temporary_files_in(folder):
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -146,7 +146,7 @@ def test_train_writes_a_run_and_says_where(cli, tmp_path):
     assert str(tmp_path / "run" / "model") in answer.out
     names = {"checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
-    assert not scraps_in(tmp_path)
+    assert not temporary_files_in(tmp_path)
 
 
 def test_the_plan_is_told_before_the_first_step_and_a_dry_run_stops_there(cli, tmp_path, bundled):
@@ -539,7 +539,7 @@ def test_a_run_that_diverges_stops_and_says_so(refused, tmp_path):
     assert re.search(r"not a finite number by step \d+; no checkpoint had been saved. Use a smaller", line), line
     assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "run.json").exists()
-    assert not scraps_in(tmp_path)
+    assert not temporary_files_in(tmp_path)
 
 
 def test_weights_that_the_file_cannot_hold_are_not_exported(refused, tmp_path):
@@ -548,7 +548,7 @@ def test_weights_that_the_file_cannot_hold_are_not_exported(refused, tmp_path):
     line = refused(*TRAIN, *absurd, "--output", tmp_path / "run")
     assert re.search(r"has grown past what the original's torch.float16 holds. Use a smaller", line), line
     assert not (tmp_path / "run" / "model").exists()
-    assert not scraps_in(tmp_path)
+    assert not temporary_files_in(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -602,7 +602,7 @@ def small_disk(tmp_path):
 
 
 def assert_whole(folder):
-    assert not scraps_in(folder)
+    assert not temporary_files_in(folder)
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".jsonl"):
             for line in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:

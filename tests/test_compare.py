@@ -13,7 +13,7 @@ from fastunlearn import evaluate
 from fastunlearn.config import CompareConfig
 from fastunlearn.evaluation.compare import compare_runs
 
-GROUPED = [(prompt, "near" if place < 6 else "far") for place, prompt in enumerate(PROMPTS)]
+GROUPED = [(prompt, "near" if index < 6 else "far") for index, prompt in enumerate(PROMPTS)]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def compared(tmp_path, *folders, **settings):
 
 def test_every_two_are_compared_and_told_apart(runs, tmp_path):
     together = runs / "together"
-    found = compared(tmp_path, together / "mild", together / "twin", together / "harsh", runs / "alone")
-    rows = {(row["a"], row["b"]): row for row in found["comparisons"]}
+    result = compared(tmp_path, together / "mild", together / "twin", together / "harsh", runs / "alone")
+    rows = {(row["a"], row["b"]): row for row in result["comparisons"]}
     assert len(rows) == 6
     same = rows["mild", "twin"]
     assert (same["difference"], same["ci95"], same["p_value"]) == (0.0, [0.0, 0.0], 1.0)
@@ -47,7 +47,7 @@ def test_every_two_are_compared_and_told_apart(runs, tmp_path):
     assert rows["harsh", "alone"]["difference"] < 0
     assert set(apart["groups"]) == {"near", "far"}
     # The difference is that of the retentions that the evaluations state.
-    stated = {run["name"]: run["retention"] for run in found["runs"]}
+    stated = {run["name"]: run["retention"] for run in result["runs"]}
     assert apart["difference"] == pytest.approx(stated["mild"] - stated["harsh"])
     assert all(row["p_value_holm"] >= row["p_value"] for row in rows.values())
 
@@ -63,9 +63,9 @@ def test_the_margin_decides_equivalence(runs, tmp_path):
 
 
 def test_it_leaves_a_table_a_plot_and_a_page(runs, tmp_path):
-    found = compared(tmp_path, runs / "together" / "mild", runs / "alone", overwrite=True)
+    result = compared(tmp_path, runs / "together" / "mild", runs / "alone", overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.json", "compare.png", "compare.html"}
-    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == found
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
     pixels = np.asarray(Image.open(tmp_path / "out" / "compare.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
     markup = (tmp_path / "out" / "compare.html").read_text()
@@ -111,7 +111,7 @@ def test_what_was_not_measured_alike_is_refused(runs, tmp_path):
     against("metric", "metric is 'mean-difference@0' and 'other@1'", metric=Other())
     against("prompts", r"2 pairs are in one of them only, such as \('thing", prompts=GROUPED[:-1])
     other.__name__ = "draw"
-    against("pictures", "their originals drew different pictures", original=other)
+    against("images", "their originals drew different images", original=other)
     with pytest.raises(ValueError, match="is given twice"):
         compared(tmp_path, one, one)
     assert not (tmp_path / "out").exists()

@@ -123,7 +123,7 @@ SD15, SDXL = 859_520_964, 2_567_463_684
 
 def estimate(total=SD15, density=1.0, world_size=1, **zero):
     deepspeed = {"bf16": {"enabled": True}, "zero_optimization": zero} if zero else None
-    found = estimate_memory(
+    result = estimate_memory(
         total=total,
         trainable=total,
         selected=int(density * total),
@@ -134,7 +134,7 @@ def estimate(total=SD15, density=1.0, world_size=1, **zero):
         activations=0,
         bank=0,
     )
-    return {key: size / 1e9 for key, size in found.device.items()}, {k: v / 1e9 for k, v in found.host.items()}
+    return {key: size / 1e9 for key, size in result.device.items()}, {k: v / 1e9 for k, v in result.host.items()}
 
 
 @pytest.mark.parametrize("total", [SD15, SDXL])

@@ -16,8 +16,8 @@ def demo(tmp_path_factory):
 
 
 def summaries(folder):
-    found = json.loads((folder / "demo.json").read_text())["evaluations"]
-    return {summary["name"]: summary for summary in found}
+    result = json.loads((folder / "demo.json").read_text())["evaluations"]
+    return {summary["name"]: summary for summary in result}
 
 
 @pytest.mark.slow
@@ -33,9 +33,9 @@ def test_ovw_forgets_the_star_and_keeps_the_rest(demo):
 
 @pytest.mark.slow
 def test_integrity_sees_what_accuracy_does_not(demo):
-    """ESD's accuracies look like OVW's; its pictures are further from the original's, beyond the intervals."""
-    found = summaries(demo)
-    esd, ovw, placebo = (found[name] for name in ("esd", "ovw", "placebo"))
+    """ESD's accuracies look like OVW's; its images are further from the original's, beyond the intervals."""
+    result = summaries(demo)
+    esd, ovw, placebo = (result[name] for name in ("esd", "ovw", "placebo"))
     assert esd["retain"]["shape_accuracy"] >= 0.98
     assert esd["integrity"]["retention_ci95"][1] < ovw["integrity"]["retention_ci95"][0]
     assert placebo["integrity"]["retention"] >= 0.99
@@ -58,8 +58,8 @@ def test_a_run_evaluates_as_the_demo_did(demo, tmp_path):
     """`evaluate` on the demo's model gives the demo's numbers, to the last bit."""
     from fastunlearn import evaluate
 
-    found = evaluate("shapes", demo / "ovw", output=tmp_path / "again", placebo=demo / "placebo")
-    ours, theirs = found.summary, summaries(demo)["ovw"]
+    result = evaluate("shapes", demo / "ovw", output=tmp_path / "again", placebo=demo / "placebo")
+    ours, theirs = result.summary, summaries(demo)["ovw"]
     assert ours["integrity"] == theirs["integrity"]
     assert ours["erasure"] == theirs["erasure"]
     assert ours["spec"]["hashes"] == theirs["spec"]["hashes"]

@@ -47,8 +47,8 @@ def records(tmp_path_factory):
 
 
 def test_the_cases_are_the_optimizers_that_they_are_for(records):
-    found = {case["optimizer"] for case in records["cases"]}
-    assert found == {
+    result = {case["optimizer"] for case in records["cases"]}
+    assert result == {
         *("_QuietUntilBound", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
         *("FP16_UnfusedOptimizer", "BF16_Optimizer"),
     }

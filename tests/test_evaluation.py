@@ -21,13 +21,13 @@ from fastunlearn.config import to_yaml
 from fastunlearn.evaluation.evaluate import _record, config_of_run
 from fastunlearn.evaluation.evaluator import Evaluator, Plan, PromptGroups
 from fastunlearn.evaluation.generators import as_source
-from fastunlearn.evaluation.image_cache import PictureCache
+from fastunlearn.evaluation.image_cache import ImageCache
 from fastunlearn.evaluation.journal import Batch, Journal
 from fastunlearn.evaluation.ranks import Ranks
 from fastunlearn.files.run_folder import claimed
 from fastunlearn.models.generate import SamplerSpec
 
-GROUPED = [(prompt, "forget" if place < 3 else "near" if place < 7 else "far") for place, prompt in enumerate(PROMPTS)]
+GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") for index, prompt in enumerate(PROMPTS)]
 
 
 def results_of(folder):
@@ -39,12 +39,12 @@ def results_of(folder):
 
 
 def test_a_model_against_itself_keeps_everything():
-    found = evaluate(draw, draw, PROMPTS, **SETTINGS)
-    assert {pair["distance"] for pair in found.pairs} == {0.0}
-    assert found.summary["integrity"]["mean"] == 0.0
-    assert found.summary["integrity"]["retention"] == 1.0
-    assert found.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
-    assert found.summary["controls"]["repeat"] == 0.0
+    result = evaluate(draw, draw, PROMPTS, **SETTINGS)
+    assert {pair["distance"] for pair in result.pairs} == {0.0}
+    assert result.summary["integrity"]["mean"] == 0.0
+    assert result.summary["integrity"]["retention"] == 1.0
+    assert result.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+    assert result.summary["controls"]["repeat"] == 0.0
 
 
 def test_a_model_that_ignores_prompts_keeps_nothing():
@@ -89,10 +89,10 @@ def by_ranks(folder, world_size, order):
             _record(plan, evaluator, journals[rank], Ranks(rank, world_size, True))
     Ranks(0, world_size, True).wait(journals[0].folder)
     with Evaluator(plan) as evaluator:
-        found = evaluator.conclude(Batch.merge(list(journals[0].batches())), {}).results[0]
+        result = evaluator.conclude(Batch.merge(list(journals[0].batches())), {}).results[0]
     for journal in journals.values():
         journal.close()
-    return found.summary, found.pairs
+    return result.summary, result.pairs
 
 
 def test_any_number_of_ranks_gives_the_same_bits(tmp_path):
@@ -134,7 +134,7 @@ def test_the_cache_changes_no_bit_and_is_not_believed(bundled, tmp_path):
     cache = {"cache": tmp_path / "cache"}
     plain, cold, warm = run("plain"), run("cold", **cache), run("warm", **cache)
     assert plain == cold == warm
-    entries = sorted((tmp_path / "cache").rglob("*.picture"))
+    entries = sorted((tmp_path / "cache").rglob("*.image"))
     assert len(entries) == 10, "five prompts, two seeds"
     # One damaged, one that belongs to another key, one cut short.
     content = bytearray(entries[0].read_bytes())
@@ -145,7 +145,7 @@ def test_the_cache_changes_no_bit_and_is_not_believed(bundled, tmp_path):
     again, notes = run("again", **cache)
     assert again == plain[0]
     assert notes == ["3 entries of the cache were damaged or foreign and were made anew"]
-    healed = PictureCache(tmp_path / "cache", 10**9)
+    healed = ImageCache(tmp_path / "cache", 10**9)
     assert all(healed.load(path.parent.name + path.stem) is not None for path in entries)
     assert healed.rejected == 0
 
@@ -160,12 +160,12 @@ def test_another_model_finds_nothing_in_the_cache(bundled, pipeline_copy):
 
 
 def test_the_cache_stays_below_its_limit_and_drops_the_longest_unused(tmp_path):
-    picture = torch.zeros(3, 20, 20, dtype=torch.uint8)
-    cache = PictureCache(tmp_path, 100_000)
-    for place in range(300):
-        cache.store(f"{place:064x}", picture)
+    image = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    cache = ImageCache(tmp_path, 100_000)
+    for index in range(300):
+        cache.store(f"{index:064x}", image)
         cache.load(f"{0:064x}")
-        size = sum(path.stat().st_size for path in tmp_path.rglob("*.picture"))
+        size = sum(path.stat().st_size for path in tmp_path.rglob("*.image"))
         assert size <= 100_000
     assert cache.load(f"{0:064x}") is not None, "in use all the time"
     assert cache.load(f"{1:064x}") is None
@@ -207,23 +207,23 @@ def test_a_stopped_evaluation_goes_on_without_repeating_a_pair(tmp_path, error):
         rows.write(b"\0" * 12)
     rest, others = stopping(10**6, error)
     evaluate(draw, rest, GROUPED, output=tmp_path / "run", resume=True, **settings)
-    pictures = len(asked) + len(set(PROMPTS)) * 2 - 12
+    images = len(asked) + len(set(PROMPTS)) * 2 - 12
     assert len(others) >= len(PROMPTS) * 2 - 12, "what was left"
-    assert pictures == len(PROMPTS) * 2
+    assert images == len(PROMPTS) * 2
     assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
 
 
 def test_resuming_asks_for_nothing_that_is_done(tmp_path):
-    """The report's pictures apart, which are drawn once more where they are not held."""
+    """The report's images apart, which are drawn once more where they are not held."""
     broken, asked = stopping(2, RuntimeError("x"))
-    prompts = [f"prompt {place}" for place in range(40)]
+    prompts = [f"prompt {index}" for index in range(40)]
     with pytest.raises(RuntimeError, match="x"):
         evaluate(draw, broken, prompts, output=tmp_path / "run", **SETTINGS)
     rest, others = stopping(10**6, RuntimeError("x"))
     plan_keys = set(prompts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_illustrated", lambda self, results, records: None)
-        patch.setattr("fastunlearn.evaluation.evaluate.write_results", lambda folder, found: None)
+        patch.setattr("fastunlearn.evaluation.evaluate.write_results", lambda folder, result: None)
         evaluate(draw, rest, prompts, output=tmp_path / "run", resume=True, **SETTINGS)
     assert not set(asked) & set(others)
     assert set(asked) | set(others) == plan_keys
@@ -379,7 +379,7 @@ def test_folders_loaded_pipelines_and_functions_are_judged_alike(bundled):
 
 
 def test_two_models_placebo_and_groups_are_written_side_by_side(tmp_path):
-    found = evaluate(
+    result = evaluate(
         draw,
         [shifted(3, "mild"), shifted(20, "harsh")],
         GROUPED,
@@ -406,7 +406,7 @@ def test_two_models_placebo_and_groups_are_written_side_by_side(tmp_path):
     assert "minus_placebo" not in placebo["integrity"]
     assert mild["metrics"]["brightness"]["original"] == harsh["metrics"]["brightness"]["original"]
     assert mild["metrics"]["brightness"]["unlearned"] < harsh["metrics"]["brightness"]["unlearned"]
-    assert json.loads(found.to_json()).keys() == {"mild", "harsh", "placebo"}
+    assert json.loads(result.to_json()).keys() == {"mild", "harsh", "placebo"}
     evaluate(draw, draw, PROMPTS, output=tmp_path / "run", overwrite=True, **SETTINGS)
     assert "mild" not in {path.name for path in (tmp_path / "run").iterdir()}
 
@@ -418,10 +418,10 @@ def test_no_interval_of_a_distance_reaches_below_zero():
             torch.tensor([p == PROMPTS[5] for p in prompts])[:, None, None, None], 0, draw(prompts, noise)
         )
 
-    found = evaluate(draw, lambda *given: one(*given).to(torch.uint8), GROUPED, **SETTINGS).summary
-    assert found["integrity"]["ci95"][0] == found["groups"]["near"]["ci95"][0] == 0 < found["integrity"]["ci95"][1]
-    assert found["integrity"]["retention_ci95"][1] == 1
-    assert all(0 <= end <= 1 for limit in found["integrity"]["changed"].values() for end in limit["ci95"])
+    result = evaluate(draw, lambda *given: one(*given).to(torch.uint8), GROUPED, **SETTINGS).summary
+    assert result["integrity"]["ci95"][0] == result["groups"]["near"]["ci95"][0] == 0 < result["integrity"]["ci95"][1]
+    assert result["integrity"]["retention_ci95"][1] == 1
+    assert all(0 <= end <= 1 for limit in result["integrity"]["changed"].values() for end in limit["ci95"])
 
 
 def test_a_floor_above_zero_is_what_nobody_is_charged_for():
@@ -429,9 +429,9 @@ def test_a_floor_above_zero_is_what_nobody_is_charged_for():
         """Rounding that depends on the size of the batch."""
         return (draw(prompts, noise).int() + (len(prompts) == 2)).clamp(0, 255).to(torch.uint8)
 
-    found = evaluate(rough, draw, PROMPTS, **SETTINGS).summary
-    assert found["integrity"]["floor"] == pytest.approx(1 / 255, rel=0.1)
-    assert found["integrity"]["retention"] == 1.0
+    result = evaluate(rough, draw, PROMPTS, **SETTINGS).summary
+    assert result["integrity"]["floor"] == pytest.approx(1 / 255, rel=0.1)
+    assert result["integrity"]["retention"] == 1.0
     everywhere = evaluate(rough, shifted(9), PROMPTS, **SETTINGS | {"control_pairs": 100}).summary
     assert everywhere["controls"]["numeric"]["n_pairs"] == len(PROMPTS)
     span = everywhere["integrity"]["ceiling"] - everywhere["integrity"]["floor"]
@@ -440,68 +440,68 @@ def test_a_floor_above_zero_is_what_nobody_is_charged_for():
 
 
 def test_the_report_can_be_had_as_json_frame_and_page(tmp_path, monkeypatch):
-    found = evaluate(draw, shifted(5), GROUPED, **SETTINGS)
-    assert json.loads(found.to_json())["shifted"] == found.summary
-    found.html(tmp_path / "page.html")
+    result = evaluate(draw, shifted(5), GROUPED, **SETTINGS)
+    assert json.loads(result.to_json())["shifted"] == result.summary
+    result.html(tmp_path / "page.html")
     assert "<!doctype html>" in (tmp_path / "page.html").read_text()
     monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
-    rows = found.to_dataframe()
-    assert rows[0] == {"model": "shifted", **found.pairs[0]}
+    rows = result.to_dataframe()
+    assert rows[0] == {"model": "shifted", **result.pairs[0]}
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ValueError, match="needs the package pandas"):
-        found.to_dataframe()
+        result.to_dataframe()
 
 
 def test_ten_thousand_prompts_with_every_oddity_of_a_file(tmp_path):
-    lines = [f"Ding Nummer {place} – größer als ‘{place}’, 物" for place in range(9_997)]
+    lines = [f"Ding Nummer {index} – größer als ‘{index}’, 物" for index in range(9_997)]
     text = "\ufeff" + "\r\n".join(["", *lines, "  ", lines[0], "a\u2028b", "c\x0bd", "", ""])
     (tmp_path / "prompts.txt").write_bytes(text.encode())
-    found = evaluate(draw, draw, tmp_path / "prompts.txt", **SETTINGS | {"batch_size": 500})
-    assert found.summary["integrity"]["n_pairs"] == len(lines) + 2
-    assert {"a\u2028b", "c\x0bd", lines[0]} <= {pair["prompt"] for pair in found.pairs}
+    result = evaluate(draw, draw, tmp_path / "prompts.txt", **SETTINGS | {"batch_size": 500})
+    assert result.summary["integrity"]["n_pairs"] == len(lines) + 2
+    assert {"a\u2028b", "c\x0bd", lines[0]} <= {pair["prompt"] for pair in result.pairs}
 
 
 def test_the_empty_prompt_is_a_group_of_its_own(tmp_path):
     (tmp_path / "prompts.csv").write_text("prompt,group\na,near\nb,near\n,empty\n,near\n")
-    found = evaluate(draw, shifted(5), tmp_path / "prompts.csv", seeds_per_prompt=2, **SETTINGS)
-    assert found.summary["groups"]["empty"]["n_pairs"] == 2
-    assert found.summary["groups"]["empty"]["ci95"] is None
-    assert found.summary["groups"]["near"]["n_prompts"] == 2
+    result = evaluate(draw, shifted(5), tmp_path / "prompts.csv", seeds_per_prompt=2, **SETTINGS)
+    assert result.summary["groups"]["empty"]["n_pairs"] == 2
+    assert result.summary["groups"]["empty"]["ci95"] is None
+    assert result.summary["groups"]["near"]["n_prompts"] == 2
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def returning(pictures):
+def returning(images):
     def function(prompts, noise):
-        return pictures(draw(prompts, noise))
+        return images(draw(prompts, noise))
 
     return function
 
 
 BAD_PICTURES = {
-    "floats": (returning(lambda p: p / 255), r"must return pictures \(B, 3, H, W\) as uint8, got torch.float32"),
+    "floats": (returning(lambda p: p / 255), r"must return images \(B, 3, H, W\) as uint8, got torch.float32"),
     "nan": (returning(lambda p: p.float() * float("nan")), "check for NaN"),
-    "grey": (returning(lambda p: p[:, :1]), r"got torch.uint8 \(4, 1, 8, 8\)"),
-    "too few": (returning(lambda p: p[:2]), "got 4 prompts and returned 2 pictures"),
-    "another size": (returning(lambda p: p[:, :, :4]), "draws pictures of 3x4x8, the original of 3x8x8"),
+    "gray": (returning(lambda p: p[:, :1]), r"got torch.uint8 \(4, 1, 8, 8\)"),
+    "too few": (returning(lambda p: p[:2]), "got 4 prompts and returned 2 images"),
+    "another size": (returning(lambda p: p[:, :, :4]), "generates images of 3x4x8, the original of 3x8x8"),
     "nothing": (returning(lambda p: None), "got NoneType"),
 }
 
 
 @pytest.mark.parametrize(("function", "said"), BAD_PICTURES.values(), ids=BAD_PICTURES)
-def test_pictures_that_are_none_are_refused(tmp_path, function, said):
+def test_images_that_are_none_are_refused(tmp_path, function, said):
     with pytest.raises(ValueError, match=said):
         evaluate(draw, function, PROMPTS, output=tmp_path / "run", **SETTINGS)
     assert not list(tmp_path.iterdir())
 
 
-def test_nan_weights_are_no_black_pictures(bundled):
+def test_nan_weights_are_no_black_images(bundled):
     from fastunlearn.models.loading import load_model
 
     broken = load_model("shapes", "cpu")
     broken.denoiser.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="draws pictures that are NaN or infinite"):
+    with pytest.raises(ValueError, match="generates images that are NaN or infinite"):
         evaluate(bundled, {"broken": broken}, **SHAPES)
 
 

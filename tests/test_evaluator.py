@@ -51,15 +51,15 @@ def result(bundled, damaged, metric):
 
 
 def test_a_model_against_itself_changes_nothing(bundled, metric):
-    found = evaluate_models(bundled, {"same": bundled}, GROUPS, metric, SPEC).results[0]
-    assert {record["distance"] for record in found.pairs} == {0.0}
-    assert found.summary["integrity"]["mean"] == 0.0
-    assert found.summary["integrity"]["retention"] == 1.0
-    assert found.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+    result = evaluate_models(bundled, {"same": bundled}, GROUPS, metric, SPEC).results[0]
+    assert {record["distance"] for record in result.pairs} == {0.0}
+    assert result.summary["integrity"]["mean"] == 0.0
+    assert result.summary["integrity"]["retention"] == 1.0
+    assert result.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
 
 
 def test_a_model_that_ignores_prompts_and_noise_keeps_nothing(bundled, metric, monkeypatch):
-    """Its pictures are those of other prompts: R is near 0 or below."""
+    """Its images are those of other prompts: R is near 0 or below."""
     genuine = PipelineSource.start
     other = load_model("shapes", "cpu")
 
@@ -69,8 +69,8 @@ def test_a_model_that_ignores_prompts_and_noise_keeps_nothing(bundled, metric, m
         return genuine(source, keys)
 
     monkeypatch.setattr(PipelineSource, "start", shuffled)
-    found = evaluate_models(bundled, {"other": other}, GROUPS, metric, SPEC).results[0]
-    assert found.summary["integrity"]["retention"] < 0.25
+    result = evaluate_models(bundled, {"other": other}, GROUPS, metric, SPEC).results[0]
+    assert result.summary["integrity"]["retention"] < 0.25
 
 
 def test_summary_has_the_promised_fields(result):
@@ -116,10 +116,10 @@ def test_a_second_model_changes_nothing_for_the_first(bundled, damaged, metric, 
 
 
 def test_several_seeds_a_prompt_are_clustered(bundled, damaged, metric):
-    found = evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC, seeds_per_prompt=2).results[0]
-    assert found.summary["integrity"]["n_pairs"] == 8
-    assert found.summary["integrity"]["n_prompts"] == 4
-    assert {record["seed"] for record in found.pairs} == {0, 1}
+    result = evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC, seeds_per_prompt=2).results[0]
+    assert result.summary["integrity"]["n_pairs"] == 8
+    assert result.summary["integrity"]["n_prompts"] == 4
+    assert {record["seed"] for record in result.pairs} == {0, 1}
 
 
 def test_an_original_that_does_not_repeat_is_not_scored(bundled, damaged, metric, monkeypatch):
@@ -127,8 +127,8 @@ def test_an_original_that_does_not_repeat_is_not_scored(bundled, damaged, metric
 
     def unsteady(*args):
         calls.append(1)
-        pictures = genuine(*args)
-        return pictures.flip(3) if len(calls) == 2 else pictures
+        images = genuine(*args)
+        return images.flip(3) if len(calls) == 2 else images
 
     monkeypatch.setattr(PipelineSource, "finish", unsteady)
     with pytest.raises(RuntimeError, match="does not repeat itself"):
@@ -192,7 +192,7 @@ def test_results_are_written_whole(tmp_path, result):
 def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):
     shutil.copytree(bundled.source, tmp_path / "run" / "model")
     (tmp_path / "run" / "config.yaml").write_text("forget: star\noutput: run\nmethod: identity\n")
-    found = evaluate(
+    result = evaluate(
         "shapes",
         tmp_path / "run",
         "a red ring;a blue circle;a star",
@@ -200,6 +200,6 @@ def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):
         num_inference_steps=2,
         batch_size=4,
     )
-    assert found.summary["concept"] == "star"
-    assert found.summary["method"] == "identity"
-    assert found.summary["integrity"]["retention"] == 1.0
+    assert result.summary["concept"] == "star"
+    assert result.summary["method"] == "identity"
+    assert result.summary["integrity"]["retention"] == 1.0

@@ -1,4 +1,4 @@
-"""Two folders of pictures: what is read and refused, pairs, records, intervals, the report, and the command."""
+"""Two folders of images: what is read and refused, pairs, records, intervals, the report, and the command."""
 
 import csv
 import fcntl
@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
 from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize
-from fastunlearn.files.images import find_pictures, read_picture
+from fastunlearn.files.images import find_images, read_image
 from fastunlearn.files.run_folder import write_lines
 from fastunlearn.metrics.field import load_metric
 from fastunlearn.metrics.lpips import load_perceptual
@@ -37,11 +37,11 @@ def save(path: Path, array: np.ndarray, **options) -> None:
 @pytest.fixture
 def folders(tmp_path):
     """``before`` and ``after`` with 7 pairs; the first is unchanged, the last lies in a subfolder."""
-    for place in range(COUNT):
-        name = f"sub/p{place}.png" if place == COUNT - 1 else f"p{place}.png"
-        save(tmp_path / "before" / name, pixels(place))
-        changed = pixels(place).copy()
-        changed[:8, : 8 * place] = 255
+    for index in range(COUNT):
+        name = f"sub/p{index}.png" if index == COUNT - 1 else f"p{index}.png"
+        save(tmp_path / "before" / name, pixels(index))
+        changed = pixels(index).copy()
+        changed[:8, : 8 * index] = 255
         save(tmp_path / "after" / name, changed)
     return tmp_path
 
@@ -82,12 +82,12 @@ def records(folder: Path) -> list[dict]:
 # ---- what it finds ---------------------------------------------------------------------------------------------------
 
 
-def test_distances_are_those_of_the_pictures(command, folders):
+def test_distances_are_those_of_the_images(command, folders):
     answer = command("--batch-size", 3)
     assert answer.status == 0, answer
     found = result(folders / "out")
     lines = records(folders / "out")
-    names = [f"p{place}" for place in range(COUNT - 1)] + [f"sub/p{COUNT - 1}"]
+    names = [f"p{index}" for index in range(COUNT - 1)] + [f"sub/p{COUNT - 1}"]
     assert [line["file"] for line in lines] == names
     sides = [
         torch.from_numpy(np.stack([np.asarray(Image.open(folders / side / f"{name}.png")) for name in names]))
@@ -137,7 +137,7 @@ def test_suffixes_may_differ_and_other_files_do_not_disturb(command, folders):
     (folders / "after" / "p1.png").rename(folders / "after" / "p1.tmp")
     save(folders / "after" / "p1.bmp", np.asarray(Image.open(folders / "before" / "p1.png")))
     (folders / "after" / "p1.tmp").unlink()
-    (folders / "after" / "notes.txt").write_text("no picture")
+    (folders / "after" / "notes.txt").write_text("no image")
     (folders / "after" / ".thumbnails").mkdir()
     save(folders / "after" / ".thumbnails" / "x.png", pixels(0))
     assert command().status == 0
@@ -152,11 +152,11 @@ def write_prompts(folders, rows, **options):
 
 
 def rows_of(folders):
-    """Two pictures a prompt; the group of the last prompt is to be forgotten."""
-    names = [f"p{place}.png" for place in range(COUNT - 1)] + [f"sub/p{COUNT - 1}"]
+    """Two images a prompt; the group of the last prompt is to be forgotten."""
+    names = [f"p{index}.png" for index in range(COUNT - 1)] + [f"sub/p{COUNT - 1}"]
     groups = ["near"] * 4 + ["far"] * 2 + ["forget"]
     return [
-        [name, f"prompt é {place // 2}", group] for place, (name, group) in enumerate(zip(names, groups, strict=True))
+        [name, f"prompt é {index // 2}", group] for index, (name, group) in enumerate(zip(names, groups, strict=True))
     ]
 
 
@@ -165,7 +165,7 @@ def test_prompts_make_clusters_and_groups(command, folders):
     assert command("--prompts", path, "--metrics", "clip-score,fid,dreamsim").status == 0
     found, lines = result(folders / "out"), records(folders / "out")
     distances = np.array([line["distance"] for line in lines])
-    assert [line["prompt"] for line in lines] == [f"prompt é {place // 2}" for place in range(COUNT)]
+    assert [line["prompt"] for line in lines] == [f"prompt é {index // 2}" for index in range(COUNT)]
     assert (found["integrity"]["n_pairs"], found["integrity"]["n_prompts"]) == (6, 3)
     assert found["integrity"]["clusters"] == "prompts"
     assert found["integrity"]["mean"] == pytest.approx(distances[:6].mean(), abs=1e-6)
@@ -207,34 +207,34 @@ def test_lpips_with_trunk_weights_from_a_file(command, folders, random_trunk):
     assert records(folders / "out")[0]["distance"] == 0
 
 
-# ---- pictures that are converted -------------------------------------------------------------------------------------
+# ---- images that are converted -------------------------------------------------------------------------------------
 
 
 def test_grey_palette_and_opaque_alpha_are_converted(tmp_path):
-    grey = pixels(0)[..., 0]
-    save(tmp_path / "grey.png", grey)
-    np.testing.assert_array_equal(read_picture(tmp_path / "grey.png").pixels, np.repeat(grey[..., None], 3, axis=2))
+    gray = pixels(0)[..., 0]
+    save(tmp_path / "gray.png", gray)
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png").pixels, np.repeat(gray[..., None], 3, axis=2))
     opaque = np.dstack([pixels(1), np.full((64, 64), 255, np.uint8)])
     save(tmp_path / "alpha.png", opaque)
-    np.testing.assert_array_equal(read_picture(tmp_path / "alpha.png").pixels, pixels(1))
+    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png").pixels, pixels(1))
     few = Image.fromarray(pixels(2)).quantize(16)
     few.save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "palette.png").pixels, np.asarray(few.convert("RGB")))
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png").pixels, np.asarray(few.convert("RGB")))
     few.save(tmp_path / "still.gif")
-    assert read_picture(tmp_path / "still.gif").pixels.shape == (64, 64, 3)
-    Image.fromarray(grey > 128).save(tmp_path / "bits.png")
-    assert set(np.unique(read_picture(tmp_path / "bits.png").pixels)) == {0, 255}
+    assert read_image(tmp_path / "still.gif").pixels.shape == (64, 64, 3)
+    Image.fromarray(gray > 128).save(tmp_path / "bits.png")
+    assert set(np.unique(read_image(tmp_path / "bits.png").pixels)) == {0, 255}
 
 
 def test_the_orientation_of_exif_is_applied(tmp_path):
-    picture, exif = Image.fromarray(pixels(0, (16, 32))), Image.Exif()
+    image, exif = Image.fromarray(pixels(0, (16, 32))), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
-    picture.save(tmp_path / "turned.png", exif=exif)
-    found = read_picture(tmp_path / "turned.png").pixels
-    np.testing.assert_array_equal(found, np.rot90(pixels(0, (16, 32)), -1))
+    image.save(tmp_path / "turned.png", exif=exif)
+    result = read_image(tmp_path / "turned.png").pixels
+    np.testing.assert_array_equal(result, np.rot90(pixels(0, (16, 32)), -1))
 
 
-# ---- pictures that are refused ---------------------------------------------------------------------------------------
+# ---- images that are refused ---------------------------------------------------------------------------------------
 
 
 def deep_png(color_type: int) -> bytes:
@@ -250,10 +250,10 @@ def deep_png(color_type: int) -> bytes:
 
 
 def broken(path: Path, kind: str) -> Path:
-    """Puts a picture that must be refused beside ``path``, in its place, and returns where it is."""
+    """Puts a image that must be refused beside ``path``, in its place, and returns where it is."""
     path.unlink()
     if kind.startswith("16 bits"):
-        path.write_bytes(deep_png({"grey": 0, "RGB": 2, "RGBA": 6}[kind.split()[-1]]))
+        path.write_bytes(deep_png({"gray": 0, "RGB": 2, "RGBA": 6}[kind.split()[-1]]))
     elif kind == "cmyk":
         path = path.with_suffix(".jpg")
         Image.new("CMYK", (64, 64)).save(path)
@@ -271,7 +271,7 @@ def broken(path: Path, kind: str) -> Path:
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "text":
-        path.write_text("no picture")
+        path.write_text("no image")
     elif kind == "truncated":
         save(path, pixels(0))
         path.write_bytes(path.read_bytes()[:-5000])
@@ -288,29 +288,29 @@ def broken(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("16 bits grey", "more than 8 bits a channel"),
+        ("16 bits gray", "more than 8 bits a channel"),
         ("16 bits RGB", "more than 8 bits a channel"),
         ("16 bits RGBA", "more than 8 bits a channel"),
         ("float", "more than 8 bits a channel"),
-        ("cmyk", "colour mode CMYK. Convert it to RGB"),
+        ("cmyk", "color mode CMYK. Convert it to RGB"),
         ("transparent", "has transparent pixels"),
         ("transparent palette", "has transparent pixels"),
         ("animation", "is an animation"),
-        ("empty", "cannot read the picture .* (it is empty)"),
-        ("text", "cannot read the picture .* (its content is no picture)"),
-        ("truncated", "cannot read the picture"),
-        ("damaged", "cannot read the picture"),
+        ("empty", "cannot read the image .* (it is empty)"),
+        ("text", "cannot read the image .* (its content is no image)"),
+        ("truncated", "cannot read the image"),
+        ("damaged", "cannot read the image"),
         ("other size", "has 32 x 64 pixels, the first one 64 x 64"),
     ],
 )
-def test_a_picture_is_refused(rejected, folders, kind, message):
+def test_a_image_is_refused(rejected, folders, kind, message):
     path = broken(folders / "after" / "p3.png", kind)
     line = rejected()
     assert str(path) in line
     assert re.search(message.replace("(", r"\(").replace(")", r"\)"), line), line
 
 
-def test_a_picture_that_may_not_be_read_is_refused(rejected, folders, monkeypatch):
+def test_a_image_that_may_not_be_read_is_refused(rejected, folders, monkeypatch):
     real = Path.read_bytes
 
     def read_bytes(path):
@@ -320,11 +320,11 @@ def test_a_picture_that_may_not_be_read_is_refused(rejected, folders, monkeypatc
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     line = rejected()
-    assert "cannot read the picture" in line
+    assert "cannot read the image" in line
     assert "Permission denied" in line
 
 
-def test_pictures_too_small_for_the_network_are_refused(folders, refused, random_trunk):
+def test_images_too_small_for_the_network_are_refused(folders, refused, random_trunk):
     for side in ("a", "b"):
         for name in ("x", "y"):
             save(folders / side / f"{name}.png", pixels(0, (8, 8)))
@@ -340,8 +340,8 @@ def test_pictures_too_small_for_the_network_are_refused(folders, refused, random
 
 
 def test_missing_partners_are_counted_with_three_examples(rejected, folders):
-    for place in range(4):
-        (folders / "after" / f"p{place}.png").unlink()
+    for index in range(4):
+        (folders / "after" / f"p{index}.png").unlink()
     (folders / "before" / "p5.png").unlink()
     line = rejected()
     assert "4 in the unlearned folder (p0, p1, p2, ...)" in line
@@ -351,13 +351,13 @@ def test_missing_partners_are_counted_with_three_examples(rejected, folders):
 def test_a_name_with_two_suffixes_is_refused(rejected, folders):
     save(folders / "after" / "p3.jpg", pixels(0))
     line = rejected()
-    assert "two pictures named p3" in line
+    assert "two images named p3" in line
     assert "p3.jpg" in line
     assert "p3.png" in line
 
 
 @pytest.mark.parametrize("content", [None, "empty", "text", "file"])
-def test_a_folder_without_pictures_is_refused(rejected, folders, content):
+def test_a_folder_without_images_is_refused(rejected, folders, content):
     for path in sorted((folders / "after").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     if content in (None, "file"):
@@ -366,7 +366,7 @@ def test_a_folder_without_pictures_is_refused(rejected, folders, content):
         (folders / "after").write_text("")
     if content == "text":
         (folders / "after" / "notes.txt").write_text("x")
-    assert re.search("is no folder" if content in (None, "file") else "holds no picture", rejected())
+    assert re.search("is no folder" if content in (None, "file") else "holds no image", rejected())
 
 
 def test_a_single_pair_is_refused(tmp_path):
@@ -376,19 +376,19 @@ def test_a_single_pair_is_refused(tmp_path):
         find_pairs(tmp_path / "before", tmp_path / "after")
 
 
-def test_a_folder_named_like_a_picture_is_no_picture(tmp_path):
+def test_a_folder_named_like_a_image_is_no_image(tmp_path):
     (tmp_path / "x.png").mkdir()
     save(tmp_path / "x.png" / "y.png", pixels(0))
-    assert list(find_pictures(tmp_path)) == ["x.png/y"]
+    assert list(find_images(tmp_path)) == ["x.png/y"]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda rows: rows[:-2], "2 are missing in it (p5, sub/p6)"),
-        (lambda rows: [*rows, ["nowhere.png", "x", ""]], "1 name no picture of the folders (nowhere.png)"),
+        (lambda rows: [*rows, ["nowhere.png", "x", ""]], "1 name no image of the folders (nowhere.png)"),
         (lambda rows: [*rows, rows[1]], "1 are there twice (p1.png)"),
-        (lambda rows: [[*row[:2], "forget"] for row in rows], "all pictures are of a forget group"),
+        (lambda rows: [[*row[:2], "forget"] for row in rows], "all images are of a forget group"),
     ],
 )
 def test_a_prompt_file_that_does_not_fit_is_refused(rejected, folders, damage, message):
@@ -411,7 +411,7 @@ def test_a_prompt_file_that_cannot_be_read_is_refused(rejected, folders):
 def test_settings_are_refused(rejected, folders):
     assert "unknown metric 'nonsense'" in rejected("--metrics", "nonsense")
     assert "names a metric twice" in rejected("--metrics", "fid,fid")
-    assert "needs the prompts of the pictures" in rejected("--metrics", "clip-score")
+    assert "needs the prompts of the images" in rejected("--metrics", "clip-score")
     assert "must be at least 1" in rejected("--batch-size", 0)
     assert "must be at least 1" in rejected("--num-workers", 0)
     assert "leave `--trunk-weights` out" in rejected("--trunk-weights", folders / "x.safetensors")
@@ -456,7 +456,7 @@ def test_a_bug_of_a_decoder_is_not_swallowed(command, folders, monkeypatch):
     def fails(path):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fastunlearn.evaluation.evaluate_images.read_picture", fails)
+    monkeypatch.setattr("fastunlearn.evaluation.evaluate_images.read_image", fails)
     with pytest.raises(ZeroDivisionError):
         command()
 
@@ -468,8 +468,8 @@ def test_a_hundred_thousand_pairs_stay_under_a_gigabyte(tmp_path):
     config = EvaluateImagesConfig(original_images="before", unlearned_images="after", output="out", prompts="p.csv")
     tracemalloc.start()
     pairs = [
-        Pair(f"p{place:06}", Path(f"before/p{place:06}.png"), Path(f"after/p{place:06}.png"), f"p{place % 999}", "near")
-        for place in range(count)
+        Pair(f"p{index:06}", Path(f"before/p{index:06}.png"), Path(f"after/p{index:06}.png"), f"p{index % 999}", "near")
+        for index in range(count)
     ]
     drawn = np.random.default_rng(0).random((count, 1), dtype=np.float32)
     scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512))

@@ -35,24 +35,24 @@ def imports_of(path, *, at_import_time):
     """Absolute names that a file imports: all of them, or those that run when it is imported."""
     name = module_name(path)
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    found = set()
+    result = set()
 
     def visit(node):
         if is_for_type_checkers(node) or (at_import_time and isinstance(node, ast.FunctionDef | ast.Lambda)):
             return
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            result.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
             # `from . import x` names a module or something in the package
             submodules = {f"{source}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found.update(submodules or {source})
+            result.update(submodules or {source})
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    return result
 
 
 def ours(names):

@@ -190,11 +190,11 @@ def test_any_division_of_a_checkpoint_is_read_back_as_any_other(tmp_path):
     shutil.copy(tmp_path / "alone-1" / "rank-0.safetensors", both / "rank-1.safetensors")
     state = json.loads((both / "state.json").read_text())
     (both / "state.json").write_text(json.dumps({**state, "ranks": 2}))
-    found, trainer = load_checkpoint(both, lengths, {"a": (2, 7), "b": (3, 3)})
+    result, trainer = load_checkpoint(both, lengths, {"a": (2, 7), "b": (3, 3)})
     assert trainer == {"step": 7}
-    assert found["a"].values["weight"].tolist() == [2.5, 3.5, 4.5, 5.5, 6.5]
-    assert found["a"].values["exp_avg"].tolist() == [102.0, 103.0, 104.0, 105.0, 106.0]
-    assert found["a"].step == 7.0
+    assert result["a"].values["weight"].tolist() == [2.5, 3.5, 4.5, 5.5, 6.5]
+    assert result["a"].values["exp_avg"].tolist() == [102.0, 103.0, 104.0, 105.0, 106.0]
+    assert result["a"].step == 7.0
     with pytest.raises(ValueError, match="another run"):
         load_checkpoint(both, {"a": 11, "b": 3}, {"a": (0, 10)})
     (both / "rank-0.safetensors").unlink()

@@ -60,8 +60,8 @@ def test_a_selector_selects(selector, expected):
 
 
 def test_a_list_is_a_union_in_the_modules_order():
-    found = select_parameters(MODULE, " norm , conv_in,norm.bias,")
-    assert found == [n for n in NAMES if "norm" in n or "conv_in" in n]
+    result = select_parameters(MODULE, " norm , conv_in,norm.bias,")
+    assert result == [n for n in NAMES if "norm" in n or "conv_in" in n]
 
 
 def test_a_name_part_is_whole():
@@ -120,11 +120,11 @@ def mask(bundled):
 
 @pytest.mark.parametrize("granularity", ["element", "sector", "row"])
 def test_a_mask_has_its_density_and_granularity(bundled, granularity):
-    found = make(bundled, granularity=granularity)
-    total = sum(math.prod(shape) for shape in found.shapes.values())
-    assert sum(found.count(name) for name in found.bits) == total // 4
-    for name, bits in found.bits.items():
-        unpacked = unpack_bits(bits, found.shapes[name])
+    result = make(bundled, granularity=granularity)
+    total = sum(math.prod(shape) for shape in result.shapes.values())
+    assert sum(result.count(name) for name in result.bits) == total // 4
+    for name, bits in result.bits.items():
+        unpacked = unpack_bits(bits, result.shapes[name])
         if granularity == "row":
             assert torch.equal(unpacked.any(1), unpacked.all(1))
         if granularity == "sector":
@@ -158,10 +158,10 @@ def test_making_a_mask_leaves_the_model_as_it_was(bundled):
 
 def test_a_mask_is_read_as_it_was_written(bundled, mask, tmp_path):
     mask.save(tmp_path / "mask.safetensors")
-    found = load_mask(tmp_path / "mask.safetensors", bundled)
-    assert found.shapes == mask.shapes
-    assert found.made == mask.made
-    assert all(torch.equal(found.bits[name], bits) for name, bits in mask.bits.items())
+    result = load_mask(tmp_path / "mask.safetensors", bundled)
+    assert result.shapes == mask.shapes
+    assert result.made == mask.made
+    assert all(torch.equal(result.bits[name], bits) for name, bits in mask.bits.items())
     plain = load_file(tmp_path / "mask.safetensors")  # by safetensors alone: bits, least significant first
     name = next(iter(plain))
     assert bool(plain[name][1] >> 2 & 1) == bool(unpack_bits(mask.bits[name], mask.shapes[name]).view(-1)[10])

@@ -26,8 +26,8 @@ def recipe(name, **settings):
     return get_method(name).recipe(concept(name, **settings))
 
 
-def rows_of(found, role):
-    return [row for row in found.rows if row.role == role]
+def rows_of(result, role):
+    return [row for row in result.rows if row.role == role]
 
 
 def test_the_methods_are_these_in_this_order():
@@ -44,10 +44,10 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 def test_esd_guides_the_concept_away_from_itself(eta):
     """T(c) - eta * (T(c) - T("")), on the concept's own trajectory, and nothing about other prompts."""
     told = dataclasses.replace(concept("esd", negative_guidance=eta), anchor=None, anchors={})
-    found = get_method("esd").recipe(told)
-    assert found.rule == Sum()
-    assert [row.condition for row in found.rows] == ["a star", "star"]
-    for row in found.rows:
+    result = get_method("esd").recipe(told)
+    assert result.rule == Sum()
+    assert [row.condition for row in result.rows] == ["a star", "star"]
+    for row in result.rows:
         assert (row.role, row.trajectory) == ("forget", row.condition)
         assert dict(row.target) == {row.condition: 1 - eta, EMPTY: eta}
 
@@ -84,45 +84,45 @@ def test_which_methods_take_an_anchor():
 
 
 def test_ovw_overwrites_by_the_anchor_and_holds_the_rest():
-    found = recipe("ovw", retain_weight=3.0)
-    assert found.rule == Alternate(retain_weight=3.0)
-    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(found, "forget")] == [
+    result = recipe("ovw", retain_weight=3.0)
+    assert result.rule == Alternate(retain_weight=3.0)
+    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(result, "forget")] == [
         ("a star", "a star", {"a circle": 1.0}),
         ("star", "star", {"circle": 1.0}),
     ]
-    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(found, "retain")] == [
+    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(result, "retain")] == [
         ("a ring", "a ring", {"a ring": 1.0}),
         ("a heart", "a heart", {"a heart": 1.0}),
     ]
 
 
 def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
-    found = recipe("saddle", kappa=2.5)
-    assert isinstance(found.rule, Saddle)
-    assert found.rule.kappa == 2.5
-    assert [dict(row.target) for row in rows_of(found, "forget")] == [
+    result = recipe("saddle", kappa=2.5)
+    assert isinstance(result.rule, Saddle)
+    assert result.rule.kappa == 2.5
+    assert [dict(row.target) for row in rows_of(result, "forget")] == [
         {"a star": 2.0, EMPTY: -1.0},
         {"star": 2.0, EMPTY: -1.0},
     ]
-    assert [dict(row.target) for row in rows_of(found, "retain")] == [{"a ring": 1.0}, {"a heart": 1.0}]
-    assert "circle" not in " ".join(found.prompts())
+    assert [dict(row.target) for row in rows_of(result, "retain")] == [{"a ring": 1.0}, {"a heart": 1.0}]
+    assert "circle" not in " ".join(result.prompts())
 
 
 def test_salun_relabels_the_concept_and_trains_on_what_is_kept():
-    found = recipe("salun", retain_weight=0.3)
-    assert found.rule == Sum(retain_weight=0.3)
-    assert [dict(row.target) for row in rows_of(found, "forget")] == [{"a circle": 1.0}, {"circle": 1.0}]
-    assert [(r.trajectory, r.condition, dict(r.target)) for r in rows_of(found, "retain")] == [
+    result = recipe("salun", retain_weight=0.3)
+    assert result.rule == Sum(retain_weight=0.3)
+    assert [dict(row.target) for row in rows_of(result, "forget")] == [{"a circle": 1.0}, {"circle": 1.0}]
+    assert [(r.trajectory, r.condition, dict(r.target)) for r in rows_of(result, "retain")] == [
         ("a ring", "a ring", {NOISE: 1.0}),
         ("a heart", "a heart", {NOISE: 1.0}),
     ]
 
 
 def test_neggrad_ascends_the_concepts_loss_and_descends_the_others():
-    found = recipe("neggrad", retain_weight=0.5)
-    assert found.rule == Sum(retain_weight=0.5, forget_weight=-1.0)
-    assert all(row.condition == row.trajectory and dict(row.target) == {NOISE: 1.0} for row in found.rows)
-    assert found.prompts() == [EMPTY, "a star", "star", "a ring", "a heart"]
+    result = recipe("neggrad", retain_weight=0.5)
+    assert result.rule == Sum(retain_weight=0.5, forget_weight=-1.0)
+    assert all(row.condition == row.trajectory and dict(row.target) == {NOISE: 1.0} for row in result.rows)
+    assert result.prompts() == [EMPTY, "a star", "star", "a ring", "a heart"]
 
 
 def test_noise_does_not_mix_with_predictions():
@@ -131,10 +131,10 @@ def test_noise_does_not_mix_with_predictions():
 
 
 def test_the_placebo_forgets_nothing():
-    found = recipe("placebo", retain_weight=2.0)
-    assert found.rule == Sum(retain_weight=2.0)
-    assert {row.role for row in found.rows} == {"retain"}
-    assert all(dict(row.target) == {row.condition: 1.0} and row.trajectory == row.condition for row in found.rows)
+    result = recipe("placebo", retain_weight=2.0)
+    assert result.rule == Sum(retain_weight=2.0)
+    assert {row.role for row in result.rows} == {"retain"}
+    assert all(dict(row.target) == {row.condition: 1.0} and row.trajectory == row.condition for row in result.rows)
 
 
 def test_the_identity_has_no_rows():
@@ -206,12 +206,12 @@ def test_methods_of_other_packages_join_and_cannot_replace_ours(monkeypatch):
     monkeypatch.setattr(
         methods, "entry_points", lambda group: asked.append(group) or [entry("theirs", theirs), entry("ovw", impostor)]
     )
-    found = all_methods()
+    result = all_methods()
     assert asked == ["fastunlearn.methods"]
-    assert tuple(found) == (*NAMES, "theirs")
-    assert found["theirs"] is theirs
-    assert isinstance(found["ovw"], Method)
-    assert found["ovw"] is not impostor
+    assert tuple(result) == (*NAMES, "theirs")
+    assert result["theirs"] is theirs
+    assert isinstance(result["ovw"], Method)
+    assert result["ovw"] is not impostor
 
 
 def test_a_broken_method_of_another_package_stops_only_those_who_ask_for_it(monkeypatch, capsys):

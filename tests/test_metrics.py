@@ -19,7 +19,7 @@ PROMPTS = ["a red star on a plain background", "a blue ring on a dotted backgrou
 
 @pytest.fixture(scope="module")
 def renders():
-    """Pictures of the world and others of it, (12, 3, 64, 64) uint8 each."""
+    """Images of the world and others of it, (12, 3, 64, 64) uint8 each."""
     from fastunlearn.worlds.shapes.world import render, sample_scenes
 
     return render(sample_scenes(12, 0)), render(sample_scenes(12, 1))
@@ -32,7 +32,7 @@ def features(count: int, width: int, seed: int, shift: float = 0.0) -> np.ndarra
 
 def result_of(name, original, unlearned, prompts=None):
     metric = load_metric(name, bundled=True)
-    prompts = prompts or [f"prompt {place}" for place in range(len(original))]
+    prompts = prompts or [f"prompt {index}" for index in range(len(original))]
     values = metric.measure(original, unlearned, prompts)
     assert (values.dtype, values.device.type, len(values)) == (torch.float32, "cpu", len(original))
     assert values.ndim == 2
@@ -42,10 +42,10 @@ def result_of(name, original, unlearned, prompts=None):
 @pytest.mark.filterwarnings("ignore:The `disp` argument")  # clean-fid's way to call scipy
 @pytest.mark.parametrize("count", [400, 30])
 def test_fid_equals_clean_fid_scipy_and_torchmetrics(count):
-    """To 4 decimals; 30 pictures of 48 features make both covariances singular."""
+    """To 4 decimals; 30 images of 48 features make both covariances singular."""
     one, other = features(count, 48, 1), features(count, 48, 2, shift=0.3)
     means, covariances = [f.mean(0) for f in (one, other)], [np.cov(f, rowvar=False) for f in (one, other)]
-    found = frechet_distance(one, other)
+    result = frechet_distance(one, other)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     shift = np.square(means[0] - means[1]).sum()
     by_scipy = shift + np.trace(covariances[0] + covariances[1] - 2 * root)
@@ -54,12 +54,12 @@ def test_fid_equals_clean_fid_scipy_and_torchmetrics(count):
     theirs = pytest.importorskip("torchmetrics.image.fid")._compute_fid(
         *(torch.from_numpy(part) for pair in zip(means, covariances, strict=True) for part in pair)
     )
-    assert found > 1
+    assert result > 1
     if count > 48:
-        assert round(found, 4) == round(float(by_scipy), 4) == round(float(clean), 4) == round(float(theirs), 4)
+        assert round(result, 4) == round(float(by_scipy), 4) == round(float(clean), 4) == round(float(theirs), 4)
     else:  # where the others' general solvers lose digits
-        assert found == pytest.approx(float(by_scipy), abs=1e-3)
-        assert found == pytest.approx(float(theirs), abs=1e-3)
+        assert result == pytest.approx(float(by_scipy), abs=1e-3)
+        assert result == pytest.approx(float(theirs), abs=1e-3)
 
 
 def test_fid_of_known_gaussians():
@@ -149,9 +149,9 @@ def test_the_bundled_prompt_match_reads_the_prompt():
     scenes = sample_scenes(4000, 3)
     wanted = (scenes.shape == SHAPES.index("ring")) & (scenes.color == COLORS.index("blue"))
     scenes = scenes[wanted & (scenes.background == BACKGROUNDS.index("plain"))]
-    metric, pictures = load_metric("clip-score", bundled=True), render(scenes)
+    metric, images = load_metric("clip-score", bundled=True), render(scenes)
     right, wrong, half, nothing = (
-        float(metric.measure(pictures, pictures, [prompt] * len(pictures))[:, 1].mean())
+        float(metric.measure(images, images, [prompt] * len(images))[:, 1].mean())
         for prompt in ("a blue ring on a plain background", "a red star", "a ring that is red", "")
     )
     assert right > 90
@@ -160,9 +160,9 @@ def test_the_bundled_prompt_match_reads_the_prompt():
     assert nothing > 90
 
 
-def test_too_few_pictures_are_refused(renders):
+def test_too_few_images_are_refused(renders):
     metric = load_metric("fid", bundled=True)
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         metric.summarize(np.zeros((1, 8), np.float32), ["x"])
 
 
@@ -186,15 +186,15 @@ def test_open_clip_on_a_random_model(monkeypatch, renders):
     score = load_metric("clip-score")
     values = score.measure(original, other, (PROMPTS * 3)[:12])
     model, preprocess = tiny("", "", "cpu")
-    picture = metrics._pil(original[:1])[0]
+    image = metrics._pil(original[:1])[0]
     with torch.inference_mode():
         text = model.eval().encode_text(library.get_tokenizer("ViT-B-32")([PROMPTS[0]]), normalize=True)
-        expected = 100 * (model.encode_image(preprocess(picture)[None], normalize=True) * text).sum()
+        expected = 100 * (model.encode_image(preprocess(image)[None], normalize=True) * text).sum()
     assert values[0, 0] == pytest.approx(float(expected), abs=1e-3)
     assert score.summarize(values.numpy(), (PROMPTS * 3)[:12])["of"].startswith("open_clip/ViT-B-32@")
     distance = load_metric("cmmd")
-    found = distance.summarize(distance.measure(original, other, [""] * 12).numpy(), [""] * 12)
-    assert found["value"] > 0
+    result = distance.summarize(distance.measure(original, other, [""] * 12).numpy(), [""] * 12)
+    assert result["value"] > 0
     assert asked[:1] == [("ViT-B-32", "openai")]
     assert ("ViT-L-14-336", "openai") in asked
 
@@ -210,10 +210,10 @@ def test_clean_fid_on_a_random_network(monkeypatch, renders, tmp_path):
             super().__init__()
             seen.append((path, download, resize_inside))
 
-        def forward(self, pictures):
-            assert pictures.shape[1:] == (3, 299, 299)
-            assert 1 < pictures.max() <= 255
-            return nn.functional.adaptive_avg_pool2d(pictures, 2).flatten(1)
+        def forward(self, images):
+            assert images.shape[1:] == (3, 299, 299)
+            assert 1 < images.max() <= 255
+            return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
     monkeypatch.setattr(library, "InceptionV3W", Network)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -229,25 +229,25 @@ def test_dreamsim_is_the_cosine_of_the_packages_embedding(monkeypatch, renders, 
     from torchvision import transforms
 
     class Model(nn.Module):
-        def embed(self, pictures):
-            assert pictures.shape[1:] == (3, 224, 224)
-            return nn.functional.adaptive_avg_pool2d(pictures, 3).flatten(1)
+        def embed(self, images):
+            assert images.shape[1:] == (3, 224, 224)
+            return nn.functional.adaptive_avg_pool2d(images, 3).flatten(1)
 
     class Library:
         @staticmethod
         def dreamsim(pretrained, device, cache_dir):
             print("Downloading checkpoint")
             resize = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
-            return Model(), lambda picture: resize(picture)[None]
+            return Model(), lambda image: resize(image)[None]
 
     monkeypatch.setitem(sys.modules, "dreamsim", Library)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     metric = load_metric("dreamsim")
     original, other = renders
-    found = metric.measure(original, other, [""] * 12)[:, 0]
+    result = metric.measure(original, other, [""] * 12)[:, 0]
     library, preprocess = Library.dreamsim(True, "cpu", "")
     one, two = (library.embed(torch.cat([preprocess(p) for p in metrics._pil(side)])) for side in (original, other))
-    torch.testing.assert_close(found, 1 - nn.functional.cosine_similarity(one, two), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result, 1 - nn.functional.cosine_similarity(one, two), rtol=1e-4, atol=1e-6)
     assert not metric.measure(original, original, [""] * 12).any()
 
 

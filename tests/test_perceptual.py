@@ -15,7 +15,7 @@ from fastunlearn.models.loading import mend_torchvision
 from fastunlearn.worlds.shapes.classifier import Classifier, to_pixel_values
 
 
-def pictures(count: int, seed: int, size: int = 64) -> torch.Tensor:
+def images(count: int, seed: int, size: int = 64) -> torch.Tensor:
     return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
@@ -40,25 +40,25 @@ def random_classifier(monkeypatch):
 @pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
 def test_equals_the_lpips_package(net):
     model = package(net)
-    one, other = pictures(5, 1), pictures(5, 2)
+    one, other = images(5, 1), images(5, 2)
     other[0] = one[0]
     other[1] = (one[1] // 2 + 40).to(torch.uint8)
     distance = from_lpips(model, micro_batch_size=3)
     with torch.inference_mode():
         expected = model(to_pixel_values(one), to_pixel_values(other)).flatten()
-    found = distance.distance(one, other)
-    assert found.dtype == torch.float32
-    assert found.shape == (5,)
-    assert found[0] == 0
-    assert (found[1:] > 1e-4).all()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(distance.distance(other, one), found)
+    result = distance.distance(one, other)
+    assert result.dtype == torch.float32
+    assert result.shape == (5,)
+    assert result[0] == 0
+    assert (result[1:] > 1e-4).all()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(distance.distance(other, one), result)
     assert not distance.distance(one, one).any()
 
 
 def test_shapes_is_a_mean_over_layers_of_unit_normalised_differences(random_classifier):
     distance = load_perceptual("shapes")
-    one, other = pictures(4, 1), pictures(4, 2)
+    one, other = images(4, 1), images(4, 2)
     with torch.inference_mode():
         expected = torch.stack(
             [
@@ -73,16 +73,16 @@ def test_shapes_is_a_mean_over_layers_of_unit_normalised_differences(random_clas
                 )
             ]
         ).mean(0)
-    found = distance.distance(one, other)
-    assert (found > 0.01).all()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(distance.distance(other, one), found)
+    result = distance.distance(one, other)
+    assert (result > 0.01).all()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(distance.distance(other, one), result)
     assert not distance.distance(one, one).any()
 
 
 def test_company_changes_no_bit(random_classifier):
     distance = load_perceptual("shapes")
-    one, other = pictures(70, 1), pictures(70, 2)
+    one, other = images(70, 1), images(70, 2)
     together = distance.distance(one, other)
     assert torch.equal(distance.distance(one[65:], other[65:]), together[65:])
     order = torch.randperm(70, generator=torch.Generator().manual_seed(3))
@@ -90,7 +90,7 @@ def test_company_changes_no_bit(random_classifier):
 
 
 def test_no_pairs_no_distances(random_classifier):
-    assert load_perceptual("shapes").distance(pictures(0, 1), pictures(0, 1)).shape == (0,)
+    assert load_perceptual("shapes").distance(images(0, 1), images(0, 1)).shape == (0,)
 
 
 def test_metric_names_the_weights(random_classifier):
@@ -154,7 +154,7 @@ def test_trunk_weights_come_from_a_file(net, tmp_path):
     save_file(torchvision_state(model) | {"classifier.1.weight": torch.zeros(1)}, tmp_path / "trunk.safetensors")
     distance = load_perceptual(f"lpips-{net}", trunk_weights=tmp_path / "trunk.safetensors", micro_batch_size=2)
     assert distance.metric == from_lpips(model, f"lpips/{net}").metric
-    one, other = pictures(3, 1), pictures(3, 2)
+    one, other = images(3, 1), images(3, 2)
     one[0] = other[0]
     with torch.inference_mode():
         expected = model(to_pixel_values(one), to_pixel_values(other)).flatten()
@@ -169,7 +169,7 @@ def test_half_precision_trunk_weights_are_widened(tmp_path):
     distance = load_perceptual("lpips-squeeze", trunk_weights=tmp_path / "trunk.safetensors")
     assert {parameter.dtype for parameter in distance.parameters()} == {torch.float32}
     assert distance.metric != from_lpips(model, "lpips/squeeze").metric
-    assert distance.distance(pictures(1, 1), pictures(1, 2)) > 1e-4
+    assert distance.distance(images(1, 1), images(1, 2)) > 1e-4
 
 
 def test_bad_trunk_weights_are_refused(tmp_path):
@@ -236,14 +236,14 @@ def test_unknown_name_lists_the_names():
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        (pictures(2, 1).float(), pictures(2, 1), r"got torch.float32 \(2, 3, 64, 64\)"),
-        (pictures(2, 1), pictures(2, 1)[:, :1], r"got torch.uint8 \(2, 1, 64, 64\)"),
-        (pictures(2, 1)[0], pictures(2, 1)[0], r"got torch.uint8 \(3, 64, 64\)"),
-        (pictures(2, 1), pictures(3, 1), "both sides must have one shape"),
-        (pictures(2, 1), pictures(2, 1, 32), "both sides must have one shape"),
+        (images(2, 1).float(), images(2, 1), r"got torch.float32 \(2, 3, 64, 64\)"),
+        (images(2, 1), images(2, 1)[:, :1], r"got torch.uint8 \(2, 1, 64, 64\)"),
+        (images(2, 1)[0], images(2, 1)[0], r"got torch.uint8 \(3, 64, 64\)"),
+        (images(2, 1), images(3, 1), "both sides must have one shape"),
+        (images(2, 1), images(2, 1, 32), "both sides must have one shape"),
     ],
 )
-def test_bad_pictures_are_refused(random_classifier, one, other, message):
+def test_bad_images_are_refused(random_classifier, one, other, message):
     with pytest.raises(ValueError, match=message):
         load_perceptual("shapes").distance(one, other)
 

@@ -134,11 +134,11 @@ def test_different_prompts_are_disjoint():
 
 
 @pytest.mark.parametrize(
-    ("concept", "found"),
+    ("concept", "result"),
     [("star", ("shape", "star")), (" Red ", ("color", "red")), ("STRIPED", ("background", "striped"))],
 )
-def test_a_concept_belongs_to_an_attribute(concept, found):
-    assert domain_of(concept) == found
+def test_a_concept_belongs_to_an_attribute(concept, result):
+    assert domain_of(concept) == result
 
 
 @pytest.mark.parametrize("concept", ["dog", "a star", "", "stars"])
@@ -172,14 +172,14 @@ def test_no_evaluated_prompt_was_trained_on(concept):
     assert not set(trained[0] + trained[1]) & set(evaluated[0] + evaluated[1])
 
 
-def test_the_evaluation_covers_every_other_combination_of_shape_and_colour():
+def test_the_evaluation_covers_every_other_combination_of_shape_and_color():
     _, retain = shapes_prompts("star", "evaluate")
-    found = {(attributes(prompt)["shape"], attributes(prompt)["color"]) for prompt in retain}
-    assert found == {(s, c) for s in shapes.SHAPES for c in shapes.COLORS if s != "star"}
+    result = {(attributes(prompt)["shape"], attributes(prompt)["color"]) for prompt in retain}
+    assert result == {(s, c) for s in shapes.SHAPES for c in shapes.COLORS if s != "star"}
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"),
+    ("prompt", "result"),
     [
         ("a red star on a plain background", {"shape": "star", "color": "red", "background": "plain"}),
         ("an Orange ring", {"shape": "ring", "color": "orange"}),
@@ -187,5 +187,5 @@ def test_the_evaluation_covers_every_other_combination_of_shape_and_colour():
         ("", {}),
     ],
 )
-def test_attributes_are_what_the_prompt_names(prompt, found):
-    assert attributes(prompt) == found
+def test_attributes_are_what_the_prompt_names(prompt, result):
+    assert attributes(prompt) == result

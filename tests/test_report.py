@@ -73,7 +73,7 @@ def evaluation(name="ovw", method="ovw", **changes):
             "forget_accuracy_ci95": [0.0, 0.0876],
             "forget_accuracy_original": 1.0,
             "forget_valid": 1.0,
-            "n_pictures": 40,
+            "n_images": 40,
         },
         "retain": {
             "shape_accuracy": 0.9955,
@@ -82,7 +82,7 @@ def evaluation(name="ovw", method="ovw", **changes):
             "shape_accuracy_original": 1.0,
             "color_accuracy_original": 0.98,
             "background_accuracy_original": 0.95,
-            "n_pictures": 224,
+            "n_images": 224,
         },
         "controls": {
             "repeat": 0.0,
@@ -111,7 +111,7 @@ def evaluation(name="ovw", method="ovw", **changes):
     return content
 
 
-def picture(seed=0, size=8):
+def image(seed=0, size=8):
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
@@ -153,29 +153,29 @@ def page(tmp_path, report):
 
 def test_verdict_in_plain_words():
     assert verdict(evaluation(), "prompts that no loss has seen").replace("\xa0", " ") == (
-        "The model no longer draws “star”: 0 of 40 pictures show it (before: 40 of 40; 95 % interval now 0 to 9 %). "
-        "On 56 prompts that no loss has seen it keeps on average 94 % of each picture (95 % interval 92 to 95 %), "
-        "where 100 % is the same picture and 0 % one redrawn from other noise; the shape asked for is there in "
-        "99.6 % of 224 pictures (before: 100 %)."
+        "The model no longer generates “star”: 0 of 40 images show it (before: 40 of 40; 95 % interval now 0 to 9 %). "
+        "On 56 prompts that no loss has seen it keeps on average 94 % of each image (95 % interval 92 to 95 %), "
+        "where 100 % is the same image and 0 % one redrawn from other noise; the shape asked for is there in "
+        "99.6 % of 224 images (before: 100 %)."
     )
 
 
 @pytest.mark.parametrize(
     ("share", "claim", "count"),
     [
-        (0.05, "hardly ever draws", "2 of 40"),
-        (0.075, "sometimes draws", "3 of 40"),
-        (0.5, "sometimes draws", "20 of 40"),
-        (1.0, "still draws", "40 of 40"),
+        (0.05, "hardly ever generates", "2 of 40"),
+        (0.075, "sometimes generates", "3 of 40"),
+        (0.5, "sometimes generates", "20 of 40"),
+        (1.0, "still generates", "40 of 40"),
     ],
 )
 def test_verdict_follows_the_share(share, claim, count):
     words = verdict(evaluation(erasure__forget_accuracy=share))
-    assert f"The model {claim} “star”: {count} pictures" in words
+    assert f"The model {claim} “star”: {count} images" in words
 
 
 def test_verdict_names_breakage_collapse_and_what_was_not_measured():
-    assert "Only 40\xa0% of them are sound pictures" in verdict(evaluation(erasure__forget_valid=0.4))
+    assert "Only 40\xa0% of them are sound images" in verdict(evaluation(erasure__forget_valid=0.4))
     collapsed = verdict(evaluation(integrity__retention=-0.12, integrity__retention_ci95=[-0.2, -0.05]))
     assert "further from the original's than" in collapsed
     assert "retention −12\xa0%" in collapsed
@@ -214,7 +214,7 @@ def test_report_holds_the_numbers(tmp_path):
         evaluation("ovw", "ovw"),
         evaluation("placebo", "placebo", integrity__retention=0.999, erasure__forget_accuracy=1.0),
     ]
-    markup, found = page(tmp_path, Report("Forgetting star", "star", models, notes=["Trained in 41 s."]))
+    markup, result = page(tmp_path, Report("Forgetting star", "star", models, notes=["Trained in 41 s."]))
     for expected in (
         "Forgetting star",
         "0 of 40",
@@ -229,13 +229,13 @@ def test_report_holds_the_numbers(tmp_path):
         "a" * 64,
         "q99 0.2000",
         "Counting right shapes hardly tells these models apart",
-        "ovw keeps 94 % of each picture, esd only 73 %",
+        "ovw keeps 94 % of each image, esd only 73 %",
         "OVW and Saddle are reconstructions",
         "Running the original twice must give a distance of exactly 0; here it gave 0.",
     ):
-        assert expected in found.text
+        assert expected in result.text
     assert markup.count('<article class="verdict">') == 2, "a control gets no verdict beside real models"
-    assert "Control placebo : the same training without the forgetting part" in found.text
+    assert "Control placebo : the same training without the forgetting part" in result.text
     rungs = re.findall(r'aria-label="([^"]*): [^"]*"', markup)
     assert rungs == [
         "same model, run again",
@@ -254,64 +254,64 @@ def test_report_holds_the_numbers(tmp_path):
 
 def test_report_stands_alone(tmp_path):
     gallery = Gallery(
-        "Before", "", ["original", "ovw"], [GalleryRow("a circle", [picture(1), picture(2, 400)], ["", "far"])]
+        "Before", "", ["original", "ovw"], [GalleryRow("a circle", [image(1), image(2, 400)], ["", "far"])]
     )
-    markup, found = page(tmp_path, Report("Title", "star", [evaluation()], [gallery]))
-    assert len(found.loads) == 2
-    assert all(load.startswith("data:image/png;base64,") for load in found.loads)
-    assert not {"script", "link", "iframe"} & set(found.tags)
+    markup, result = page(tmp_path, Report("Title", "star", [evaluation()], [gallery]))
+    assert len(result.loads) == 2
+    assert all(load.startswith("data:image/png;base64,") for load in result.loads)
+    assert not {"script", "link", "iframe"} & set(result.tags)
     assert "http:" not in markup
     assert "https:" not in markup
     assert "url(" not in markup
     assert "prefers-color-scheme: dark" in markup
     assert "width=device-width" in markup
-    first, second = (Image.open(io.BytesIO(base64.b64decode(load.partition(",")[2]))) for load in found.loads)
-    assert np.array_equal(np.asarray(first), picture(1)), "small pictures are embedded as they are"
+    first, second = (Image.open(io.BytesIO(base64.b64decode(load.partition(",")[2]))) for load in result.loads)
+    assert np.array_equal(np.asarray(first), image(1)), "small images are embedded as they are"
     assert second.size == (320, 320)
 
 
 def test_report_escapes_what_users_wrote(tmp_path):
     evil = '<script>alert("1")</script>&'
-    gallery = Gallery(evil, evil, [evil], [GalleryRow(evil, [picture()], [evil])])
+    gallery = Gallery(evil, evil, [evil], [GalleryRow(evil, [image()], [evil])])
     one = evaluation(evil, concept=evil, spec__sampler=evil, integrity__metric=evil)
-    markup, found = page(tmp_path, Report(evil, evil, [one], [gallery], [evil], evil))
-    assert "script" not in found.tags
+    markup, result = page(tmp_path, Report(evil, evil, [one], [gallery], [evil], evil))
+    assert "script" not in result.tags
     assert '<script>alert("1")' not in markup
-    assert found.text.count(evil) > 15
+    assert result.text.count(evil) > 15
 
 
 def test_report_without_classifier(tmp_path):
-    _, found = page(tmp_path, Report("Title", "star", [evaluation(method="esd", erasure=None, retain=None)]))
-    assert "Whether the model still draws “star” was not measured" in found.text
-    assert "94 % of each picture kept" in found.text
-    assert "reconstructions" not in found.text
-    assert "Counting right shapes" not in found.text
+    _, result = page(tmp_path, Report("Title", "star", [evaluation(method="esd", erasure=None, retain=None)]))
+    assert "Whether the model still generates “star” was not measured" in result.text
+    assert "94 % of each image kept" in result.text
+    assert "reconstructions" not in result.text
+    assert "Counting right shapes" not in result.text
 
 
 def test_report_on_controls_only(tmp_path):
     same = evaluation("identity", "identity", integrity__mean=0.0, integrity__ci95=[0.0, 0.0], integrity__retention=1.0)
-    markup, found = page(tmp_path, Report("Title", "star", [same]))
+    markup, result = page(tmp_path, Report("Title", "star", [same]))
     assert markup.count('<article class="verdict">') == 1
-    assert "identity control" in found.text
+    assert "identity control" in result.text
 
 
 def test_ladders_keep_metrics_and_ceilings_apart(tmp_path):
     other = evaluation("b", integrity__metric="lpips/alex@0", controls__redrawn=0.6)
     third = evaluation("c", controls__redrawn=0.5)
-    markup, found = page(tmp_path, Report("Title", "star", [evaluation("a"), other, third]))
+    markup, result = page(tmp_path, Report("Title", "star", [evaluation("a"), other, third]))
     assert markup.count('<div class="ladder">') == 2
-    assert "redrawn from other noise (a)" in found.text
-    assert "redrawn from other noise (c)" in found.text
+    assert "redrawn from other noise (a)" in result.text
+    assert "redrawn from other noise (c)" in result.text
 
 
 def test_histograms_show_each_model_beside_the_redrawn(tmp_path):
     distances = {"ovw": np.array([0.0, 0.1, 0.1, 0.2]), "esd": np.array([0.3, 0.4])}
     report = Report("T", "star", [evaluation()], distances=distances, redrawn=np.array([0.8, 0.4]))
-    markup, found = page(tmp_path, report)
+    markup, result = page(tmp_path, report)
     assert markup.count('<div class="histogram">') == 2
     heights = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="2.5" height="([\d.]+)" fill="var\(--accent\)"', markup)
     assert heights[:3] == [("0.00", "50.00"), ("12.50", "100.00"), ("25.00", "50.00")]
-    assert "0.8000" in found.text
+    assert "0.8000" in result.text
     nothing = Report("T", "star", [evaluation()], distances={"a": np.zeros(3)}, redrawn=np.zeros(3))
     assert '<div class="histogram">' not in page(tmp_path, nothing)[0]
 
@@ -322,12 +322,12 @@ def test_no_insight_where_intervals_overlap_or_accuracies_differ(tmp_path):
         "worse", integrity__retention=0.5, integrity__retention_ci95=[0.4, 0.6], retain__shape_accuracy=0.8
     )
     for other in (near, worse):
-        _, found = page(tmp_path, Report("Title", "star", [evaluation(), other]))
-        assert "hardly tells" not in found.text
+        _, result = page(tmp_path, Report("Title", "star", [evaluation(), other]))
+        assert "hardly tells" not in result.text
 
 
 def test_same_report_same_bytes_and_nothing_else_left(tmp_path):
-    report = Report("Title", "star", [evaluation()], [Gallery("g", "", ["o"], [GalleryRow("r", [picture()])])])
+    report = Report("Title", "star", [evaluation()], [Gallery("g", "", ["o"], [GalleryRow("r", [image()])])])
     first, _ = page(tmp_path, report)
     second, _ = page(tmp_path, copy.deepcopy(report))
     assert first == second
@@ -341,7 +341,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path / "report.html", Report("Title", "star", [evaluation()]))
     with pytest.raises(OSError, match="disk full"):
-        write_grid(tmp_path / "grid.png", ["a"], ["b"], [[picture()]])
+        write_grid(tmp_path / "grid.png", ["a"], ["b"], [[image()]])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.html": "old", "grid.png": "old"}
 
 
@@ -363,15 +363,15 @@ def without(part, key=None):
         (Report("t", "star", [evaluation(integrity__ci95=[0.1, float("inf")])]), "NaN or infinity in 'integrity'"),
         (Report("t", "heart", [evaluation()]), "about 'heart', evaluation 'ovw' about 'star'"),
         (
-            Report("t", "star", [evaluation()], [Gallery("g", "", ["a", "b"], [GalleryRow("r", [picture()])])]),
-            "gallery 'g', row 'r': got 1 pictures for 2 columns",
+            Report("t", "star", [evaluation()], [Gallery("g", "", ["a", "b"], [GalleryRow("r", [image()])])]),
+            "gallery 'g', row 'r': got 1 images for 2 columns",
         ),
         (
-            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [picture()], ["x", "y"])])]),
-            "got 2 captions for 1 pictures",
+            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [image()], ["x", "y"])])]),
+            "got 2 captions for 1 images",
         ),
         (
-            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [picture() / 255])])]),
+            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [image() / 255])])]),
             r"must be \(H, W, 3\) uint8",
         ),
     ],
@@ -382,7 +382,7 @@ def test_bad_reports_are_refused(tmp_path, report, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_grid_shows_every_picture_where_it_belongs(tmp_path):
+def test_grid_shows_every_image_where_it_belongs(tmp_path):
     flat = [
         [np.full((16, 16, 3), (40 + 60 * row, 50 + 40 * column, 200), np.uint8) for column in range(4)]
         for row in range(2)
@@ -412,7 +412,7 @@ def test_grid_shows_every_picture_where_it_belongs(tmp_path):
     assert (pixels[boxes[0, 0][0] :, : lefts[0]] < 128).any(), "row labels"
 
 
-def test_grid_takes_pictures_of_any_shape(tmp_path):
+def test_grid_takes_images_of_any_shape(tmp_path):
     write_grid(tmp_path / "grid.png", ["r"], ["c"], [[np.full((20, 200, 3), (9, 200, 9), np.uint8)]], cell=100)
     green = (np.asarray(Image.open(tmp_path / "grid.png")) == (9, 200, 9)).all(axis=2)
     assert green.sum() == 100 * 10
@@ -423,10 +423,10 @@ def test_grid_takes_pictures_of_any_shape(tmp_path):
     ("arguments", "options", "message"),
     [
         (([], ["c"], []), {}, "needs rows, columns"),
-        ((["r"], ["c"], [[picture()]]), {"cell": 4}, "cell >= 16"),
-        ((["r"], ["c"], [[picture(), picture()]]), {}, "1 rows and 1 columns"),
-        ((["r"], ["c"], [[picture()]]), {"groups": ["a", "b"]}, "got 2 names for 1 columns"),
-        ((["r"], ["c"], [[picture()[:, :, 0]]]), {}, r"must be \(H, W, 3\) uint8"),
+        ((["r"], ["c"], [[image()]]), {"cell": 4}, "cell >= 16"),
+        ((["r"], ["c"], [[image(), image()]]), {}, "1 rows and 1 columns"),
+        ((["r"], ["c"], [[image()]]), {"groups": ["a", "b"]}, "got 2 names for 1 columns"),
+        ((["r"], ["c"], [[image()[:, :, 0]]]), {}, r"must be \(H, W, 3\) uint8"),
     ],
 )
 def test_bad_grids_are_refused(tmp_path, arguments, options, message):

@@ -62,7 +62,7 @@ def test_the_sampler_calls_the_denoiser_once_a_step(bundled):
     assert len(points) == 6
 
 
-def test_pictures_do_not_depend_on_their_place_in_a_batch(bundled):
+def test_images_do_not_depend_on_their_place_in_a_batch(bundled):
     spec = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
     forward = generate(bundled, PROMPTS, [0, 1, 2], spec)
     backward = generate(bundled, PROMPTS[::-1], [2, 1, 0], spec)
@@ -73,7 +73,7 @@ def test_pictures_do_not_depend_on_their_place_in_a_batch(bundled):
     assert torch.equal(alone[0], forward[1])
 
 
-def test_more_keys_than_a_batch_give_the_same_pictures(bundled):
+def test_more_keys_than_a_batch_give_the_same_images(bundled):
     spec = SamplerSpec(num_inference_steps=2, micro_batch_size=2)
     three = generate(bundled, PROMPTS, [0, 1, 2], spec)
     assert torch.equal(three[:2], generate(bundled, PROMPTS[:2], [0, 1], spec))

@@ -1,4 +1,4 @@
-"""The bundled world: pictures, captions, tokenizer, weights and their quality."""
+"""The bundled world: images, captions, tokenizer, weights and their quality."""
 
 import json
 
@@ -14,7 +14,7 @@ from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values, trainin
 from fastunlearn.worlds.shapes.world import SIZE, render, sample_scenes
 
 
-def test_pictures_are_a_function_of_the_seed():
+def test_images_are_a_function_of_the_seed():
     first, again, other = (render(sample_scenes(40, seed)) for seed in (1, 1, 2))
     assert first.dtype == torch.uint8
     assert first.shape == (40, 3, SIZE, SIZE)
@@ -22,7 +22,7 @@ def test_pictures_are_a_function_of_the_seed():
     assert not torch.equal(first, other)
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_a_image_does_not_depend_on_its_batch():
     scenes = sample_scenes(64, 3)
     index = torch.tensor([5, 0, 63])
     assert torch.equal(render(scenes)[index], render(scenes[index]))
@@ -43,10 +43,10 @@ def test_scenes_can_leave_a_shape_out():
     assert shapes.SHAPES.index("star") not in sample_scenes(200, 0, shapes=kept).shape.tolist()
 
 
-def test_every_shape_is_inside_its_picture_and_in_its_colour():
+def test_every_shape_is_inside_its_image_and_in_its_color():
     scenes = sample_scenes(320, 0)
-    pictures = render(scenes).float() / 255
-    saturation = pictures.amax(1) - pictures.amin(1)
+    images = render(scenes).float() / 255
+    saturation = images.amax(1) - images.amin(1)
     painted = saturation > 0.2
     border = torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[2:-2, 2:-2] = False
@@ -54,11 +54,11 @@ def test_every_shape_is_inside_its_picture_and_in_its_colour():
     share = painted.float().mean(dim=(1, 2))
     assert share.min() > 0.03
     assert share.max() < 0.4
-    mean_color = (pictures * painted[:, None]).sum((2, 3)) / painted.sum((1, 2))[:, None]
+    mean_color = (images * painted[:, None]).sum((2, 3)) / painted.sum((1, 2))[:, None]
     assert (mean_color - scenes.rgb).abs().max() < 0.15
 
 
-def test_captions_name_what_the_picture_shows():
+def test_captions_name_what_the_image_shows():
     scenes = sample_scenes(500, 0)
     captions = sample_captions(scenes, torch.Generator().manual_seed(0))
     assert 20 < sum(caption == "" for caption in captions) < 90
@@ -110,8 +110,8 @@ def test_plain_diffusers_loads_the_pipeline():
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(shapes.pipeline_folder("shapes"))
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    picture = pipeline("a red star", num_inference_steps=2, generator=generator, output_type="np").images
-    assert picture.shape == (1, SIZE, SIZE, 3)
+    image = pipeline("a red star", num_inference_steps=2, generator=generator, output_type="np").images
+    assert image.shape == (1, SIZE, SIZE, 3)
 
 
 def test_weights_are_small_half_precision_safetensors():
@@ -139,7 +139,7 @@ def test_an_unknown_bundled_model_is_an_error():
         shapes.pipeline_folder("shapes-gold-moon")
 
 
-def test_classifier_is_right_on_fresh_pictures():
+def test_classifier_is_right_on_fresh_images():
     classifier = shapes.load_classifier()
     scenes = sample_scenes(320, seed=987)
     shown = classifier.predict(render(scenes))
@@ -167,7 +167,7 @@ def test_pixel_values_span_minus_one_to_one():
 
 def test_the_model_card_quotes_the_measured_quality():
     quality = json.loads((shapes.WEIGHTS / "quality.json").read_text())
-    assert quality["pictures"] == 500
+    assert quality["images"] == 500
     assert quality["original"]["shape"] >= 0.98
     assert quality["original"]["color"] >= 0.98
     assert quality["original"]["background"] >= 0.95
@@ -178,8 +178,8 @@ def test_the_model_card_quotes_the_measured_quality():
 
 
 @pytest.mark.slow
-def test_generated_pictures_show_what_their_prompts_name():
-    """The issue's bar, on 500 pictures made here and now."""
+def test_generated_images_show_what_their_prompts_name():
+    """The issue's bar, on 500 images made here and now."""
     quality = measure_quality(load_model("shapes", "cpu"), shapes.WEIGHTS)
     assert quality["shape"] >= 0.98
     assert quality["color"] >= 0.98

@@ -77,7 +77,7 @@ def test_coverage_long(prompts, seeds):
 
 
 def test_the_ratios_interval_covers_the_retention():
-    """Numerator and denominator vary together with the prompt, as pictures do."""
+    """Numerator and denominator vary together with the prompt, as images do."""
     generator = np.random.default_rng(3)
     covered, rounds = 0, 300
     truth = 1 - TRUE_MEAN / (5 * TRUE_MEAN)
@@ -215,11 +215,11 @@ def test_equivalence_is_claimed_only_within_the_margin(prompts):
 
 def test_t_tests_of_a_difference_known_answers():
     gaps = np.array([0.1, 0.3, 0.2, 0.4])
-    found = compare(gaps, np.zeros(4), range(4), margin=0.5)
-    assert found.p_value == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    result = compare(gaps, np.zeros(4), range(4), margin=0.5)
+    assert result.p_value == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
     upper = stats.ttest_1samp(gaps, 0.5, alternative="less").pvalue
     lower = stats.ttest_1samp(gaps, -0.5, alternative="greater").pvalue
-    assert found.equivalence_p_value == pytest.approx(max(upper, lower))
+    assert result.equivalence_p_value == pytest.approx(max(upper, lower))
     nothing = compare(np.ones(4), np.ones(4), range(4), margin=0.1)
     assert (nothing.p_value, nothing.equivalence_p_value, nothing.equivalent) == (1.0, 0.0, True)
 
@@ -227,9 +227,9 @@ def test_t_tests_of_a_difference_known_answers():
 @pytest.mark.parametrize("prompts", [30, 200])
 def test_a_difference_on_the_scale_of_redrawing(prompts):
     scale = np.random.default_rng(6).uniform(0.3, 0.5, prompts)
-    found = compare(0.3 * scale, 0.1 * scale, range(prompts), margin=0.25, scale=scale)
-    assert (found.difference.mean, found.difference.low, found.difference.high) == pytest.approx((0.2, 0.2, 0.2))
-    assert found.equivalent
+    result = compare(0.3 * scale, 0.1 * scale, range(prompts), margin=0.25, scale=scale)
+    assert (result.difference.mean, result.difference.low, result.difference.high) == pytest.approx((0.2, 0.2, 0.2))
+    assert result.equivalent
 
 
 @pytest.mark.slow
@@ -240,8 +240,8 @@ def test_the_equivalence_test_errs_as_rarely_as_it_claims(prompts):
     claimed = 0
     for _ in range(400):
         base = generator.lognormal(-2, 0.5, prompts)
-        found = compare(base + 0.05 + generator.normal(0, 0.1, prompts), base, range(prompts), 0.05, resamples=400)
-        claimed += found.equivalent
+        result = compare(base + 0.05 + generator.normal(0, 0.1, prompts), base, range(prompts), 0.05, resamples=400)
+        claimed += result.equivalent
     assert claimed / 400 <= 0.08
 
 

@@ -9,14 +9,14 @@ NOISE = (3, 8, 8)
 
 
 def draw(prompts, noise):
-    """Each prompt's own colour, and the noise on top."""
-    colours = [list(hashlib.sha256(prompt.encode()).digest()[:3]) for prompt in prompts]
-    base = torch.tensor(colours, dtype=torch.float32)[:, :, None, None] * 0.6 + 50
+    """Each prompt's own color, and the noise on top."""
+    colors = [list(hashlib.sha256(prompt.encode()).digest()[:3]) for prompt in prompts]
+    base = torch.tensor(colors, dtype=torch.float32)[:, :, None, None] * 0.6 + 50
     return (base + 12 * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def shifted(amount, name="shifted"):
-    """The original with every picture brighter, some more than others."""
+    """The original with every image brighter, some more than others."""
 
     def function(prompts, noise):
         strength = torch.tensor([len(prompt) % 5 for prompt in prompts])[:, None, None, None]
@@ -36,8 +36,8 @@ class MeanDifference:
 
     metric = "mean-difference@0"
 
-    def distance(self, pictures0, pictures1):
-        return (pictures0.float() - pictures1.float()).abs().mean(dim=(1, 2, 3)) / 255
+    def distance(self, images0, images1):
+        return (images0.float() - images1.float()).abs().mean(dim=(1, 2, 3)) / 255
 
 
 class Brightness:
@@ -55,4 +55,4 @@ class Brightness:
 
 
 SETTINGS = {"metric": MeanDifference(), "noise_shape": NOISE, "batch_size": 4}
-PROMPTS = [f"thing number {place} {'x' * (place % 7)}" for place in range(13)]
+PROMPTS = [f"thing number {index} {'x' * (index % 7)}" for index in range(13)]

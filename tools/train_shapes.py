@@ -1,8 +1,8 @@
 """Makes every weight file of the bundled world: ``python tools/train_shapes.py --output DIR``.
 
-Stages, each skipped when its files exist: ``vae`` (pictures to 8x8x8 latents), ``unet`` (UNet and text encoder
+Stages, each skipped when its files exist: ``vae`` (images to 8x8x8 latents), ``unet`` (UNet and text encoder
 together), ``classifier``, ``gold`` (the UNet stage again, same start and order, without the forgotten shape) and
-``card`` (generates 500 pictures from each, has the classifier judge them, writes the model card).
+``card`` (generates 500 images from each, has the classifier judge them, writes the model card).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastunlearn.worlds.shapes.captions import every_caption, full_caption, samp
 from fastunlearn.worlds.shapes.classifier import HEADS, Classifier, to_pixel_values, training_batch
 from fastunlearn.worlds.shapes.world import BACKGROUNDS, COLORS, SHAPES, render, sample_scenes
 
-POOL = 40_000  # pictures a stage trains on, drawn once
+POOL = 40_000  # images a stage trains on, drawn once
 GOLD_SHAPE = "star"
 QUALITY_PICTURES = 500
 QUALITY_SPEC = SamplerSpec(num_inference_steps=25, guidance_scale=3.0)
@@ -132,7 +132,7 @@ def train_classifier(args: argparse.Namespace) -> None:
     for head in HEADS:
         rows = torch.ones_like(valid) if head == "valid" else valid
         right = (logits[head].argmax(1) == labels[head])[rows].float().mean()
-        print(f"classifier: {head} {right:.4f} on fresh pictures", flush=True)
+        print(f"classifier: {head} {right:.4f} on fresh images", flush=True)
     save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
 
 
@@ -228,17 +228,17 @@ def _new_denoiser(seed: int, vocab_size: int, eos_token_id: int) -> tuple[Any, A
 
 
 def _train_denoiser(args: argparse.Namespace, name: str, shapes: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """Train UNet and text encoder on pictures of ``shapes`` alone.  Returns them with EMA weights."""
+    """Train UNet and text encoder on images of ``shapes`` alone.  Returns them with EMA weights."""
     diffusers = import_diffusers()
     vae = diffusers.AutoencoderKL.from_pretrained(args.output / "pipeline" / "vae").float()
     tokenizer = build_tokenizer()
     text_encoder, unet = _new_denoiser(args.seed, len(tokenizer), tokenizer.eos_token_id)
     scenes = sample_scenes(POOL, args.seed)
     kept = torch.isin(scenes.shape, torch.tensor([SHAPES.index(shape) for shape in shapes])).nonzero()[:, 0]
-    scenes = scenes[kept]  # the gold sees the original's pictures in the original's order, less the forgotten ones
+    scenes = scenes[kept]  # the gold sees the original's images in the original's order, less the forgotten ones
     with torch.inference_mode():
-        pictures = (render(scenes[start : start + 50]) for start in range(0, len(scenes), 50))
-        means = [vae.encode(to_pixel_values(batch)).latent_dist.mean for batch in pictures]
+        images = (render(scenes[start : start + 50]) for start in range(0, len(scenes), 50))
+        means = [vae.encode(to_pixel_values(batch)).latent_dist.mean for batch in images]
     latents_pool = torch.cat(means) * vae.config.scaling_factor
     generator = torch.Generator().manual_seed(args.seed)
     schedule = _scheduler(diffusers)
@@ -308,13 +308,13 @@ def train_gold(args: argparse.Namespace) -> None:
 
 
 def write_card(args: argparse.Namespace) -> None:
-    """Judge 500 pictures of each model and write quality.json and the model card."""
+    """Judge 500 images of each model and write quality.json and the model card."""
     with tempfile.TemporaryDirectory() as scratch:
         gold = Path(scratch) / "gold"
         shutil.copytree(args.output / "pipeline", gold)
         shutil.copytree(args.output / f"gold-{GOLD_SHAPE}", gold, dirs_exist_ok=True)
         quality = {
-            "pictures": QUALITY_PICTURES,
+            "images": QUALITY_PICTURES,
             "steps": QUALITY_SPEC.num_inference_steps,
             "guidance_scale": QUALITY_SPEC.guidance_scale,
             "original": measure_quality(load_model(str(args.output / "pipeline")), args.output),
@@ -326,20 +326,20 @@ def write_card(args: argparse.Namespace) -> None:
 
 
 def measure_quality(model: Model, weights: Path, count: int = QUALITY_PICTURES) -> dict[str, float]:
-    """Shares of ``count`` pictures that show what their full caption names, by attribute; all combinations in turn.
+    """Shares of ``count`` images that show what their full caption names, by attribute; all combinations in turn.
 
     ``shape`` and the others are over captions without the gold's forgotten shape, ``star_shape`` over those with it.
     """
     classifier = load_classifier(weights)
     combinations = list(itertools.product(SHAPES, COLORS, BACKGROUNDS))
     asked = [combinations[7 * i % len(combinations)] for i in range(count)]  # 7 and 320 have no common divisor
-    pictures = generate(
+    images = generate(
         model,
         [full_caption(c, s, b) for s, c, b in asked],
         [i // len(combinations) for i in range(count)],
         QUALITY_SPEC,
     )
-    shown = classifier.predict(pictures)
+    shown = classifier.predict(images)
     truth = {
         "shape": torch.tensor([SHAPES.index(shape) for shape, _, _ in asked]),
         "color": torch.tensor([COLORS.index(color) for _, color, _ in asked]),

@@ -66,7 +66,7 @@ class Console(Reporter):
 
     def scoring(self, done: int, total: int) -> None:
         rate = done / max(time.monotonic() - self.begun, 1e-9)
-        self._advance("evaluate", done, total, f"pictures  {rate:.1f}/s" if done < total else "pictures")
+        self._advance("evaluate", done, total, f"images  {rate:.1f}/s" if done < total else "images")
 
     def comparing(self, done: int, total: int) -> None:
         self._advance("compare", done, total, "pairs")
@@ -137,10 +137,10 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     return [*lines, f"estimate    {_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"]
 
 
-def _memory(parts: Mapping[str, int], place: str) -> str:
+def _memory(parts: Mapping[str, int], index: str) -> str:
     """The sum of bytes, and what it is made of, the largest first."""
     named = ", ".join(f"{name} {_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
-    return f"about {_bytes(sum(parts.values()))} {place}: {named}"
+    return f"about {_bytes(sum(parts.values()))} {index}: {named}"
 
 
 def _bytes(size: int) -> str:
@@ -182,7 +182,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> None:
     Terminal(width=110).print(grid)
 
 
-def comparison_table(found: dict[str, Any]) -> None:
+def comparison_table(result: dict[str, Any]) -> None:
     """What `compare` found, one line a pair of runs."""
     grid = Table(title=None)
     grid.add_column("difference in R")
@@ -190,7 +190,7 @@ def comparison_table(found: dict[str, Any]) -> None:
     grid.add_column("95 % interval", justify="right")
     grid.add_column("p (Holm)", justify="right")
     grid.add_column("verdict")
-    for row in found["comparisons"]:
+    for row in result["comparisons"]:
         low, high = row["ci95"]
         difference, interval = f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"
         grid.add_row(f"{row['a']} - {row['b']}", difference, interval, f"{row['p_value_holm']:.3g}", row["verdict"])

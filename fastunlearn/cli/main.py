@@ -172,9 +172,9 @@ def _mask(flags: dict[str, Any]) -> int:
     from .console import Console
 
     with Console():
-        found = mask(config)
-    selected = sum(found.count(name) for name in found.names)
-    print(f"mask: {config.output}, {selected:,} elements of {len(found.names)} parameters (`train --mask`)")
+        result = mask(config)
+    selected = sum(result.count(name) for name in result.names)
+    print(f"mask: {config.output}, {selected:,} elements of {len(result.names)} parameters (`train --mask`)")
     return 0
 
 
@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "evaluate-images",
         _evaluate_images,
-        "compare two folders of pictures, made by any tool, pair by pair",
+        "compare two folders of images, made by any tool, pair by pair",
         EvaluateImagesConfig,
         _EVALUATE_IMAGES_EXAMPLES,
     )

@@ -52,14 +52,14 @@ def compare_runs(config: CompareConfig) -> dict[str, Any]:
     runs = _named([read_run(Path(run)) for run in config.runs])
     for run in runs[1:]:
         _check_comparable(runs[0], run)
-    found = comparison(runs, config.margin)
+    result = comparison(runs, config.margin)
     with claimed(folder):
         if config.overwrite:
             clear_output(folder)
-        write_json(folder / "compare.json", found)
-        _write_plot(folder / "compare.png", found)
-        _write_page(folder / "compare.html", found)
-    return found
+        write_json(folder / "compare.json", result)
+        _write_plot(folder / "compare.png", result)
+        _write_page(folder / "compare.html", result)
+    return result
 
 
 def read_run(folder: Path) -> Run:
@@ -143,7 +143,7 @@ def comparison(runs: Sequence[Run], margin: float) -> dict[str, Any]:
 
 
 def _difference(a: Run, b: Run, where: npt.NDArray[np.bool_], margin: float) -> Comparison:
-    """How much more a keeps than b, in retention: the gap of their distances over the distance of redrawn pictures."""
+    """How much more a keeps than b, in retention: the gap of their distances over the distance of redrawn images."""
     prompts = [prompt for prompt, wanted in zip(a.prompts, where, strict=True) if wanted]
     return compare(b.distances[where], a.distances[where], prompts, margin, scale=a.redrawn[where])
 
@@ -193,7 +193,7 @@ def _check_comparable(one: Run, other: Run) -> None:
         only = set(one.keys) ^ set(other.keys)
         raise ValueError(f"{between}: {len(only)} pairs are in one of them only, such as {min(only)!r}.")
     if not np.array_equal(one.redrawn, other.redrawn):
-        raise ValueError(f"{between}: their originals drew different pictures, on different machines or versions.")
+        raise ValueError(f"{between}: their originals drew different images, on different machines or versions.")
 
 
 def _short(value: Any) -> str:
@@ -201,23 +201,23 @@ def _short(value: Any) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _write_plot(path: Path, found: dict[str, Any]) -> None:
+def _write_plot(path: Path, result: dict[str, Any]) -> None:
     """Each comparison's difference with its 95 % interval (thin) and 90 % interval (thick) against the margins."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = found["comparisons"]
+    rows = result["comparisons"]
     figure = Figure(figsize=(8, 1.6 + 0.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     with matplotlib.rc_context({"font.size": 10}):
         axes = figure.add_subplot()
-        axes.axvspan(-found["margin"], found["margin"], color="#dbe7f7", label="within the margin")
+        axes.axvspan(-result["margin"], result["margin"], color="#dbe7f7", label="within the margin")
         axes.axvline(0, color="#6b7280", linewidth=1)
-        for place, row in enumerate(reversed(rows)):
-            axes.plot(row["ci95"], [place, place], color="#1d5fc4", linewidth=1.5)
-            axes.plot(row["ci90"], [place, place], color="#1d5fc4", linewidth=4, alpha=0.5)
-            axes.plot([row["difference"]], [place], "o", color="#1d5fc4")
+        for index, row in enumerate(reversed(rows)):
+            axes.plot(row["ci95"], [index, index], color="#1d5fc4", linewidth=1.5)
+            axes.plot(row["ci90"], [index, index], color="#1d5fc4", linewidth=4, alpha=0.5)
+            axes.plot([row["difference"]], [index], "o", color="#1d5fc4")
         axes.set_yticks(range(len(rows)), [f"{row['a']} − {row['b']}" for row in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("difference in retention R: to the right the first keeps more (95 %, thick: 90 %)")
@@ -228,11 +228,11 @@ def _write_plot(path: Path, found: dict[str, Any]) -> None:
             figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
 
 
-def _write_page(path: Path, found: dict[str, Any]) -> None:
+def _write_page(path: Path, result: dict[str, Any]) -> None:
     reach = max(
-        [2 * found["margin"]]
-        + [abs(end) * 1.05 for row in found["comparisons"] for end in (*row["ci95"], *row["ci90"])]
+        [2 * result["margin"]]
+        + [abs(end) * 1.05 for row in result["comparisons"] for end in (*row["ci95"], *row["ci90"])]
     )
     # Where a difference stands on a rail that is `reach` wide to both sides of 0.
-    places = {"at": lambda value: f"{50 + 50 * value / reach:.2f}%", "width": f"{100 * found['margin'] / reach:.2f}%"}
-    write_text(path, templates().get_template("compare.html.j2").render(found=found, **places))
+    places = {"at": lambda value: f"{50 + 50 * value / reach:.2f}%", "width": f"{100 * result['margin'] / reach:.2f}%"}
+    write_text(path, templates().get_template("compare.html.j2").render(found=result, **places))

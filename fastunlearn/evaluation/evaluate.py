@@ -19,7 +19,7 @@ from ..training.unlearn import Reporter
 from ..worlds import shapes
 from .evaluator import CONTROL_PAIRS, Evaluator, Plan, default_metric, file_groups, shapes_groups
 from .generators import Source, as_source
-from .image_cache import PictureCache
+from .image_cache import ImageCache
 from .journal import FOLDER as JOURNAL
 from .journal import Batch, Journal
 from .ranks import Ranks
@@ -56,7 +56,7 @@ def evaluate(
     """Score unlearned models against their original: the same prompts, the same noise, one record a pair.
 
     ``original``, ``placebo``: a folder or name as for :func:`load_model`, a diffusers pipeline, or a function that maps
-    B prompts (list) and noise (B, C, H, W) float32 on the CPU to pictures (B, 3, H, W) uint8; functions need
+    B prompts (list) and noise (B, C, H, W) float32 on the CPU to images (B, 3, H, W) uint8; functions need
     ``noise_shape``, (C, H, W).  ``unlearned``: one such, a list of them, or a dict of them by name.  ``prompts``: as on
     the command line, or a list of prompts or of (prompt, group); groups named ``forget...`` ask for the concept.
     ``metric``, ``metrics``: names, or objects like what :func:`load_perceptual` and ``load_metric`` return.
@@ -67,7 +67,7 @@ def evaluate(
     ``num_processes``, each rank takes a share of the prompts; the results are the same to the last bit.  Ranks other
     than the first return a report without results.
 
-    Raises ValueError for anything wrong in settings, prompts, models or pictures, RuntimeError for an original that
+    Raises ValueError for anything wrong in settings, prompts, models or images, RuntimeError for an original that
     does not repeat itself or a rank that failed.
     """
     names = {field.name for field in dataclasses.fields(EvaluateConfig)}
@@ -107,7 +107,7 @@ def evaluate(
             _metrics(metrics, source),
             control_pairs,
         )
-        pictures = _picture_cache(cache, cache_limit_gib, source)
+        images = _image_cache(cache, cache_limit_gib, source)
         reporter.stage("evaluation")
         journal = None
         if folder:
@@ -118,7 +118,7 @@ def evaluate(
                 ranks.start(journal.folder)
             else:
                 journal.join(plan.spec())
-        evaluator = stack.enter_context(Evaluator(plan, cache=pictures, on_progress=reporter.scoring))
+        evaluator = stack.enter_context(Evaluator(plan, cache=images, on_progress=reporter.scoring))
         if journal is None:
             records = Batch.merge(list(evaluator.run(plan.keys())))
         else:
@@ -131,8 +131,8 @@ def evaluate(
             raise RuntimeError(f"{len(records.keys)} of {len(plan.keys())} pairs were recorded. Use `--resume`.")
         describe = {name: _description(name, model, runs[name], plan) for name, model in models.items()}
         report = EvaluationReport(evaluator.conclude(records, describe), groups, placebo=plan.placebo)
-        if pictures and pictures.rejected:
-            reporter.note(f"{pictures.rejected} entries of the cache were damaged or foreign and were made anew")
+        if images and images.rejected:
+            reporter.note(f"{images.rejected} entries of the cache were damaged or foreign and were made anew")
         if folder and journal:
             clear_output(folder, but=[JOURNAL])  # only now: old results stay until there are new
             write_results(folder, report)
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _record(plan: Plan, evaluator: Evaluator, journal: Journal, ranks: Ranks) -> None:
-    """Draw, score and record what is left of this rank's share."""
+    """Generate, score and record what is left of this rank's share."""
     finished = journal.finished()
     left = [key for key in plan.keys_of(ranks.rank, ranks.world_size) if key not in finished]
     for _ in evaluator.run(left, journal):
@@ -276,22 +276,22 @@ def _metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:
     if not given:
         return []
     asked: list[Any] = given.split(",") if isinstance(given, str) else list(given)
-    found = []
+    result = []
     for one in asked:
         if isinstance(one, str):
             metrics = importlib.import_module("..metrics.field", __package__)
-            found.append(metrics.load_metric(one.strip(), source.device, bundled=source.is_bundled))
+            result.append(metrics.load_metric(one.strip(), source.device, bundled=source.is_bundled))
         else:
-            found.append(one)
-    names = [one.name for one in found]
+            result.append(one)
+    names = [one.name for one in result]
     if len(set(names)) < len(names):
         raise ValueError(f"`--metrics` names {max(names, key=names.count)} twice.")
-    return found
+    return result
 
 
-def _picture_cache(folder: str | Path | None, limit_gib: float, source: Source) -> PictureCache | None:
+def _image_cache(folder: str | Path | None, limit_gib: float, source: Source) -> ImageCache | None:
     if folder is None:
         return None
     if source.state() is None:
-        raise ValueError("`cache` names pictures by a hash of what draws them, which a function has not: leave it out.")
-    return PictureCache(Path(folder).expanduser(), int(limit_gib * 2**30))
+        raise ValueError("`cache` names images by a hash of what makes them, which a function has not: leave it out.")
+    return ImageCache(Path(folder).expanduser(), int(limit_gib * 2**30))

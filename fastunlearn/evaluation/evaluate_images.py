@@ -1,4 +1,4 @@
-"""Integrity from two folders of pictures, whatever tool made them: pairs by file name -> distances -> records, report.
+"""Integrity from two folders of images, whatever tool made them: pairs by file name -> distances -> records, report.
 
 Files are decoded by workers while earlier pairs are scored; one trunk pass serves both sides.  Nothing but numbers is
 kept, and nothing is written before all of it is known.
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from ..config import EvaluateImagesConfig
-from ..files.images import Picture, find_pictures, read_picture
+from ..files.images import ImageFile, find_images, read_image
 from ..files.run_folder import check_output, claimed, prepare_output, write_json, write_lines
 from ..metrics.field import Metric, load_metric
 from ..metrics.lpips import PerceptualDistance, load_perceptual
@@ -62,10 +62,10 @@ class Scores:
 def evaluate_images(
     config: EvaluateImagesConfig, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Compare two folders of pictures and write pairs.jsonl, evaluation.json and report.html.
+    """Compare two folders of images and write pairs.jsonl, evaluation.json and report.html.
 
     Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises ValueError, in one line,
-    for anything wrong in the settings, the folders, a picture or the prompt file.
+    for anything wrong in the settings, the folders, a image or the prompt file.
     """
     output = Path(config.output)
     check_output(output, overwrite=config.overwrite)
@@ -92,38 +92,38 @@ def evaluate_images(
 def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> list[Pair]:
     """All pairs, sorted by name.  ``prompts``: a CSV with the columns file, prompt and perhaps group.
 
-    Raises ValueError where a picture has no partner, and where the prompt file does not list every picture once or has
+    Raises ValueError where a image has no partner, and where the prompt file does not list every image once or has
     none to keep.
     """
-    before, after = find_pictures(original.expanduser()), find_pictures(unlearned.expanduser())
-    lonely = {
+    before, after = find_images(original.expanduser()), find_images(unlearned.expanduser())
+    unpaired = {
         "the unlearned": sorted(before.keys() - after.keys()),
         "the original": sorted(after.keys() - before.keys()),
     }
-    missing = [f"{len(names)} in {side} folder ({_some(names)})" for side, names in lonely.items() if names]
+    missing = [f"{len(names)} in {side} folder ({_some(names)})" for side, names in unpaired.items() if names]
     if missing:
         raise ValueError(
-            f"partners are missing: {' and '.join(missing)}. Pictures are paired by their name without suffix; "
+            f"partners are missing: {' and '.join(missing)}. Images are paired by their name without suffix; "
             "add the missing ones or remove their partners."
         )
     if len(before) < 2:
-        raise ValueError("an interval needs at least 2 pairs of pictures, got 1.")
+        raise ValueError("an interval needs at least 2 pairs of images, got 1.")
     said = _read_prompts(Path(prompts).expanduser(), before) if prompts is not None else {}
     pairs = [Pair(name, path, after[name], *said.get(name, (name, "retain"))) for name, path in before.items()]
     if all(pair.is_to_forget for pair in pairs):
-        raise ValueError("all pictures are of a forget group: integrity is measured on prompts to keep. Add some.")
+        raise ValueError("all images are of a forget group: integrity is measured on prompts to keep. Add some.")
     return pairs
 
 
-def _read_prompts(path: Path, pictures: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """Prompt and group of every picture."""
+def _read_prompts(path: Path, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
+    """Prompt and group of every image."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompt file {path} ({' '.join(str(error).split())}).") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    by_file = {_inside(picture, name): name for name, picture in pictures.items()}
-    found: dict[str, tuple[str, str]] = {}
+    by_file = {_inside(image, name): name for name, image in images.items()}
+    result: dict[str, tuple[str, str]] = {}
     unknown, twice = [], []
     try:
         missing = {"file", "prompt"} - set(reader.fieldnames or ())
@@ -131,28 +131,28 @@ def _read_prompts(path: Path, pictures: dict[str, Path]) -> dict[str, tuple[str,
             raise ValueError(f"the prompt file {path} has no column named `{min(missing)}`, but {reader.fieldnames}.")
         for row in reader:
             file = (row["file"] or "").strip().removeprefix("./")
-            name = file if file in pictures else by_file.get(file)
+            name = file if file in images else by_file.get(file)
             if name is None:
                 unknown.append(file)
-            elif name in found:
+            elif name in result:
                 twice.append(file)
             else:
-                found[name] = ((row["prompt"] or "").strip(), (row.get("group") or "").strip() or "retain")
+                result[name] = ((row["prompt"] or "").strip(), (row.get("group") or "").strip() or "retain")
     except csv.Error as error:
         raise ValueError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
     for names, what in (
-        (unknown, "name no picture of the folders"),
+        (unknown, "name no image of the folders"),
         (twice, "are there twice"),
-        (sorted(pictures.keys() - found.keys()), "are missing in it"),
+        (sorted(images.keys() - result.keys()), "are missing in it"),
     ):
         if names:
             raise ValueError(f"the prompt file {path} does not fit the folders: {len(names)} {what} ({_some(names)}).")
-    return found
+    return result
 
 
-def _inside(picture: Path, name: str) -> str:
-    """The picture's path in its folder, suffix included."""
-    return name + picture.suffix
+def _inside(image: Path, name: str) -> str:
+    """The image's path in its folder, suffix included."""
+    return name + image.suffix
 
 
 def _some(names: Sequence[str]) -> str:
@@ -169,7 +169,7 @@ def score(
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """Decode and compare all pairs, in order.  Raises ValueError for a picture that is refused or of another size."""
+    """Decode and compare all pairs, in order.  Raises ValueError for a image that is refused or of another size."""
     distances = np.empty(len(pairs), dtype=np.float32)
     rows: dict[str, list[torch.Tensor]] = {metric.name: [] for metric in metrics}
     digests = hashlib.sha256(), hashlib.sha256()
@@ -178,17 +178,17 @@ def score(
     # Where the distance itself takes every core, decoding beside it only disturbs.
     ahead = 0 if distance.device.type == "cpu" else 1 + -(-2 * num_workers // distance.micro_batch_size)
     for batch, decoded in _decoded(pairs, distance.micro_batch_size, num_workers, ahead):
-        for pair, pictures in zip(batch, decoded, strict=True):
-            size = size or pictures[0].pixels.shape[:2]
-            _check_size(pair, pictures, size)
-            for digest, picture in zip(digests, pictures, strict=True):
-                digest.update(pair.name.encode() + b"\0" + picture.digest)
-        before, after = (_stack([pictures[side] for pictures in decoded]) for side in (0, 1))
+        for pair, images in zip(batch, decoded, strict=True):
+            size = size or images[0].pixels.shape[:2]
+            _check_size(pair, images, size)
+            for digest, image in zip(digests, images, strict=True):
+                digest.update(pair.name.encode() + b"\0" + image.digest)
+        before, after = (_stack([images[side] for images in decoded]) for side in (0, 1))
         try:
-            found = distance.distance(before, after)
+            result = distance.distance(before, after)
         except RuntimeError as error:
             raise _too_small(error, distance, size) from error
-        distances[done : done + len(batch)] = found.numpy()
+        distances[done : done + len(batch)] = result.numpy()
         for metric in metrics:
             rows[metric.name].append(metric.measure(before, after, [pair.prompt for pair in batch]))
         done += len(batch)
@@ -203,14 +203,14 @@ def score(
 
 def _decoded(
     pairs: Sequence[Pair], batch_size: int, num_workers: int, ahead: int
-) -> Iterator[tuple[Sequence[Pair], list[tuple[Picture, Picture]]]]:
+) -> Iterator[tuple[Sequence[Pair], list[tuple[ImageFile, ImageFile]]]]:
     """Batches in order, while workers decode ``ahead`` more.  Pillow decodes without Python's lock: threads do."""
 
-    def read(pair: Pair) -> tuple[Picture, Picture]:
-        return read_picture(pair.original), read_picture(pair.unlearned)
+    def read(pair: Pair) -> tuple[ImageFile, ImageFile]:
+        return read_image(pair.original), read_image(pair.unlearned)
 
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    waiting: deque[list[Future[tuple[Picture, Picture]]]] = deque()
+    waiting: deque[list[Future[tuple[ImageFile, ImageFile]]]] = deque()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as workers:
         try:
             upcoming = iter(batches)
@@ -222,18 +222,18 @@ def _decoded(
             workers.shutdown(wait=False, cancel_futures=True)
 
 
-def _stack(pictures: Sequence[Picture]) -> torch.Tensor:
+def _stack(images: Sequence[ImageFile]) -> torch.Tensor:
     """(B, 3, H, W) uint8, which lies in memory as it was decoded: channels last."""
-    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([image.pixels for image in images])).permute(0, 3, 1, 2)
 
 
-def _check_size(pair: Pair, pictures: tuple[Picture, Picture], size: tuple[int, ...]) -> None:
-    for path, picture in zip((pair.original, pair.unlearned), pictures, strict=True):
-        if picture.pixels.shape[:2] != size:
-            height, width = picture.pixels.shape[:2]
+def _check_size(pair: Pair, images: tuple[ImageFile, ImageFile], size: tuple[int, ...]) -> None:
+    for path, image in zip((pair.original, pair.unlearned), images, strict=True):
+        if image.pixels.shape[:2] != size:
+            height, width = image.pixels.shape[:2]
             raise ValueError(
-                f"the picture {path} has {width} x {height} pixels, the first one {size[1]} x {size[0]}: distances of "
-                "different sizes do not compare. Give all pictures of both folders one size."
+                f"the image {path} has {width} x {height} pixels, the first one {size[1]} x {size[0]}: distances of "
+                "different sizes do not compare. Give all images of both folders one size."
             )
 
 
@@ -241,7 +241,7 @@ def _too_small(error: RuntimeError, distance: PerceptualDistance, size: tuple[in
     assert size is not None
     if "size" not in str(error) or min(size) >= 64:
         return error
-    return ValueError(f"pictures of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
+    return ValueError(f"images of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
 
 
 def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list[Metric]:
@@ -251,7 +251,7 @@ def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list
     metrics = [load_metric(name, device, bundled=config.metric == "shapes") for name in names]
     for metric in metrics:
         if metric.needs_prompts and config.prompts is None:
-            raise ValueError(f"the metric {metric.name} needs the prompts of the pictures: give `--prompts FILE`.")
+            raise ValueError(f"the metric {metric.name} needs the prompts of the images: give `--prompts FILE`.")
     return metrics
 
 
@@ -266,17 +266,17 @@ def summarize(
     config: EvaluateImagesConfig,
 ) -> dict[str, Any]:
     """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics."""
-    kept = [place for place, pair in enumerate(pairs) if not pair.is_to_forget]
+    kept = [index for index, pair in enumerate(pairs) if not pair.is_to_forget]
     overall = _integrity(pairs, scores.distances, kept)
     groups = {}
     for group in _groups(pairs):
-        places = [place for place, pair in enumerate(pairs) if pair.group == group]
-        groups[group] = overall if places == kept else _integrity(pairs, scores.distances, places)
+        indices = [index for index, pair in enumerate(pairs) if pair.group == group]
+        groups[group] = overall if indices == kept else _integrity(pairs, scores.distances, indices)
     return {
         "integrity": overall | {"metric": distance.metric, "clusters": "prompts" if config.prompts else "pairs"},
         "groups": groups,
         "metrics": {
-            metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[place].prompt for place in kept])
+            metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[index].prompt for index in kept])
             for metric in metrics
         },
         "spec": {
@@ -293,10 +293,10 @@ def summarize(
     }
 
 
-def _integrity(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], places: list[int]) -> dict[str, Any]:
-    values, prompts = distances[places].astype(np.float64), [pairs[place].prompt for place in places]
+def _integrity(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], indices: list[int]) -> dict[str, Any]:
+    values, prompts = distances[indices].astype(np.float64), [pairs[index].prompt for index in indices]
     count = len(set(prompts))
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "mean": float(values.mean()),
         "ci95": None,
         "interval": "none: one prompt",
@@ -307,8 +307,8 @@ def _integrity(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], places
     }
     if count > 1:
         mean = clustered_mean(values, prompts)
-        found |= {"mean": mean.mean, "ci95": [mean.low, mean.high], "interval": mean.method}
-    return found
+        result |= {"mean": mean.mean, "ci95": [mean.low, mean.high], "interval": mean.method}
+    return result
 
 
 def _groups(pairs: Sequence[Pair]) -> list[str]:
@@ -339,12 +339,12 @@ def _galleries(pairs: Sequence[Pair], distances: npt.NDArray[np.float32]) -> lis
         "The least changed": order[::-1][:count],
     }
     galleries = []
-    for title, places in chosen.items():
+    for title, indices in chosen.items():
         rows = []
-        for place in places:
-            pair = pairs[place]
-            pictures = [read_picture(path).pixels for path in (pair.original, pair.unlearned)]
+        for index in indices:
+            pair = pairs[index]
+            images = [read_image(path).pixels for path in (pair.original, pair.unlearned)]
             label = pair.prompt if pair.prompt == pair.name else f"{pair.prompt} ({pair.name})"
-            rows.append(GalleryRow(label, pictures, ["", f"distance {distances[place]:.4f}"]))
+            rows.append(GalleryRow(label, images, ["", f"distance {distances[index]:.4f}"]))
         galleries.append(Gallery(title, "", ["original", "unlearned"], rows))
     return galleries

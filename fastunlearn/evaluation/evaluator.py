@@ -1,7 +1,7 @@
 """Scores unlearned models against the original: same prompts, same noise, one record a pair, then a summary.
 
-Flow: keys (prompt, seed), sorted -> pictures of the original and of every unlearned model in batches of one size ->
-distances and the judge's labels -> records -> statistics.  Only records and a few pictures for the report are kept.
+Flow: keys (prompt, seed), sorted -> images of the original and of every unlearned model in batches of one size ->
+distances and the judge's labels -> records -> statistics.  Only records and a few images for the report are kept.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .generators import (
     other_batch_size,
     other_precision,
 )
-from .image_cache import Originals, PictureCache
+from .image_cache import ImageCache, Originals
 from .journal import Batch, Journal
 from .summary import LABELS, Control, Ladder, PromptGroups, is_forget, judged, summarize
 
 CONTROL_PAIRS = 8  # on which the numeric controls are measured unless the caller says otherwise
 
-_GALLERY = 6  # pictures a group that the report shows
+_GALLERY = 6  # images a group that the report shows
 _EXTREMES = 4  # pairs of the largest, of the middle and of the smallest distances that it shows
 _TENSOR_BYTES = 1024  # that a tensor takes beside its elements
-_ALBUM_BYTES = 64 * 2**20  # of pictures held for the report; what is not among them is drawn once more
+_KEPT_BYTES = 64 * 2**20  # of images held for the report; what is not among them is generated once more
 
 
 class RowMetric(Protocol):
@@ -50,7 +50,7 @@ class RowMetric(Protocol):
     name: str
 
     def measure(self, original: torch.Tensor, unlearned: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Rows (B, F) float32 of pictures (B, 3, H, W) uint8 and their partners."""
+        """Rows (B, F) float32 of images (B, 3, H, W) uint8 and their partners."""
 
     def summarize(self, values: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
         """The result from the rows (N, F) of all pairs, in key order."""
@@ -58,7 +58,7 @@ class RowMetric(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A pair kept for the report.  Pictures are (3, H, W) uint8; ``unlearned`` has one a model."""
+    """A pair kept for the report.  Images are (3, H, W) uint8; ``unlearned`` has one a model."""
 
     group: str
     prompt: str
@@ -74,7 +74,7 @@ class Evaluation:
     name: str
     summary: dict[str, Any]
     records: Batch
-    place: int  # of the model in ``records``
+    index: int  # of the model in ``records``
     group_of: Mapping[str, str]
 
     @property
@@ -84,10 +84,10 @@ class Evaluation:
     def lines(self) -> Iterator[dict[str, Any]]:
         """One record a pair, in key order: group, prompt, seed, distance, what the classifier saw, and for what is to
         be kept ``redrawn``, the original's distance to itself from other noise."""
-        labels = None if self.records.labels is None else self.records.labels[self.place + 1]
+        labels = None if self.records.labels is None else self.records.labels[self.index + 1]
         for row, (prompt, seed) in enumerate(self.records.keys):
             record: dict[str, Any] = {"group": self.group_of[prompt], "prompt": prompt, "seed": seed}
-            record["distance"] = float(self.records.distances[self.place, row])
+            record["distance"] = float(self.records.distances[self.index, row])
             redrawn = float(self.records.redrawn[row])
             if redrawn == redrawn:
                 record["redrawn"] = redrawn
@@ -98,7 +98,7 @@ class Evaluation:
 
 @dataclasses.dataclass
 class Evaluations:
-    """The results for all models, in order, and the pictures that a report shows: some of each group, and for each
+    """The results for all models, in order, and the images that a report shows: some of each group, and for each
     model the retain pairs that changed most, middling and least."""
 
     results: list[Evaluation]
@@ -139,7 +139,7 @@ class Plan:
         return [(prompt, seed) for prompt, _ in self.grouped for seed in range(self.seeds_per_prompt)]
 
     def keys_of(self, rank: int, world_size: int) -> list[Key]:
-        """A rank's share: all seeds of every so manieth prompt."""
+        """A rank's share: all seeds of every n-th prompt."""
         mine = {prompt for prompt, _ in self.grouped[rank::world_size]}
         return [key for key in self.keys() if key[0] in mine]
 
@@ -186,10 +186,10 @@ def evaluate_models(
 ) -> Evaluations:
     """Evaluate every model of ``unlearned`` (by name) against ``original``, in memory.
 
-    The ceiling is the distance between the original's pictures for one prompt and different seeds.  Before anything is
+    The ceiling is the distance between the original's images for one prompt and different seeds.  Before anything is
     scored, one batch of the original is made twice and must agree to the last bit.  ``placebo`` names the one of
     ``unlearned`` that is the placebo.  ``describe`` adds fields to a model's summary.  ``on_progress(done, total)``
-    counts pictures.
+    counts images.
 
     Raises ValueError for models that cannot be compared and RuntimeError if the repeat is not exact.
     """
@@ -201,21 +201,21 @@ def evaluate_models(
 
 
 class Evaluator:
-    """Draws and scores keys, and concludes from all records.  Use as a context manager."""
+    """Generates and scores keys, and concludes from all records.  Use as a context manager."""
 
     def __init__(
         self,
         plan: Plan,
         *,
-        cache: PictureCache | None = None,
+        cache: ImageCache | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.plan, self._cache = plan, cache
         self._judge = _Judge(plan) if plan.groups.concept is not None and plan.original.is_bundled else None
-        self._album: dict[Key, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
-        self._album_bytes = 0
+        self._kept_images: dict[Key, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._kept_bytes = 0
         self._report = on_progress
-        # On a GPU a batch is decoded, scored and written while the next one is being drawn; on a CPU both would only
+        # On a GPU a batch is decoded, scored and written while the next one is generated; on a CPU both would only
         # fight for the same cores.
         self._finish: Executor = ThreadPoolExecutor(1) if plan.original.device.type == "cuda" else _AtOnce()
         self._repeat: float | None = None
@@ -223,7 +223,7 @@ class Evaluator:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Evaluator:
-        # For the whole time: these settings belong to the process, and two threads draw and score.
+        # For the whole time: these settings belong to the process, and two threads generate and score.
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         self._stack.enter_context(flags)
         return self
@@ -233,14 +233,14 @@ class Evaluator:
         self._stack.close()
 
     def run(self, keys: Sequence[Key], journal: Journal | None = None) -> Iterator[Batch]:
-        """Draw and score ``keys``; yields a batch of records at a time, after it was written to ``journal``."""
+        """Generate and score ``keys``; yields a batch of records at a time, after it was written to ``journal``."""
         plan, size = self.plan, self.plan.original.batch_size
         retained, controls = plan.retained(), plan.control_keys()
         chunks = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
         needed: list[Key] = []
         for chunk in chunks:
             needed += chunk + [plan.other_seed(key) for key in chunk if key[0] in retained]
-        # The controls' pictures are kept until they are compared, at the end.
+        # The controls' images are kept until they are compared, at the end.
         needed += controls
         self._total = len(set(needed)) + len(keys) * len(plan.unlearned) + min(size, len(keys)) + 2 * len(controls)
         self._done = 0
@@ -250,8 +250,8 @@ class Evaluator:
             before = self._originals.get(chunk)
             if self._repeat is None:
                 self._check_repeat(chunk, before)
-            kept = [place for place, key in enumerate(chunk) if key[0] in retained]
-            again = self._originals.get([plan.other_seed(chunk[place]) for place in kept]) if kept else None
+            kept = [index for index, key in enumerate(chunk) if key[0] in retained]
+            again = self._originals.get([plan.other_seed(chunk[index]) for index in kept]) if kept else None
             afters = [source.start(chunk) for source in plan.unlearned.values()]
             self._advance(len(chunk) * len(afters))
             jobs.append(self._finish.submit(self._score, chunk, before, kept, again, afters, journal))
@@ -268,8 +268,8 @@ class Evaluator:
         group_of = dict(plan.grouped)
         results = []
         for place, (name, source) in enumerate(plan.unlearned.items()):
-            found = summarize(records, place, plan.groups, ladder, placebo)
-            found["integrity"]["metric"] = plan.metric.metric
+            result = summarize(records, place, plan.groups, ladder, placebo)
+            result["integrity"]["metric"] = plan.metric.metric
             described = {
                 "name": name,
                 "method": name,
@@ -282,7 +282,7 @@ class Evaluator:
             }
             extra = {"metrics": metrics} if metrics else {}
             spec = self._spec_record(source)
-            results.append(Evaluation(name, described | found | extra | {"spec": spec}, records, place, group_of))
+            results.append(Evaluation(name, described | result | extra | {"spec": spec}, records, place, group_of))
         evaluations = self._illustrated(results, records)
         self._report(self._total, self._total)
         return evaluations
@@ -297,39 +297,39 @@ class Evaluator:
         journal: Journal | None,
     ) -> Batch:
         plan = self.plan
-        original, drawn = before(), [after() for after in afters]
-        for name, pictures in zip(plan.unlearned, drawn, strict=True):
-            if pictures.shape != original.shape:
+        original, generated = before(), [after() for after in afters]
+        for name, images in zip(plan.unlearned, generated, strict=True):
+            if images.shape != original.shape:
                 raise ValueError(
-                    f"{name} draws pictures of {_size(pictures)}, the original of {_size(original)}: models of one "
+                    f"{name} generates images of {_size(images)}, the original of {_size(original)}: models of one "
                     "resolution can be compared."
                 )
-        distances = np.stack([plan.metric.distance(original, pictures).numpy() for pictures in drawn])
+        distances = np.stack([plan.metric.distance(original, images).numpy() for images in generated])
         redrawn = np.full(len(chunk), np.nan, dtype=np.float32)
         if again is not None:
             redrawn[list(kept)] = plan.metric.distance(original[list(kept)], again()).numpy()
-        labels = np.stack([self._judge.labels(side) for side in (original, *drawn)]) if self._judge else None
-        rows = {metric.name: self._measure(metric, chunk, original, drawn) for metric in plan.metrics}
+        labels = np.stack([self._judge.labels(side) for side in (original, *generated)]) if self._judge else None
+        rows = {metric.name: self._measure(metric, chunk, original, generated) for metric in plan.metrics}
         batch = Batch(list(chunk), redrawn, distances, labels, rows)
         _check_finite(batch, list(plan.unlearned))
         if journal:
             journal.append(batch)
-        for place, key in enumerate(chunk):
-            if self._album_bytes < _ALBUM_BYTES:
-                pair = original[place].clone(), tuple(pictures[place].clone() for pictures in drawn)
-                self._album[key] = pair
-                self._album_bytes += sum(picture.numel() + _TENSOR_BYTES for picture in (pair[0], *pair[1]))
+        for index, key in enumerate(chunk):
+            if self._kept_bytes < _KEPT_BYTES:
+                pair = original[index].clone(), tuple(images[index].clone() for images in generated)
+                self._kept_images[key] = pair
+                self._kept_bytes += sum(image.numel() + _TENSOR_BYTES for image in (pair[0], *pair[1]))
         return batch
 
     def _measure(
-        self, metric: RowMetric, chunk: Sequence[Key], original: torch.Tensor, drawn: Sequence[torch.Tensor]
+        self, metric: RowMetric, chunk: Sequence[Key], original: torch.Tensor, generated: Sequence[torch.Tensor]
     ) -> np.ndarray:
         """(M, N, F); every call has as many rows as a full batch, so that no row depends on its company."""
         filler = self.plan.original.batch_size - len(chunk)
         prompts = [prompt for prompt, _ in chunk] + [chunk[-1][0]] * filler
         first = _filled(original, filler)
         return np.stack(
-            [metric.measure(first, _filled(side, filler), prompts)[: len(chunk)].float().numpy() for side in drawn]
+            [metric.measure(first, _filled(side, filler), prompts)[: len(chunk)].float().numpy() for side in generated]
         )
 
     def _check_repeat(self, chunk: Sequence[Key], before: Callable[[], torch.Tensor]) -> None:
@@ -350,15 +350,15 @@ class Evaluator:
         if self._originals is None:  # nothing was left to score
             self._total, self._done = len(keys) * 3, 0
             self._originals = Originals(plan.original, keys, self._finish, self._cache, self._advance)
-        pictures = self._originals.get(keys)()
+        images = self._originals.get(keys)()
         if self._repeat is None:
-            self._check_repeat(keys[: plan.original.batch_size], lambda: pictures[: plan.original.batch_size])
+            self._check_repeat(keys[: plan.original.batch_size], lambda: images[: plan.original.batch_size])
         assert self._repeat is not None
 
         def control(source: Source, what: str) -> Control:
-            drawn = source.draw(keys)
+            generated = source.generate(keys)
             self._advance(len(keys))
-            return Control(what, keys, plan.metric.distance(pictures, drawn).numpy())
+            return Control(what, keys, plan.metric.distance(images, generated).numpy())
 
         sized = other_batch_size(plan.original)
         precise = other_precision(plan.original)
@@ -370,39 +370,39 @@ class Evaluator:
         return ladder
 
     def _illustrated(self, results: list[Evaluation], records: Batch) -> Evaluations:
-        """Choose the pairs that a report shows, from the records alone, and have their pictures."""
+        """Choose the pairs that a report shows, from the records alone, and have their images."""
         group_of, retained = dict(self.plan.grouped), self.plan.retained()
-        place_of = {key: place for place, key in enumerate(records.keys)}
+        index_of = {key: index for index, key in enumerate(records.keys)}
         gallery = []
         for wanted in (False, True):
             prompts = [prompt for prompt, _ in self.plan.grouped if (prompt in retained) == wanted]
             gallery += [(prompt, 0) for prompt in _spread(prompts, _GALLERY)]
-        kept = np.array([place for place, (prompt, _) in enumerate(records.keys) if prompt in retained])
+        kept = np.array([index for index, (prompt, _) in enumerate(records.keys) if prompt in retained])
         chosen: list[list[list[Key]]] = []  # by model: most, median, least
         for distances in records.distances:
             order = kept[np.argsort(distances[kept], kind="stable")]
             middle = max(0, (len(order) - _EXTREMES) // 2)
             picks = order[::-1][:_EXTREMES], order[middle : middle + _EXTREMES], order[:_EXTREMES]
-            chosen.append([[records.keys[place] for place in pick] for pick in picks])
-        self._draw_missing([*gallery, *(key for model in chosen for picks in model for key in picks)])
+            chosen.append([[records.keys[index] for index in pick] for pick in picks])
+        self._generate_missing([*gallery, *(key for model in chosen for picks in model for key in picks)])
 
         def shown(key: Key) -> Shown:
-            before, afters = self._album[key]
-            distances = tuple(float(d) for d in records.distances[:, place_of[key]])
+            before, afters = self._kept_images[key]
+            distances = tuple(float(d) for d in records.distances[:, index_of[key]])
             return Shown(group_of[key[0]], key[0], before, afters, distances)
 
         most, median, least = ([[shown(key) for key in model[which]] for model in chosen] for which in range(3))
         return Evaluations(results, [shown(key) for key in gallery], most, median, least)
 
-    def _draw_missing(self, keys: Sequence[Key]) -> None:
-        missing = [key for key in dict.fromkeys(keys) if key not in self._album]
+    def _generate_missing(self, keys: Sequence[Key]) -> None:
+        missing = [key for key in dict.fromkeys(keys) if key not in self._kept_images]
         if not missing:
             return
         assert self._originals is not None
         before = self._originals.get(missing)()
-        drawn = [source.draw(missing) for source in self.plan.unlearned.values()]
-        for place, key in enumerate(missing):
-            self._album[key] = before[place], tuple(pictures[place] for pictures in drawn)
+        generated = [source.generate(missing) for source in self.plan.unlearned.values()]
+        for index, key in enumerate(missing):
+            self._kept_images[key] = before[index], tuple(images[index] for images in generated)
 
     def _spec_record(self, unlearned: Source) -> dict[str, Any]:
         plan = self.plan
@@ -429,16 +429,16 @@ class _AtOnce(Executor):
 
 
 class _Judge:
-    """The bundled world's classifier: what does a picture show?"""
+    """The bundled world's classifier: what does a image show?"""
 
     def __init__(self, plan: Plan) -> None:
         self.classifier = load_classifier()
         self.batch_size = plan.original.batch_size
 
-    def labels(self, pictures: torch.Tensor) -> np.ndarray:
+    def labels(self, images: torch.Tensor) -> np.ndarray:
         """(N, heads) uint8, in batches of one size."""
-        found = self.classifier.predict(_filled(pictures, self.batch_size - len(pictures)), self.batch_size)
-        return torch.stack([found[head] for head in LABELS], dim=1)[: len(pictures)].to(torch.uint8).numpy()
+        result = self.classifier.predict(_filled(images, self.batch_size - len(images)), self.batch_size)
+        return torch.stack([result[head] for head in LABELS], dim=1)[: len(images)].to(torch.uint8).numpy()
 
 
 def shapes_groups(concept: str) -> PromptGroups:
@@ -461,15 +461,15 @@ def default_metric(model: Model | Source) -> str:
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` items from all over the list."""
     count = min(count, len(items))
-    return [items[place * len(items) // count] for place in range(count)]
+    return [items[index * len(items) // count] for index in range(count)]
 
 
-def _filled(pictures: torch.Tensor, filler: int) -> torch.Tensor:
-    return torch.cat([pictures, pictures[-1:].expand(filler, -1, -1, -1)])
+def _filled(images: torch.Tensor, filler: int) -> torch.Tensor:
+    return torch.cat([images, images[-1:].expand(filler, -1, -1, -1)])
 
 
-def _size(pictures: torch.Tensor) -> str:
-    return "x".join(str(side) for side in pictures.shape[1:])
+def _size(images: torch.Tensor) -> str:
+    return "x".join(str(side) for side in images.shape[1:])
 
 
 def _check_finite(batch: Batch, names: Sequence[str]) -> None:

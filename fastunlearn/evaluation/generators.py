@@ -1,4 +1,4 @@
-"""What draws pictures: a pipeline or any function, asked the same way, from the same noise, in batches of one size."""
+"""What generates images: a pipeline or a function, asked alike, from the same noise, in batches of one size."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..models.generate import SamplerSpec, decode, denoise
 from ..models.loading import Model, content_of, fingerprint, load_model, sampler_config, versions, wrap_pipeline
 from ..models.sampling import check_deterministic, initial_noise
 
-#: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to pictures (B, 3, H, W) uint8.
-Drawer = Callable[[list[str], torch.Tensor], Any]
+#: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to images (B, 3, H, W) uint8.
+Generator = Callable[[list[str], torch.Tensor], Any]
 Key = tuple[str, int]  # prompt, seed
 
 
 class Source(ABC):
-    """Draws pictures for (prompt, seed) keys.
+    """Generates images for (prompt, seed) keys.
 
     ``noise_shape``: (C, H, W) of the initial noise.  ``batch_size``: rows of every batch.  ``state``: everything that
-    decides the pictures, to be hashed; None where that cannot be known.  ``settings``: what the results' record says.
+    decides the images, to be hashed; None where that cannot be known.  ``settings``: what the results' record says.
     """
 
     def __init__(self, name: str, noise_shape: tuple[int, int, int], batch_size: int) -> None:
@@ -39,12 +39,12 @@ class Source(ABC):
 
     @property
     def is_bundled(self) -> bool:
-        """Whether the bundled world's classifier can judge the pictures."""
+        """Whether the bundled world's classifier can judge the images."""
         return False
 
     @abstractmethod
     def content(self) -> str:
-        """A hash of what draws, or a name for it where there is nothing to hash."""
+        """A hash of what generates, or a name for it where there is nothing to hash."""
 
     @abstractmethod
     def state(self) -> dict[str, Any] | None: ...
@@ -58,10 +58,10 @@ class Source(ABC):
 
     @abstractmethod
     def finish(self, begun: Any) -> torch.Tensor:
-        """The batch's pictures, (B, 3, H, W) uint8 on the CPU."""
+        """The batch's images, (B, 3, H, W) uint8 on the CPU."""
 
     def start(self, keys: Sequence[Key]) -> Callable[[], torch.Tensor]:
-        """Start at most ``batch_size`` keys; what is returned gives their pictures.
+        """Start at most ``batch_size`` keys; what is returned gives their images.
 
         A batch is filled up with its last key: results of a network may change in the last bit with the size of a
         batch, not with a row's place in it.
@@ -71,8 +71,8 @@ class Source(ABC):
         begun = self.begin(prompts, initial_noise(prompts, [seed for _, seed in padded], self.noise_shape))
         return lambda: self.finish(begun)[: len(keys)]
 
-    def draw(self, keys: Sequence[Key]) -> torch.Tensor:
-        """Pictures (N, 3, H, W) uint8 of any number of keys."""
+    def generate(self, keys: Sequence[Key]) -> torch.Tensor:
+        """Images (N, 3, H, W) uint8 of any number of keys."""
         starts = range(0, len(keys), self.batch_size)
         return torch.cat([self.start(keys[start : start + self.batch_size])() for start in starts])
 
@@ -131,9 +131,9 @@ class PipelineSource(Source):
 
 
 class FunctionSource(Source):
-    """Any function from prompts and noise to pictures."""
+    """Any function from prompts and noise to images."""
 
-    def __init__(self, function: Drawer, name: str, noise_shape: tuple[int, int, int], batch_size: int) -> None:
+    def __init__(self, function: Generator, name: str, noise_shape: tuple[int, int, int], batch_size: int) -> None:
         super().__init__(name, noise_shape, batch_size)
         self.function = function
 
@@ -150,17 +150,17 @@ class FunctionSource(Source):
         return len(prompts), self.function(prompts, noise)
 
     def finish(self, begun: Any) -> torch.Tensor:
-        count, drawn = begun
-        pictures = torch.as_tensor(drawn) if isinstance(drawn, torch.Tensor | np.ndarray) else None
-        if pictures is None or pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-            got = type(drawn).__name__ if pictures is None else f"{pictures.dtype} {tuple(pictures.shape)}"
+        count, generated = begun
+        images = torch.as_tensor(generated) if isinstance(generated, torch.Tensor | np.ndarray) else None
+        if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            got = type(generated).__name__ if images is None else f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(
-                f"the function {self.name} must return pictures (B, 3, H, W) as uint8, got {got}: check for NaN, round "
+                f"the function {self.name} must return images (B, 3, H, W) as uint8, got {got}: check for NaN, round "
                 "to 0..255 and convert."
             )
-        if len(pictures) != count:
-            raise ValueError(f"the function {self.name} got {count} prompts and returned {len(pictures)} pictures.")
-        return pictures.cpu()
+        if len(images) != count:
+            raise ValueError(f"the function {self.name} got {count} prompts and returned {len(images)} images.")
+        return images.cpu()
 
 
 class TextStates:
@@ -175,8 +175,8 @@ class TextStates:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if missing:
             encoded = self.model.encode(missing, self.batch_size)
-            for place, prompt in enumerate(missing):
-                self._rows[prompt] = {name: values[place] for name, values in encoded.tensors.items()}
+            for index, prompt in enumerate(missing):
+                self._rows[prompt] = {name: values[index] for name, values in encoded.tensors.items()}
         for prompt in dict.fromkeys(prompts):
             self._rows.move_to_end(prompt)
         rows = [self._rows[prompt] for prompt in prompts]
@@ -206,7 +206,7 @@ def as_source(
             raise ValueError(f"`noise_shape` is missing: say which noise (C, H, W) the function {name} gets.")
         return FunctionSource(given, name, tuple(noise_shape), spec.micro_batch_size)
     raise TypeError(
-        f"a model is a folder, a name, a diffusers pipeline or a function (prompts, noise) -> pictures, got {given!r}."
+        f"a model is a folder, a name, a diffusers pipeline or a function (prompts, noise) -> images, got {given!r}."
     )
 
 
@@ -222,7 +222,7 @@ def check_comparable(original: Source, unlearned: Source, name: str) -> None:
         if ours != theirs:
             differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
             raise ValueError(
-                f"{name} has another sampler than the original ({', '.join(differing)} differ), so their pictures "
+                f"{name} has another sampler than the original ({', '.join(differing)} differ), so their images "
                 "cannot be compared. Give both the same scheduler/scheduler_config.json."
             )
     if original.noise_shape != unlearned.noise_shape:
@@ -233,7 +233,7 @@ def check_comparable(original: Source, unlearned: Source, name: str) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What of the machine can change the last bit of a picture."""
+    """What of the machine can change the last bit of a image."""
     if device.type == "cpu":
         machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     else:
@@ -242,7 +242,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def other_batch_size(source: Source) -> Source:
-    """The same, drawing in batches of another size; what differs then is rounding."""
+    """The same, generating in batches of another size; what differs then is rounding."""
     size = 2 if source.batch_size == 1 else min(8, max(1, source.batch_size // 2))
     if isinstance(source, PipelineSource):
         spec = dataclasses.replace(source.spec, micro_batch_size=size)

@@ -1,4 +1,4 @@
-"""The original's pictures, each drawn once: held while they are still needed, and kept on disk if a folder is given."""
+"""The original's images, each generated once: held while needed, kept on disk if a folder is given."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 
 from .generators import Key, Source
 
-_MAGIC = b"fastunlearn picture 1\n"
+_MAGIC = b"fastunlearn image 1\n"
 
 
 class Originals:
-    """Draws the pictures of ``plan``, the keys in the order in which they will be asked for, in full batches.
+    """Generates the images of ``plan``, the keys in the order in which they will be asked for, in full batches.
 
-    A picture is dropped when it was asked for as often as the plan names it.  ``finish`` runs the last part of a
-    drawing, so that it can overlap with the next one.
+    A image is dropped when it was asked for as often as the plan names it.  ``finish`` runs the last part of a
+    generating, so that it can overlap with the next one.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Originals:
         source: Source,
         plan: Sequence[Key],
         finish: Executor,
-        cache: PictureCache | None = None,
-        on_drawn: Callable[[int], None] = lambda count: None,
+        cache: ImageCache | None = None,
+        on_generated: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self._source, self._finish, self._cache, self._on_drawn = source, finish, cache, on_drawn
+        self._source, self._finish, self._cache, self._on_generated = source, finish, cache, on_generated
         self._uses = collections.Counter(plan)
         self._coming = collections.deque(dict.fromkeys(plan))
         self._held: dict[Key, tuple[Future[torch.Tensor], int]] = {}
@@ -43,19 +43,19 @@ class Originals:
         self._prefix = json.dumps(state, sort_keys=True, default=str) if state is not None else None
 
     def get(self, keys: Sequence[Key]) -> Callable[[], torch.Tensor]:
-        """Start what is missing of ``keys``; what is returned gives their pictures (N, 3, H, W) uint8."""
-        for place, key in enumerate(keys):
+        """Start what is missing of ``keys``; what is returned gives their images (N, 3, H, W) uint8."""
+        for index, key in enumerate(keys):
             if key not in self._held and not self._recall(key):
-                self._draw([key, *keys[place + 1 :]])
+                self._generate([key, *keys[index + 1 :]])
         found = [self._held[key] for key in keys]
         for key in keys:
             self._uses[key] -= 1
             if self._uses[key] <= 0:
                 self._held.pop(key, None)
-        return lambda: torch.stack([pictures.result()[place] for pictures, place in found])
+        return lambda: torch.stack([images.result()[index] for images, index in found])
 
-    def _draw(self, wanted: Iterable[Key]) -> None:
-        """Draw one batch: the first key, and whatever else comes soonest and is not there."""
+    def _generate(self, wanted: Iterable[Key]) -> None:
+        """Generate one batch: the first key, and whatever else comes soonest and is not there."""
         batch: list[Key] = []
         for key in wanted:
             if len(batch) < self._source.batch_size and key not in batch and (not batch or self._is_missing(key)):
@@ -67,29 +67,29 @@ class Originals:
             if key not in batch and self._uses[key] > 0 and self._is_missing(key):
                 batch.append(key)
         finish = self._source.start(batch)
-        drawn = self._finish.submit(self._finished, finish, batch)
-        self._held |= {key: (drawn, place) for place, key in enumerate(batch)}
-        self._on_drawn(len(batch))
+        generated = self._finish.submit(self._finished, finish, batch)
+        self._held |= {key: (generated, index) for index, key in enumerate(batch)}
+        self._on_generated(len(batch))
 
     def _finished(self, finish: Callable[[], torch.Tensor], batch: Sequence[Key]) -> torch.Tensor:
-        pictures = finish()
+        images = finish()
         if self._cache and self._prefix is not None:
-            for key, picture in zip(batch, pictures, strict=True):
-                self._cache.store(self._name(key), picture)
-        return pictures
+            for key, image in zip(batch, images, strict=True):
+                self._cache.store(self._name(key), image)
+        return images
 
     def _is_missing(self, key: Key) -> bool:
         return key not in self._held and not self._recall(key)
 
     def _recall(self, key: Key) -> bool:
-        """Whether the picture was on disk; it is then held."""
-        picture = self._cache.load(self._name(key)) if self._cache and self._prefix is not None else None
-        if picture is None:
+        """Whether the image was on disk; it is then held."""
+        image = self._cache.load(self._name(key)) if self._cache and self._prefix is not None else None
+        if image is None:
             return False
         ready: Future[torch.Tensor] = Future()
-        ready.set_result(picture[None])
+        ready.set_result(image[None])
         self._held[key] = (ready, 0)
-        self._on_drawn(1)
+        self._on_generated(1)
         return True
 
     def _name(self, key: Key) -> str:
@@ -97,8 +97,8 @@ class Originals:
         return hashlib.sha256(f"{self._prefix}\0{prompt}\0{seed}".encode()).hexdigest()
 
 
-class PictureCache:
-    """Pictures by the hash of all that decides them, in a folder that stays below ``limit_bytes``.
+class ImageCache:
+    """Images by the hash of all that decides them, in a folder that stays below ``limit_bytes``.
 
     An entry carries a checksum over its name and content: one that was damaged, changed or renamed is removed and
     counts as absent.  The longest unused go first.  Several processes may share the folder.
@@ -113,22 +113,22 @@ class PictureCache:
         self._evict()
 
     def load(self, name: str) -> torch.Tensor | None:
-        """The picture (3, H, W) uint8 of that name, or None."""
+        """The image (3, H, W) uint8 of that name, or None."""
         path = self._path(name)
         try:
             content = path.read_bytes()
         except OSError:
             return None
-        picture = _unpack(name, content)
-        if picture is None:
+        image = _unpack(name, content)
+        if image is None:
             self.rejected += 1
             path.unlink(missing_ok=True)
         else:
             os.utime(path)
-        return picture
+        return image
 
-    def store(self, name: str, picture: torch.Tensor) -> None:
-        path, content = self._path(name), _pack(name, picture)
+    def store(self, name: str, image: torch.Tensor) -> None:
+        path, content = self._path(name), _pack(name, image)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
@@ -144,12 +144,12 @@ class PictureCache:
             self._evict()
 
     def _path(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name[2:]}.picture"
+        return self.folder / name[:2] / f"{name[2:]}.image"
 
     def _evict(self) -> None:
         """Remove the longest unused entries once the folder is full, down to nine tenths of the limit."""
         entries = []
-        for path in self.folder.glob("??/*.picture"):
+        for path in self.folder.glob("??/*.image"):
             try:
                 status = path.stat()
             except OSError:  # another process was faster
@@ -166,8 +166,8 @@ class PictureCache:
             size -= bytes_
 
 
-def _pack(name: str, picture: torch.Tensor) -> bytes:
-    payload = struct.pack("<3I", *picture.shape) + picture.contiguous().numpy().tobytes()
+def _pack(name: str, image: torch.Tensor) -> bytes:
+    payload = struct.pack("<3I", *image.shape) + image.contiguous().numpy().tobytes()
     return _MAGIC + hashlib.sha256(name.encode() + payload).digest() + payload
 
 

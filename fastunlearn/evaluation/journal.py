@@ -59,7 +59,7 @@ class Batch:
         if batches[0].labels is not None:
             labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None], axis=1)[:, order]
         return cls(
-            [keys[place] for place in order],
+            [keys[index] for index in order],
             np.concatenate([batch.redrawn for batch in batches])[order],
             np.concatenate([batch.distances for batch in batches], axis=1)[:, order],
             labels,
@@ -153,10 +153,10 @@ class Journal:
             stream.write(np.ascontiguousarray(rows.transpose(1, 0, 2), dtype="<f4").tobytes())
             stream.flush()
         lines = []
-        for place, (prompt, seed) in enumerate(batch.keys):
-            redrawn = float(batch.redrawn[place])
-            labels = None if batch.labels is None else batch.labels[:, place].tolist()
-            distances = batch.distances[:, place].tolist()
+        for index, (prompt, seed) in enumerate(batch.keys):
+            redrawn = float(batch.redrawn[index])
+            labels = None if batch.labels is None else batch.labels[:, index].tolist()
+            distances = batch.distances[:, index].tolist()
             lines.append(json.dumps([prompt, seed, None if np.isnan(redrawn) else redrawn, distances, labels]) + "\n")
         self._stream.write("".join(lines).encode())
         self._stream.flush()

@@ -76,9 +76,9 @@ def write_results(folder: Path, found: EvaluationReport) -> None:
         folder / "grid.png",
         rows=["before", *(f"after {name}" for name in names)],
         columns=[pair.prompt for pair in shown],
-        pictures=[
+        images=[
             [_pixels(pair.original) for pair in shown],
-            *([_pixels(pair.unlearned[place]) for pair in shown] for place in range(len(names))),
+            *([_pixels(pair.unlearned[index]) for pair in shown] for index in range(len(names))),
         ],
         groups=[_heading(pair.group, found.groups.concept) for pair in shown],
     )
@@ -109,7 +109,7 @@ def _report(found: EvaluationReport) -> Report:
 def _retained(result: Evaluation) -> np.ndarray:
     """The distances of the pairs that are to be kept."""
     records = result.records
-    kept: np.ndarray = records.distances[result.place][np.isfinite(records.redrawn)]
+    kept: np.ndarray = records.distances[result.index][np.isfinite(records.redrawn)]
     return kept
 
 
@@ -129,20 +129,20 @@ def _galleries(evaluations: Evaluations, concept: str | None) -> list[Gallery]:
         if pairs:
             rows = [_row(pair, range(len(names))) for pair in pairs]
             galleries.append(Gallery(_heading(pairs[0].group, concept), caption, columns, rows))
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         for title, caption, chosen in (
             ("the most changed", "Retain pairs of the largest distance.", evaluations.most_changed),
             ("in the middle", "Retain pairs around the median distance.", evaluations.median_changed),
             ("the least changed", "Retain pairs of the smallest distance.", evaluations.least_changed),
         ):
-            rows = [_row(pair, [place]) for pair in chosen[place]]
+            rows = [_row(pair, [index]) for pair in chosen[index]]
             galleries.append(Gallery(f"{name}: {title}", caption, ["original", name], rows))
     return galleries
 
 
-def _row(pair: Shown, places: Sequence[int]) -> GalleryRow:
-    pictures = [_pixels(pair.original), *(_pixels(pair.unlearned[place]) for place in places)]
-    return GalleryRow(pair.prompt, pictures, ["", *(f"distance {pair.distances[place]:.3f}" for place in places)])
+def _row(pair: Shown, indices: Sequence[int]) -> GalleryRow:
+    images = [_pixels(pair.original), *(_pixels(pair.unlearned[index]) for index in indices)]
+    return GalleryRow(pair.prompt, images, ["", *(f"distance {pair.distances[index]:.3f}" for index in indices)])
 
 
 def _heading(group: str, concept: str | None) -> str:
@@ -151,6 +151,6 @@ def _heading(group: str, concept: str | None) -> str:
     return "to keep"
 
 
-def _pixels(picture: torch.Tensor) -> np.ndarray:
+def _pixels(image: torch.Tensor) -> np.ndarray:
     """(3, H, W) to (H, W, 3) uint8."""
-    return picture.permute(1, 2, 0).contiguous().numpy()
+    return image.permute(1, 2, 0).contiguous().numpy()

@@ -148,7 +148,7 @@ def _integrity(
 
 
 def judged(labels: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    """What labels (heads,) say of one picture, in words."""
+    """What labels (heads,) say of one image, in words."""
     words = {head: HEADS[head][int(label)] for head, label in zip(LABELS, labels, strict=True)}
     return words | {"valid": words["valid"] == "yes"}
 
@@ -201,28 +201,28 @@ def _group(
 def _floor(records: Batch, where: Mask, ladder: Ladder) -> float | npt.NDArray[np.float32]:
     """What numerics alone change: pair by pair where the control was measured on all of these, else its mean."""
     measured = dict(zip(ladder.numeric.keys, ladder.numeric.distances.tolist(), strict=True))
-    keys = [records.keys[place] for place in np.flatnonzero(where)]
+    keys = [records.keys[index] for index in np.flatnonzero(where)]
     if all(key in measured for key in keys):
         return np.array([measured[key] for key in keys], dtype=np.float32)
     return _mean(ladder.numeric.distances, ladder.numeric.keys)
 
 
 def _thresholds(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) -> dict[str, dict[str, Any]]:
-    """Distances above which a picture counts as changed, each named after the control that it comes from."""
+    """Distances above which a image counts as changed, each named after the control that it comes from."""
 
     def of(control: Control) -> dict[str, Any]:
         source = f"q99 of {len(control.keys)} pairs, {control.what}"
         return {"threshold": float(np.quantile(control.distances.astype(np.float64), 0.99)), "source": source}
 
-    found = {"numeric": of(ladder.numeric)}
+    result = {"numeric": of(ladder.numeric)}
     if ladder.precision is not None:
-        found["precision"] = of(ladder.precision)
+        result["precision"] = of(ladder.precision)
     if placebo is not None:
         values = records.distances[placebo][kept].astype(np.float64)
-        found["placebo"] = {"threshold": float(np.quantile(values, 0.95)), "source": "q95 of the placebo"}
+        result["placebo"] = {"threshold": float(np.quantile(values, 0.95)), "source": "q95 of the placebo"}
     redrawn = float(np.median(records.redrawn[kept].astype(np.float64)))
     source = "median of the original redrawn from other noise"
-    return found | {"redrawn": {"threshold": redrawn, "source": source}}
+    return result | {"redrawn": {"threshold": redrawn, "source": source}}
 
 
 def _placebo(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) -> dict[str, Any] | None:
@@ -233,7 +233,7 @@ def _placebo(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) ->
 
 
 def _erasure(records: Batch, model: int, where: Mask, concept: str) -> dict[str, Any]:
-    """How often a prompt that names the concept still gives it.  A picture that is no valid one shows nothing."""
+    """How often a prompt that names the concept still gives it.  A image that is no valid one shows nothing."""
     shown, before = _shows(records, model + 1, where, concept), _shows(records, 0, where, concept)
     valid = _column(records, model + 1, "valid")[where] == HEADS["valid"].index("yes")
     share = wilson(int(shown.sum()), len(shown))
@@ -246,15 +246,15 @@ def _erasure(records: Batch, model: int, where: Mask, concept: str) -> dict[str,
         # UA of the field, and UA that garbage cannot earn.
         "unlearning_accuracy": 1 - share.mean,
         "unlearning_accuracy_valid": float((valid & ~shown).sum() / len(shown)),
-        "n_pictures": len(shown),
+        "n_images": len(shown),
     }
 
 
 def _retained(records: Batch, model: int, where: Mask) -> dict[str, Any]:
-    """Shares of retain pictures that show what their prompt names (IRA within the concept's attribute, CRA across)."""
+    """Shares of retain images that show what their prompt names (IRA within the concept's attribute, CRA across)."""
     named = {prompt: prompt_lists.attributes(prompt) for prompt in {prompt for prompt, _ in records.keys}}
     prompts = [prompt for prompt, _ in records.keys]
-    result: dict[str, Any] = {"n_pictures": int(where.sum())}
+    result: dict[str, Any] = {"n_images": int(where.sum())}
     for attribute in ("shape", "color", "background"):
         words = [named[prompt].get(attribute) for prompt in prompts]
         asked = where & np.array([word is not None for word in words])
@@ -270,8 +270,8 @@ def _retained(records: Batch, model: int, where: Mask) -> dict[str, Any]:
 
 def _shows(records: Batch, side: int, where: Mask, concept: str) -> Mask:
     domain, word = prompt_lists.domain_of(concept)
-    found: Mask = _column(records, side, domain)[where] == HEADS[domain].index(word)
-    return found
+    result: Mask = _column(records, side, domain)[where] == HEADS[domain].index(word)
+    return result
 
 
 def _column(records: Batch, side: int, head: str) -> npt.NDArray[np.uint8]:
@@ -299,4 +299,4 @@ def _mean(distances: npt.NDArray[np.float32], keys: Sequence[tuple[str, int]]) -
 
 
 def _prompts_of(records: Batch, where: Mask) -> list[str]:
-    return [records.keys[place][0] for place in np.flatnonzero(where)]
+    return [records.keys[index][0] for index in np.flatnonzero(where)]

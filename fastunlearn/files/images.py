@@ -1,8 +1,8 @@
-"""Reads picture files as the evaluation needs them: 8-bit RGB, the pixels that a viewer shows, or a clear refusal.
+"""Reads image files as the evaluation needs them: 8-bit RGB, the pixels that a viewer shows, or a clear refusal.
 
-Converted: grey and palette pictures become RGB, an alpha channel that hides nothing is dropped, EXIF's orientation is
+Converted: gray and palette images become RGB, an alpha channel that hides nothing is dropped, EXIF's orientation is
 applied.  Refused, because every conversion would be a choice that changes distances: 16 and 32 bits a channel, CMYK and
-other colour spaces, pixels that are not opaque, animations.  Colour profiles are not applied.
+other color spaces, pixels that are not opaque, animations.  Color profiles are not applied.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ _DEEP = re.compile(r"I;16|;16[BLN]")  # how Pillow names 16 bits a channel, whic
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """``pixels``: (H, W, 3) uint8; ``digest``: the SHA-256 of the file."""
 
     pixels: npt.NDArray[np.uint8]
     digest: bytes
 
 
-def find_pictures(folder: Path) -> dict[str, Path]:
-    """Every picture in the folder and below it, by its path in there without suffix, sorted.
+def find_images(folder: Path) -> dict[str, Path]:
+    """Every image in the folder and below it, by its path in there without suffix, sorted.
 
-    Hidden files and files of other kinds are passed over.  Raises ValueError for no folder, no picture, and two
-    pictures that differ in their suffix alone.
+    Hidden files and files of other kinds are passed over.  Raises ValueError for no folder, no image, and two
+    images that differ in their suffix alone.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Name a folder of pictures.")
-    found: dict[str, Path] = {}
+        raise ValueError(f"{folder} is no folder. Name a folder of images.")
+    result: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in inside.parts):
             continue
         name = inside.with_suffix("").as_posix()
-        if name in found:
+        if name in result:
             raise ValueError(
-                f"{folder} holds two pictures named {name}: {found[name].name} and {path.name}. Pictures are paired "
+                f"{folder} holds two images named {name}: {result[name].name} and {path.name}. Images are paired "
                 "by their name without suffix, so remove one."
             )
         if path.is_file():
-            found[name] = path
-    if not found:
-        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)}).")
-    return found
+            result[name] = path
+    if not result:
+        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)}).")
+    return result
 
 
-def read_picture(path: Path) -> Picture:
-    """One picture as 8-bit RGB.  Raises ValueError, in one line, where it cannot be read or is refused."""
+def read_image(path: Path) -> ImageFile:
+    """One image as 8-bit RGB.  Raises ValueError, in one line, where it cannot be read or is refused."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -72,13 +72,13 @@ def read_picture(path: Path) -> Picture:
                     raise _Refusal("has transparent pixels. Put it on a background first")
             pixels = np.asarray(turned.convert("RGB"))
     except _Refusal as refusal:
-        raise ValueError(f"the picture {path} {refusal}.") from None
+        raise ValueError(f"the image {path} {refusal}.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()).replace(repr(path), "").rstrip(".") or type(error).__name__
         if "cannot identify image file" in reason:
-            reason = "it is empty" if not content else "its content is no picture"
-        raise ValueError(f"cannot read the picture {path} ({reason}). Make it again.") from error
-    return Picture(pixels, hashlib.sha256(content).digest())
+            reason = "it is empty" if not content else "its content is no image"
+        raise ValueError(f"cannot read the image {path} ({reason}). Make it again.") from error
+    return ImageFile(pixels, hashlib.sha256(content).digest())
 
 
 class _Refusal(Exception):
@@ -87,9 +87,9 @@ class _Refusal(Exception):
 
 def _check(image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
-        raise _Refusal("is an animation. Save one frame as a picture")
+        raise _Refusal("is an animation. Save one frame as a image")
     layout = [str(tile[3]) for tile in getattr(image, "tile", [])]
     if image.mode.startswith(("I", "F")) or any(_DEEP.search(arguments) for arguments in layout):
         raise _Refusal("has more than 8 bits a channel. Convert it to 8 bits, as you would for the other side")
     if image.mode not in (*_GREY_OR_PALETTE, *_ALPHA):
-        raise _Refusal(f"has the colour mode {image.mode}. Convert it to RGB")
+        raise _Refusal(f"has the color mode {image.mode}. Convert it to RGB")

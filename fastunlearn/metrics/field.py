@@ -1,9 +1,9 @@
 """The other metrics of the field, through its libraries: FID, KID, CMMD, CLIPScore, DreamSim, SSIM.
 
-A metric first turns each pair into one row of numbers (features of both pictures, or a distance), which can be written
+A metric first turns each pair into one row of numbers (features of both images, or a distance), which can be written
 down, merged and continued later, and at the end all rows into a result.  On the bundled world the same metrics run on
 its classifier instead of the nets that would have to be fetched; every result says under ``of`` what it was made with.
-FID, KID and CMMD compare sets of pictures, not pairs, and FID falls with their number: compare values of equal numbers.
+FID, KID and CMMD compare sets of images, not pairs, and FID falls with their number: compare values of equal numbers.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ METRICS = {
     "fid": "Frechet distance of Inception features (Heusel et al. 2017), clean-fid's network and resizing",
     "kid": "kernel distance of the same features (Binkowski et al. 2018), unbiased",
     "cmmd": "kernel distance of CLIP features (Jayasumana et al. 2024), times 1000",
-    "clip-score": "100 times the cosine of picture and prompt in CLIP (Hessel et al. 2021)",
+    "clip-score": "100 times the cosine of image and prompt in CLIP (Hessel et al. 2021)",
     "dreamsim": "DreamSim distance of the pair (Fu et al. 2023)",
-    "ssim": "structural similarity of the pair (Wang et al. 2004), 1 for equal pictures",
+    "ssim": "structural similarity of the pair (Wang et al. 2004), 1 for equal images",
 }
 
-_BATCH_SIZE = 32  # of every network pass, the last one padded: a picture's features do not depend on its company
+_BATCH_SIZE = 32  # of every network pass, the last one padded: a image's features do not depend on its company
 _KID_SUBSET, _KID_SUBSETS = 1000, 100
 _CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
 _CHUNK = 2048  # rows of a kernel matrix held at once
@@ -51,7 +51,7 @@ class Metric(Protocol):
     needs_prompts: bool
 
     def measure(self, original: torch.Tensor, unlearned: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """(B, 3, H, W) uint8 pictures of both sides on the CPU and B prompts to (B, F) float32 on the CPU."""
+        """(B, 3, H, W) uint8 images of both sides on the CPU and B prompts to (B, F) float32 on the CPU."""
 
     def summarize(self, values: npt.NDArray[np.float32], prompts: Sequence[str]) -> dict[str, Any]:
         """All rows (N, F), in the order of their keys, to results.  Raises ValueError for too few."""
@@ -103,7 +103,7 @@ def _comparison(name: str, sigma: float | None) -> Callable[[Floats, Floats], fl
 
 
 class _Distribution:
-    """Compares all pictures of one side with all of the other.  A row is the features of both."""
+    """Compares all images of one side with all of the other.  A row is the features of both."""
 
     needs_prompts = False
 
@@ -117,12 +117,12 @@ class _Distribution:
         self.name, self.of, self._embed, self._compare = name, of, embed, compare
 
     def measure(self, original: torch.Tensor, unlearned: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        sides = [_in_fixed_batches(self._embed, pictures) for pictures in (original, unlearned)]
+        sides = [_in_fixed_batches(self._embed, images) for images in (original, unlearned)]
         return torch.cat(sides, dim=1)
 
     def summarize(self, values: npt.NDArray[np.float32], prompts: Sequence[str]) -> dict[str, Any]:
         if len(values) < 2:
-            raise ValueError(f"the metric {self.name} compares sets of at least 2 pictures, got {len(values)}")
+            raise ValueError(f"the metric {self.name} compares sets of at least 2 images, got {len(values)}")
         before, after = np.split(np.asarray(values, dtype=np.float64), 2, axis=1)
         return {"value": self._compare(before, after), "n_pairs": len(values), "of": self.of}
 
@@ -159,7 +159,7 @@ class _PromptMatch:
         self.name, self.of, self._match = name, of, match
 
     def measure(self, original: torch.Tensor, unlearned: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        return torch.stack([self._match(pictures, prompts) for pictures in (original, unlearned)], dim=1)
+        return torch.stack([self._match(images, prompts) for images in (original, unlearned)], dim=1)
 
     def summarize(self, values: npt.NDArray[np.float32], prompts: Sequence[str]) -> dict[str, Any]:
         before, after = (clustered_mean(values[:, side], list(prompts)) for side in (0, 1))
@@ -183,8 +183,8 @@ class _PromptMatch:
 def frechet_distance(features0: npt.ArrayLike, features1: npt.ArrayLike) -> float:
     """|m0 - m1|^2 + tr(S0 + S1 - 2 (S0 S1)^(1/2)) of features (N, F) and (M, F), in float64.
 
-    With S = R^T R from a QR decomposition of the centred features, the trace of the root is the sum of the singular
-    values of R0 R1^T: real and not negative, and precise also where there are fewer pictures than features, which the
+    With S = R^T R from a QR decomposition of the centered features, the trace of the root is the sum of the singular
+    values of R0 R1^T: real and not negative, and precise also where there are fewer images than features, which the
     usual eigenvalues of S0 S1 are not.
     """
     first, second = np.asarray(features0, dtype=np.float64), np.asarray(features1, dtype=np.float64)
@@ -207,9 +207,7 @@ def rbf_distance(features0: npt.ArrayLike, features1: npt.ArrayLike, sigma: floa
     if sigma is None:
         sigma = float(torch.nn.functional.pdist(first[:_CHUNK]).median())
         if sigma == 0:
-            raise ValueError(
-                "all pictures of the original side have the same features: CMMD has no scale to compare on"
-            )
+            raise ValueError("all images of the original side have the same features: CMMD has no scale to compare on")
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
         chunks = [torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist") for rows in x.split(_CHUNK)]
@@ -262,7 +260,7 @@ def _ssim() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return compare
 
 
-# ---- networks: pictures (B, 3, H, W) uint8 on the CPU to vectors (B, F) float32 on the CPU ---------------------------
+# ---- networks: images (B, 3, H, W) uint8 on the CPU to vectors (B, F) float32 on the CPU ---------------------------
 
 
 class _Judge:
@@ -275,23 +273,23 @@ class _Judge:
         self.device = device
         self.name = f"shapes-classifier@{fingerprint_of(self.classifier)}"
 
-    def _last(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.classifier.features(_scaled(pictures, self.device))[-1]
+    def _last(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.features(_scaled(images, self.device))[-1]
 
     @torch.inference_mode()
-    def averaged(self, pictures: torch.Tensor) -> torch.Tensor:
+    def averaged(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 96), the last layer averaged over places, as Inception's are for FID."""
-        return self._last(pictures).mean(dim=(2, 3)).cpu()
+        return self._last(images).mean(dim=(2, 3)).cpu()
 
     @torch.inference_mode()
-    def pooled(self, pictures: torch.Tensor) -> torch.Tensor:
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 192), the mean and the largest of each channel."""
-        last = self._last(pictures)
+        last = self._last(images)
         return torch.cat([last.mean(dim=(2, 3)), last.amax(dim=(2, 3))], dim=1).cpu()
 
     @torch.inference_mode()
-    def match(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """100 times the mean probability of what each prompt names; where it names nothing, of a valid picture."""
+    def match(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """100 times the mean probability of what each prompt names; where it names nothing, of a valid image."""
         from ..prompts import attributes
         from ..worlds.shapes.classifier import HEADS
 
@@ -300,10 +298,10 @@ class _Judge:
             return torch.cat([logits[head].softmax(1) for head in HEADS], dim=1).cpu()
 
         columns = [(head, label) for head, labels in HEADS.items() for label in labels]
-        found = _in_fixed_batches(probabilities, pictures)
+        result = _in_fixed_batches(probabilities, images)
         asked = [list(attributes(prompt).items()) or [("valid", "yes")] for prompt in prompts]
         rows = [[columns.index(named) for named in names] for names in asked]
-        return torch.tensor([100 * float(row[places].mean()) for row, places in zip(found, rows, strict=True)])
+        return torch.tensor([100 * float(row[indices].mean()) for row, indices in zip(result, rows, strict=True)])
 
 
 class _Inception:
@@ -321,8 +319,8 @@ class _Inception:
         self.name = f"clean-fid/inception-v3@{fingerprint_of(self.network)}"
 
     @torch.inference_mode()
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        resized = np.stack([self.resize(picture.permute(1, 2, 0).numpy()) for picture in pictures])
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        resized = np.stack([self.resize(image.permute(1, 2, 0).numpy()) for image in images])
         return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)).float().cpu()
 
 
@@ -342,19 +340,19 @@ class _Clip:
         self._texts: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, F) of length 1."""
-        shown = torch.stack([self.preprocess(picture) for picture in _pil(pictures)])
+        shown = torch.stack([self.preprocess(image) for image in _pil(images)])
         return self.model.encode_image(shown.to(self.device), normalize=True).float().cpu()
 
     @torch.inference_mode()
-    def match(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def match(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         for prompt in prompts:
             if prompt not in self._texts:
                 encoded = self.model.encode_text(self.tokenize([prompt]).to(self.device), normalize=True)
                 self._texts[prompt] = encoded[0].float().cpu()
         texts = torch.stack([self._texts[prompt] for prompt in prompts])
-        return 100 * (_in_fixed_batches(self.embed, pictures) * texts).sum(1)
+        return 100 * (_in_fixed_batches(self.embed, images) * texts).sum(1)
 
 
 class _DreamSim:
@@ -370,30 +368,30 @@ class _DreamSim:
         self.name = f"dreamsim/ensemble@{fingerprint_of(self.model)}"
 
     @torch.inference_mode()
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        shown = torch.cat([self.preprocess(picture) for picture in _pil(pictures)])
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        shown = torch.cat([self.preprocess(image) for image in _pil(images)])
         return self.model.embed(shown.to(self.device)).float().cpu()
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _in_fixed_batches(embed: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor) -> torch.Tensor:
-    found = []
-    for batch in pictures.split(_BATCH_SIZE):
+def _in_fixed_batches(embed: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    result = []
+    for batch in images.split(_BATCH_SIZE):
         filler = batch[-1:].expand(_BATCH_SIZE - len(batch), -1, -1, -1)
-        found.append(embed(torch.cat([batch, filler]))[: len(batch)])
-    return torch.cat(found)
+        result.append(embed(torch.cat([batch, filler]))[: len(batch)])
+    return torch.cat(result)
 
 
-def _pil(pictures: torch.Tensor) -> list[Image.Image]:
-    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pictures]
+def _pil(images: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
 
 
-def _scaled(pictures: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+def _scaled(images: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     from ..worlds.shapes.classifier import to_pixel_values
 
-    return to_pixel_values(pictures.to(device))
+    return to_pixel_values(images.to(device))
 
 
 def _package(metric: str, module: str, package: str) -> Any:
@@ -411,7 +409,7 @@ def _package(metric: str, module: str, package: str) -> Any:
 
 
 @contextlib.contextmanager
-def _weights(metric: str, weights: str, place: str) -> Iterator[None]:
+def _weights(metric: str, weights: str, index: str) -> Iterator[None]:
     """Turns whatever a library raises when it cannot fetch or read its weights into one line, and mutes it."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -422,7 +420,7 @@ def _weights(metric: str, weights: str, place: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
             f"the metric {metric} needs the weights {weights}, which could not be fetched or read ({reason}): let this "
-            f"machine reach their source once, put the intact file into {place}, or leave the metric out"
+            f"machine reach their source once, put the intact file into {index}, or leave the metric out"
         ) from error
     finally:
         logging.disable(level)

@@ -1,8 +1,8 @@
-"""How different two pictures look: the LPIPS form on any trunk (Zhang et al. 2018, arXiv 1801.03924, equation 1).
+"""How different two images look: the LPIPS form on any trunk (Zhang et al. 2018, arXiv 1801.03924, equation 1).
 
 A distance is the sum over layers of the spatial mean of ``sum_c w_c * (f0_c / |f0| - f1_c / |f1|)**2``, with the
 channel weights of the ``lpips`` package, or uniform ones on the bundled world's classifier.  Values made with
-different trunks or picture sizes do not compare; ``PerceptualDistance.metric`` names what was used.
+different trunks or image sizes do not compare; ``PerceptualDistance.metric`` names what was used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PerceptualDistance(nn.Module):
     """A trunk, its channel weights, and the distance they define.
 
     ``trunk`` maps (B, 3, H, W) float32 in [-1, 1] to a sequence of features (B, C, h, w); ``weights`` holds one (C,)
-    tensor a layer; ``name`` says what they are.  Pictures pass in micro-batches of exactly ``micro_batch_size``
+    tensor a layer; ``name`` says what they are.  Images pass in micro-batches of exactly ``micro_batch_size``
     pairs, the last one padded, so that a pair's distance does not depend on its company.
 
     One trunk pass serves both sides, in channels_last.  Nine tenths of the time on a CPU are oneDNN's convolutions,
@@ -66,28 +66,28 @@ class PerceptualDistance(nn.Module):
         return self.weights[0].device
 
     @torch.inference_mode()
-    def distance(self, pictures0: torch.Tensor, pictures1: torch.Tensor) -> torch.Tensor:
-        """Distances (N,) float32 on the CPU of pictures (N, 3, H, W) uint8 to their partners; 0 means equal features.
+    def distance(self, images0: torch.Tensor, images1: torch.Tensor) -> torch.Tensor:
+        """Distances (N,) float32 on the CPU of images (N, 3, H, W) uint8 to their partners; 0 means equal features.
 
         Raises ``ValueError`` for other dtypes or shapes.
         """
-        for pictures in (pictures0, pictures1):
-            if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+        for images in (images0, images1):
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
                 raise ValueError(
-                    f"pictures must be uint8 of shape (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}: "
+                    f"images must be uint8 of shape (N, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
                     "round them to 0..255 first"
                 )
-        if pictures0.shape != pictures1.shape:
+        if images0.shape != images1.shape:
             raise ValueError(
-                f"both sides must have one shape, got {tuple(pictures0.shape)} and {tuple(pictures1.shape)}: "
-                "compare pictures of one size, pair by pair"
+                f"both sides must have one shape, got {tuple(images0.shape)} and {tuple(images1.shape)}: "
+                "compare images of one size, pair by pair"
             )
         device, size = self.device, self.micro_batch_size
-        distances = torch.empty(len(pictures0))
+        distances = torch.empty(len(images0))
         # Scoring resolves differences far below TF32's precision.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for start in range(0, len(pictures0), size):
-                sides = [pictures[start : start + size].to(device) for pictures in (pictures0, pictures1)]
+            for start in range(0, len(images0), size):
+                sides = [images[start : start + size].to(device) for images in (images0, images1)]
                 count = len(sides[0])
                 padded = [torch.cat([side, side[-1:].expand(size - count, -1, -1, -1)]) for side in sides]
                 features = self.trunk(_to_pixel_values(torch.cat(padded)))
@@ -133,7 +133,7 @@ def from_lpips(model: lpips.LPIPS, name: str = "lpips", *, micro_batch_size: int
 
 
 class _Scaling(nn.Module):
-    """The package's (pixel_values - shift) / scale in one pass over the pictures."""
+    """The package's (pixel_values - shift) / scale in one pass over the images."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -165,9 +165,9 @@ def _shapes_distance(micro_batch_size: int) -> PerceptualDistance:
     return PerceptualDistance(trunk, weights, "lpips-form/shapes-classifier", micro_batch_size=micro_batch_size)
 
 
-def _to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+def _to_pixel_values(images: torch.Tensor) -> torch.Tensor:
     """uint8 [0, 255] to float32 [-1, 1] in channels_last, with one copy."""
-    return pictures.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
 
 
 def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIPS, str]:
@@ -222,7 +222,7 @@ def _read_trunk_weights(path: Path, net: str) -> dict[str, torch.Tensor]:
 
 def _load_trunk(trunk: nn.Module, state: Mapping[str, torch.Tensor], source: str, net: str) -> None:
     """Put torchvision's ``features.<index>.*`` where the package has them: in ``slice<n>.<index>.*``."""
-    found = {}
+    result = {}
     for key, own in trunk.state_dict().items():
         name = "features." + key.partition(".")[2]
         given = state.get(name)
@@ -234,8 +234,8 @@ def _load_trunk(trunk: nn.Module, state: Mapping[str, torch.Tensor], source: str
             )
         if not torch.isfinite(given).all():
             raise ValueError(f"{source} is damaged: `{name}` holds NaN or infinity. Fetch it again")
-        found[key] = given.float()
-    trunk.load_state_dict(found)
+        result[key] = given.float()
+    trunk.load_state_dict(result)
 
 
 def fingerprint_of(module: nn.Module) -> str:

@@ -81,7 +81,7 @@ def retention(
     ``distances``: (N,) original against unlearned model, ``clusters``: (N,) their prompts; ``ceiling_distances``:
     (M,) original against itself redrawn from other noise, over the same prompts.  ``floor``: what numerics alone
     change, one number, or (N,) measured on the same pairs and then resampled with them.  R is 1 at the floor and
-    below it, 0 when pictures are as good as redrawn, negative beyond.  All terms are resampled together, prompt by
+    below it, 0 when images are as good as redrawn, negative beyond.  All terms are resampled together, prompt by
     prompt; where :func:`clustered_mean` takes a t interval, so does this, on the linearised ratio and cut at 1.
     ``n`` counts the distances, not the ceiling's.  Raises ``ValueError`` like :func:`clustered_mean`, when the
     prompts differ, and when the ceiling is not above the floor.
@@ -97,7 +97,7 @@ def retention(
     if span <= 0:
         raise ValueError(
             f"the ceiling must be above the floor, got a mean redrawn distance of {span + bottom:.6g} and a floor of "
-            f"{bottom:.6g}: check that the redrawn pictures use other seeds"
+            f"{bottom:.6g}: check that the redrawn images use other seeds"
         )
     mean = 1 - max(float(means.mean()) - bottom, 0.0) / span
     if not _bootstraps(count):
@@ -111,7 +111,7 @@ def retention(
     if spans.min() <= 0:
         raise ValueError(
             f"the ceiling is not reliably above the floor of {bottom:.6g} (a resample of the prompts fell to "
-            f"{spans.min() + bottom:.6g}): use more prompts, or prompts whose pictures vary with the seed"
+            f"{spans.min() + bottom:.6g}): use more prompts, or prompts whose images vary with the seed"
         )
     low, high = _percentiles(1 - np.maximum(replicates[:, 0] - replicates[:, 2], 0) / spans, level)
     return Estimate(
@@ -224,18 +224,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
-    """Share of ``successes`` in ``n`` pictures with Wilson's score interval, which is sound at 0 and at ``n`` too.
+    """Share of ``successes`` in ``n`` images with Wilson's score interval, which is sound at 0 and at ``n`` too.
 
-    It takes the pictures as independent; ``n_clusters`` is therefore ``n``.
+    It takes the images as independent; ``n_clusters`` is therefore ``n``.
     Raises ``ValueError`` unless ``0 <= successes <= n`` and ``n >= 1``.  Source: Wilson (1927), JASA 22, 209-212.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(
-            f"wilson needs 0 <= successes <= n and n >= 1, got successes={successes}, n={n}: count pictures"
-        )
+        raise ValueError(f"wilson needs 0 <= successes <= n and n >= 1, got successes={successes}, n={n}: count images")
     _check_level(level)
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence_level=level, method="wilson")
-    method = f"{100 * level:g} % Wilson score interval over {n} pictures taken as independent"
+    method = f"{100 * level:g} % Wilson score interval over {n} images taken as independent"
     return Estimate(successes / n, float(interval.low), float(interval.high), int(n), int(n), method)
 
 
@@ -245,8 +243,8 @@ def quantiles(values: npt.ArrayLike) -> dict[str, float]:
     Raises ``ValueError`` for empty or non-finite input.
     """
     levels = (50, 90, 95, 99)
-    found = np.quantile(_finite(values, "values"), np.array(levels) / 100)
-    return {f"q{level}": float(value) for level, value in zip(levels, found, strict=True)}
+    result = np.quantile(_finite(values, "values"), np.array(levels) / 100)
+    return {f"q{level}": float(value) for level, value in zip(levels, result, strict=True)}
 
 
 def _finite(values: npt.ArrayLike, name: str) -> Floats:

@@ -1,4 +1,4 @@
-"""Paired pictures: the same (prompt, seed) starts every model from the same noise, in batches of one fixed size."""
+"""Paired images: the same (prompt, seed) starts every model from the same noise, in batches of one fixed size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sampling import initial_noise, sample
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
-    """How pictures are made; the same for every model that is compared."""
+    """How images are made; the same for every model that is compared."""
 
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
@@ -24,13 +24,13 @@ class SamplerSpec:
 
 
 def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], spec: SamplerSpec) -> torch.Tensor:
-    """Pictures (N, 3, H, W) uint8 for N (prompt, seed) keys.
+    """Images (N, 3, H, W) uint8 for N (prompt, seed) keys.
 
     Every forward has exactly ``spec.micro_batch_size`` rows, the last batch being filled up with its last key: results
     of a network may change in the last bit with the size of a batch, not with a row's place in it.
     """
     conditions = model.encode([EMPTY, *prompts], spec.micro_batch_size)
-    pictures = []
+    images = []
     for start in range(0, len(prompts), spec.micro_batch_size):
         chunk = list(prompts[start : start + spec.micro_batch_size])
         keys = list(seeds[start : start + spec.micro_batch_size])
@@ -38,8 +38,8 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], spec: S
         padded = chunk + chunk[-1:] * filler
         noise = initial_noise(padded, keys + keys[-1:] * filler, model.latent_shape)
         branches = [conditions.of([EMPTY] * len(padded)), conditions.of(padded)]
-        pictures.append(decode(model, denoise(model, branches, noise, spec), spec)[: len(chunk)])
-    return torch.cat(pictures)
+        images.append(decode(model, denoise(model, branches, noise, spec), spec)[: len(chunk)])
+    return torch.cat(images)
 
 
 def denoise(
@@ -59,7 +59,7 @@ def denoise(
 
 
 def decode(model: Model, latents: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
-    """Pictures (B, 3, H, W) uint8 of a batch of final latents."""
+    """Images (B, 3, H, W) uint8 of a batch of final latents."""
     with _repeatable(model, spec):
         return model.decode(latents)
 

@@ -90,7 +90,7 @@ class Model:
 
     @property
     def is_bundled(self) -> bool:
-        """Whether this is the bundled world (or a model unlearned from it), whose pictures its classifier can judge."""
+        """Whether this is the bundled world (or a model unlearned from it), whose images its classifier can judge."""
         return shapes.is_shapes_pipeline(self.source)
 
     @property
@@ -172,17 +172,17 @@ class Model:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) to pictures (B, 3, H, W) uint8, rounded to nearest, on the CPU.
+        """Latents (B, C, H, W) to images (B, 3, H, W) uint8, rounded to nearest, on the CPU.
 
-        Raises ValueError for pictures that are no numbers: as bytes they would pass for black ones.
+        Raises ValueError for images that are no numbers: as bytes they would pass for black ones.
         """
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
         if not pixels.isfinite().all():
             raise ValueError(
-                f"{self.name} draws pictures that are NaN or infinite: its weights are damaged, or too large for this "
-                "precision. Nothing can be compared with them."
+                f"{self.name} generates images that are NaN or infinite: its weights are damaged, or too large for "
+                "this precision. Nothing can be compared with them."
             )
         return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
@@ -232,7 +232,7 @@ def wrap_pipeline(pipeline: Any, name: str) -> Model:
     if type(pipeline).__name__ not in _SUPPORTED:
         raise ValueError(
             f"{name} is a {type(pipeline).__name__}, a family not supported. Supported: {', '.join(_SUPPORTED)}; or "
-            "pass a function (prompts, noise) -> pictures."
+            "pass a function (prompts, noise) -> images."
         )
     return Model(pipeline, Path(pipeline.name_or_path or "."), name, pipeline.device)
 
@@ -244,7 +244,7 @@ def sampler_config(model: Model) -> dict[str, Any]:
 
 
 def content_of(pipeline: Any) -> str:
-    """SHA-256 over everything in a loaded pipeline that decides its pictures: weights, settings, tokenizers."""
+    """SHA-256 over everything in a loaded pipeline that decides its images: weights, settings, tokenizers."""
     digest = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
         if isinstance(part, nn.Module):
@@ -281,8 +281,8 @@ def read_tensors(
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        found = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 - no mapping
-        return {name: file.get_tensor(name) for name in found}, file.metadata()
+        result = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 - no mapping
+        return {name: file.get_tensor(name) for name in result}, file.metadata()
 
 
 def versions() -> dict[str, str]:
@@ -369,7 +369,7 @@ def _check_complete(pipeline: Any, source: Path) -> None:
 
 
 def _no_safety_checker(family: str) -> dict[str, Any]:
-    """The checker blacks pictures out, which would be mistaken for damage: it is never part of a comparison."""
+    """The checker blacks images out, which would be mistaken for damage: it is never part of a comparison."""
     if family == "StableDiffusionPipeline":
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return {}

@@ -1,4 +1,4 @@
-"""Deterministic sampling: the one denoising loop, used both for trajectories (`bank`) and for pictures (`generate`)."""
+"""Deterministic sampling: the one denoising loop, used both for trajectories (`bank`) and for images (`generate`)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a run shows to people: a grid of pictures, and one self-contained HTML file that needs no explanation beside it.
+"""What a run shows to people: a grid of images, and one self-contained HTML file that needs no explanation beside it.
 
-Everything here takes plain data (the content of ``evaluation.json`` files and uint8 pictures), nothing heavy.
+Everything here takes plain data (the content of ``evaluation.json`` files and uint8 images), nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files.run_folder import whole_file, write_text
 
-Picture = npt.NDArray[np.uint8]
+ImageArray = npt.NDArray[np.uint8]
 Evaluation = Mapping[str, Any]
 
 #: Methods that are no attempt to forget, and what they are there for.
@@ -33,11 +33,11 @@ CONTROLS = {
 }
 
 # Where the words of the verdict change; the report's "How to read this" states them.
-_FORGOTTEN, _PARTLY = 0.05, 0.5  # share of forget-prompt pictures that still show the concept, at most
-_SOUND = 0.9  # share of forget-prompt pictures that are valid pictures, at least
+_FORGOTTEN, _PARTLY = 0.05, 0.5  # share of forget-prompt images that still show the concept, at most
+_SOUND = 0.9  # share of forget-prompt images that are valid images, at least
 _WELL_KEPT, _CHANGED = 0.9, 0.7  # retention, at least
 
-_MAX_PIXELS = 320  # longest side of a picture inside the HTML file; larger ones are shown smaller
+_MAX_PIXELS = 320  # longest side of a image inside the HTML file; larger ones are shown smaller
 
 _SCHEMA = {
     "integrity": (
@@ -47,27 +47,27 @@ _SCHEMA = {
     "controls": ("repeat", "numeric", "precision", "redrawn"),
     "erasure": (
         *("concept", "forget_accuracy", "forget_accuracy_ci95", "forget_accuracy_original"),
-        *("forget_valid", "n_pictures"),
+        *("forget_valid", "n_images"),
     ),
     "retain": (
         *(f"{what}_accuracy{which}" for what in ("shape", "color", "background") for which in ("", "_original")),
-        "n_pictures",
+        "n_images",
     ),
 }
 
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One line of pictures (H, W, 3) uint8, one a column; ``captions`` is empty or has one text a picture."""
+    """One line of images (H, W, 3) uint8, one a column; ``captions`` is empty or has one text a image."""
 
     label: str
-    pictures: Sequence[Picture]
+    images: Sequence[ImageArray]
     captions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A table of pictures; ``columns`` names what every row shows, such as ``original`` and ``ovw``."""
+    """A table of images; ``columns`` names what every row shows, such as ``original`` and ``ovw``."""
 
     title: str
     caption: str
@@ -99,7 +99,7 @@ def write_report(path: Path | str, report: Report) -> None:
     """Write ``report`` as one HTML file that loads nothing from elsewhere; the same report gives the same bytes.
 
     The file is whole or absent.  Raises ``ValueError`` for no evaluation, a missing or non-finite entry of one, and
-    pictures that are not (H, W, 3) uint8 or do not match their columns.
+    images that are not (H, W, 3) uint8 or do not match their columns.
     """
     if not report.evaluations:
         raise ValueError("a report needs at least one evaluation, got none: pass the content of an evaluation.json")
@@ -186,26 +186,26 @@ def write_grid(
     path: Path | str,
     rows: Sequence[str],
     columns: Sequence[str],
-    pictures: Sequence[Sequence[Picture]],
+    images: Sequence[Sequence[ImageArray]],
     *,
     groups: Sequence[str] = (),
     title: str = "",
     cell: int = 128,
 ) -> None:
-    """Write a labelled PNG of pictures: ``rows`` such as before and after, ``columns`` such as prompts.
+    """Write a labelled PNG of images: ``rows`` such as before and after, ``columns`` such as prompts.
 
-    ``pictures[row][column]``: (H, W, 3) uint8, each fitted into ``cell`` x ``cell`` pixels.  ``groups`` names the
+    ``images[row][column]``: (H, W, 3) uint8, each fitted into ``cell`` x ``cell`` pixels.  ``groups`` names the
     group of each column (such as forget and retain); neighbours of one name share a heading.  The file is whole or
-    absent.  Raises ``ValueError`` where counts differ or a picture is not (H, W, 3) uint8.
+    absent.  Raises ``ValueError`` where counts differ or a image is not (H, W, 3) uint8.
     """
     if not rows or not columns or cell < 16:
         raise ValueError(f"a grid needs rows, columns and cell >= 16, got {len(rows)}, {len(columns)}, {cell}")
-    if len(pictures) != len(rows) or any(len(line) != len(columns) for line in pictures):
-        raise ValueError(f"a grid of {len(rows)} rows and {len(columns)} columns needs that many pictures in each")
+    if len(images) != len(rows) or any(len(line) != len(columns) for line in images):
+        raise ValueError(f"a grid of {len(rows)} rows and {len(columns)} columns needs that many images in each")
     if groups and len(groups) != len(columns):
         raise ValueError(f"groups must name each column, got {len(groups)} names for {len(columns)} columns")
-    for picture in (picture for line in pictures for picture in line):
-        _check_picture(picture, "the grid")
+    for pixels in (pixels for line in images for pixels in line):
+        _check_image(pixels, "the grid")
 
     text, strong = _font("DejaVuSans.ttf", 13), _font("DejaVuSans-Bold.ttf", 15)
     gap, margin = 6, 16
@@ -237,11 +237,11 @@ def write_grid(
         for index, line in enumerate(label):
             y = top - 6 - 17 * (len(label) - index)
             draw.text((x + cell / 2, y), line, fill="#374151", font=text, anchor="ma")
-    for index, (label, shown) in enumerate(zip(row_labels, pictures, strict=True)):
+    for index, (label, shown) in enumerate(zip(row_labels, images, strict=True)):
         y = top + index * (cell + gap)
         draw.multiline_text((margin, y + cell / 2), "\n".join(label), fill="#111827", font=strong, anchor="lm")
-        for x, picture in zip(starts, shown, strict=True):
-            image = _fit(Image.fromarray(picture), cell)
+        for x, pixels in zip(starts, shown, strict=True):
+            image = _fit(Image.fromarray(pixels), cell)
             canvas.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
     with whole_file(Path(path)) as unfinished:
         canvas.save(unfinished, format="PNG", optimize=True)
@@ -254,25 +254,25 @@ def _erasure_sentence(evaluation: Evaluation) -> str:
     concept, erasure = evaluation["concept"], evaluation["erasure"]
     if erasure is None:
         return (
-            f"Whether the model still draws “{concept}” was not measured: that takes prompts that ask for it and a "
-            "classifier that knows its pictures. Look at what it draws."
+            f"Whether the model still generates “{concept}” was not measured: that takes prompts that ask for it and a "
+            "classifier that knows its images. Look at what it generates."
         )
-    share, n = erasure["forget_accuracy"], erasure["n_pictures"]
+    share, n = erasure["forget_accuracy"], erasure["n_images"]
     shown, shown_before = round(share * n), round(erasure["forget_accuracy_original"] * n)
     claims = (
-        (0, "no longer draws"),
-        (_FORGOTTEN, "hardly ever draws"),
-        (_PARTLY, "sometimes draws"),
-        (1, "still draws"),
+        (0, "no longer generates"),
+        (_FORGOTTEN, "hardly ever generates"),
+        (_PARTLY, "sometimes generates"),
+        (1, "still generates"),
     )
     claim = next(words for limit, words in claims if share <= limit)
     sentence = (
-        f"The model {claim} “{concept}”: {shown} of {n} pictures show it (before: {shown_before} of {n}; "
+        f"The model {claim} “{concept}”: {shown} of {n} images show it (before: {shown_before} of {n}; "
         f"95\u00a0% interval now {percent_range(erasure['forget_accuracy_ci95'])})."
     )
     if erasure["forget_valid"] < _SOUND:
         sentence += (
-            f" Only {percent(erasure['forget_valid'])} of them are sound pictures, so part of this is breakage, "
+            f" Only {percent(erasure['forget_valid'])} of them are sound images, so part of this is breakage, "
             "not forgetting."
         )
     return sentence
@@ -284,19 +284,19 @@ def _retention_sentence(evaluation: Evaluation, retain_prompts: str) -> str:
     interval = f"95\u00a0% interval {percent_range(integrity['retention_ci95'])}"
     if share < 0:
         sentence = (
-            f"On {integrity['n_prompts']} {retain_prompts} its pictures are further from the original's than pictures "
+            f"On {integrity['n_prompts']} {retain_prompts} its images are further from the original's than images "
             f"redrawn from other noise are (retention {percent(share)}, {interval})"
         )
     else:
         sentence = (
-            f"On {integrity['n_prompts']} {retain_prompts} it keeps on average {percent(share)} of each picture "
-            f"({interval}), where 100\u00a0% is the same picture and 0\u00a0% one redrawn from other noise"
+            f"On {integrity['n_prompts']} {retain_prompts} it keeps on average {percent(share)} of each image "
+            f"({interval}), where 100\u00a0% is the same image and 0\u00a0% one redrawn from other noise"
         )
     if retain is None or retain["shape_accuracy"] is None:
         return sentence + "."
     return (
         f"{sentence}; the shape asked for is there in {percent(retain['shape_accuracy'])} of "
-        f"{retain['n_pictures']} pictures (before: {percent(retain['shape_accuracy_original'])})."
+        f"{retain['n_images']} images (before: {percent(retain['shape_accuracy_original'])})."
     )
 
 
@@ -312,8 +312,8 @@ def _insight(evaluations: Sequence[Evaluation]) -> str:
         return ""
     return (
         f"Counting right shapes hardly tells these models apart ({percent_range([min(accuracies), max(accuracies)])}); "
-        f"comparing picture by picture does: {best['name']} keeps {percent(best['integrity']['retention'])} of each "
-        f"picture, {worst['name']} only {percent(worst['integrity']['retention'])}, and their intervals do not overlap."
+        f"comparing image by image does: {best['name']} keeps {percent(best['integrity']['retention'])} of each "
+        f"image, {worst['name']} only {percent(worst['integrity']['retention'])}, and their intervals do not overlap."
     )
 
 
@@ -337,7 +337,7 @@ def _model(evaluation: Evaluation, retain_prompts: str) -> dict[str, Any]:
         "control": CONTROLS.get(evaluation["method"]),
         "erasure_sentence": _erasure_sentence(evaluation),
         "retention_sentence": _retention_sentence(evaluation, retain_prompts),
-        "shown": erasure and round(erasure["forget_accuracy"] * erasure["n_pictures"]),
+        "shown": erasure and round(erasure["forget_accuracy"] * erasure["n_images"]),
         "forgot": erasure and _forgot(erasure),
         "kept": _kept(evaluation["integrity"]["retention"]),
     }
@@ -349,7 +349,7 @@ def _forgot(erasure: Mapping[str, Any]) -> tuple[str, str]:
         return "poor", "not forgotten"
     if erasure["forget_accuracy"] > _FORGOTTEN:
         return "fair", "partly forgotten"
-    return ("good", "forgotten") if erasure["forget_valid"] >= _SOUND else ("fair", "broken pictures")
+    return ("good", "forgotten") if erasure["forget_valid"] >= _SOUND else ("fair", "broken images")
 
 
 def _kept(retention: float) -> tuple[str, str]:
@@ -365,8 +365,8 @@ def _ladders(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         group = [e for e in evaluations if e["integrity"]["metric"] == metric]
         rungs = [_rung("same model, run again", "control", max(e["controls"]["repeat"] for e in group))]
         for control in ("numeric", "precision"):
-            for found in {c["what"]: c for e in group if (c := e["controls"][control])}.values():
-                rungs.append(_rung(found["what"], "control", found["mean"]))
+            for result in {c["what"]: c for e in group if (c := e["controls"][control])}.values():
+                rungs.append(_rung(result["what"], "control", result["mean"]))
         for e in sorted(group, key=lambda e: e["integrity"]["mean"]):
             kind = "control" if e["method"] in CONTROLS else "model"
             rungs.append(_rung(e["name"], kind, e["integrity"]["mean"], e["integrity"]["ci95"]))
@@ -383,12 +383,12 @@ def _ladders(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _changed_limits(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """From which distance on a picture counts as changed, by the control that the limit comes from."""
+    """From which distance on a image counts as changed, by the control that the limit comes from."""
     words = {
         "numeric": "more than rounding",
         "precision": "more than a coarser precision",
         "placebo": "more than training without forgetting",
-        "redrawn": "as if drawn anew",
+        "redrawn": "as if generated anew",
     }
     return {name: {"words": words[name], **limit} for name, limit in evaluation["integrity"]["changed"].items()}
 
@@ -465,24 +465,24 @@ def _check_evaluation(evaluation: Evaluation) -> None:
 def _check_gallery(gallery: Gallery) -> None:
     for row in gallery.rows:
         where = f"gallery {gallery.title!r}, row {row.label!r}"
-        if len(row.pictures) != len(gallery.columns):
-            raise ValueError(f"{where}: got {len(row.pictures)} pictures for {len(gallery.columns)} columns")
-        if row.captions and len(row.captions) != len(row.pictures):
-            raise ValueError(f"{where}: got {len(row.captions)} captions for {len(row.pictures)} pictures")
-        for picture in row.pictures:
-            _check_picture(picture, where)
+        if len(row.images) != len(gallery.columns):
+            raise ValueError(f"{where}: got {len(row.images)} images for {len(gallery.columns)} columns")
+        if row.captions and len(row.captions) != len(row.images):
+            raise ValueError(f"{where}: got {len(row.captions)} captions for {len(row.images)} images")
+        for pixels in row.images:
+            _check_image(pixels, where)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
-def _check_picture(picture: Picture, where: str) -> None:
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"{where}: pictures must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
+def _check_image(pixels: ImageArray, where: str) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"{where}: images must be (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
 
 
-def _data_uri(picture: Picture) -> str:
-    image = Image.fromarray(picture)
+def _data_uri(pixels: ImageArray) -> str:
+    image = Image.fromarray(pixels)
     if max(image.size) > _MAX_PIXELS:
         image = _fit(image, _MAX_PIXELS)
     buffer = io.BytesIO()
@@ -491,7 +491,7 @@ def _data_uri(picture: Picture) -> str:
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
-    """Scaled so that the longer side is ``side``; small pictures keep their pixels visible instead of being blurred."""
+    """Scaled so that the longer side is ``side``; small images keep their pixels visible instead of being blurred."""
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""The HTML report of a comparison of two folders of pictures: one self-contained file, like the one of `evaluate`."""
+"""The HTML report of a comparison of two folders of images: one self-contained file, like the one of `evaluate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .html import Gallery, distance_text, percent, templates
 
 @dataclass(frozen=True)
 class ImagesReport:
-    """``summary``: the content of evaluation.json; ``galleries``: pairs of pictures to show."""
+    """``summary``: the content of evaluation.json; ``galleries``: pairs of images to show."""
 
     summary: Mapping[str, Any]
     galleries: Sequence[Gallery]
@@ -41,9 +41,9 @@ def image_sentence(summary: Mapping[str, Any]) -> str:
         low, high = (distance_text(value) for value in integrity["ci95"])
         interval = f", 95\u00a0% interval {low} to {high}"
     return (
-        f"On {integrity['n_pairs']:,} pairs the pictures are on average {distance_text(integrity['mean'])} apart "
-        f"({integrity['metric']}{interval}), where 0 is the same picture; {percent(integrity['unchanged'])} did not "
-        "change. This is about what was kept: whether the concept is gone has to be shown on other pictures."
+        f"On {integrity['n_pairs']:,} pairs the images are on average {distance_text(integrity['mean'])} apart "
+        f"({integrity['metric']}{interval}), where 0 is the same image; {percent(integrity['unchanged'])} did not "
+        "change. This is about what was kept: whether the concept is gone has to be shown on other images."
     )
 
 

@@ -87,7 +87,7 @@ def load_checkpoint(
         files = [folder / f"rank-{rank}.safetensors" for rank in range(content["ranks"])]
         if content["lengths"] != dict(lengths):
             raise _AnotherRun
-        found: dict[str, list[tuple[int, int, float, dict[str, torch.Tensor]]]] = {name: [] for name in wanted}
+        result: dict[str, list[tuple[int, int, float, dict[str, torch.Tensor]]]] = {name: [] for name in wanted}
         for path in files:
             with safe_open(path, "pt") as file:
                 keys = set(file.keys())
@@ -101,8 +101,8 @@ def load_checkpoint(
                             for kind in KINDS
                             if f"{kind}/{name}" in keys
                         }
-                        found[name].append((first, last, step, values))
-        pieces = {name: _joined(name, wanted[name], parts) for name, parts in found.items()}
+                        result[name].append((first, last, step, values))
+        pieces = {name: _joined(name, wanted[name], parts) for name, parts in result.items()}
     except _AnotherRun:
         raise ValueError(f"the checkpoint {folder} is of another run: it trained other elements.") from None
     except Exception as error:
@@ -134,7 +134,7 @@ def _joined(name: str, wanted: tuple[int, int], parts: list[tuple[int, int, floa
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that no half of it is ever seen under its name."""
-    doomed = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)

@@ -114,12 +114,12 @@ class DeepSpeedEngine(Engine):
             yield Piece(part.name, first, values, float(state.get("step", 0.0)))
 
     def values(self) -> dict[str, torch.Tensor]:
-        found = {}
+        result = {}
         for name in self.selection.names:
             values = self._gather(name)
             if self.world.is_main:
-                found[name] = values.cpu()
-        return found
+                result[name] = values.cpu()
+        return result
 
     def restore(self, folder: Path) -> dict[str, Any]:
         wanted = {}

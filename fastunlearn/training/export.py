@@ -75,8 +75,8 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     if not delta.is_file():
         raise ValueError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
     try:
-        tensors, found = read_tensors(delta)
-        metadata = found or {}
+        tensors, result = read_tensors(delta)
+        metadata = result or {}
         if metadata.get("format") != DELTA_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
         shapes = json.loads(metadata["shapes"])
@@ -138,8 +138,8 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     return result
 
 
-def _check_found(folder: Path, wanted: Values, found: Mapping[str, torch.dtype]) -> None:
-    if missing := set(wanted) - set(found):
+def _check_found(folder: Path, wanted: Values, result: Mapping[str, torch.dtype]) -> None:
+    if missing := set(wanted) - set(result):
         raise ValueError(f"{folder} has no tensor {min(missing)!r}: the pipeline's weights are not in the usual form.")
 
 

@@ -114,8 +114,8 @@ def load_mask(path: Path, model: Model) -> GradMask:
     if not path.is_file():
         raise ValueError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
     try:
-        bits, found = read_tensors(path)
-        metadata = found or {}
+        bits, result = read_tensors(path)
+        metadata = result or {}
         if metadata.get("format") != MASK_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}

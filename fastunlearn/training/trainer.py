@@ -183,7 +183,7 @@ class Trainer:
         """The batch shared out over the roles, at least one row each."""
         size = max(self._rows_a_step, len(roles))
         share, rest = divmod(size, len(roles))
-        return [(role, share + (place < rest)) for place, role in enumerate(roles)]
+        return [(role, share + (index < rest)) for index, role in enumerate(roles)]
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> Metrics:
         record = {"step": self.step} | {name: float(value) for name, value in metrics.items()}
@@ -208,8 +208,8 @@ class Trainer:
         return self.checkpoints / f"step-{self.step}"
 
     def _saved(self) -> list[Path]:
-        found = [path for path in self.checkpoints.glob("step-*") if path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        result = [path for path in self.checkpoints.glob("step-*") if path.is_dir()]
+        return sorted(result, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ class Reporter:
         """A step was logged."""
 
     def scoring(self, done: int, total: int) -> None:
-        """``done`` of ``total`` pictures are made."""
+        """``done`` of ``total`` images are made."""
 
     def note(self, text: str) -> None:
         """Something happened that is no mistake but should be known."""
@@ -163,7 +163,7 @@ def _evaluate_run(
     if groups and metric:
         reporter.stage("evaluation")
         # The original is loaded afresh: the model in memory has been trained.
-        found = evaluate_models(
+        result = evaluate_models(
             load_model(config.model, config.device),
             {config.method: load_model(str(unlearned), config.device)},
             groups,
@@ -172,7 +172,7 @@ def _evaluate_run(
             describe={config.method: describe_run(config)},
             on_progress=reporter.scoring,
         )
-        write_results(folder, EvaluationReport(found, groups, unseen=_unseen(plan, groups)))
+        write_results(folder, EvaluationReport(result, groups, unseen=_unseen(plan, groups)))
 
 
 def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
@@ -190,7 +190,7 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
     names = select_parameters(model.denoiser, config.trainable)
     check_deterministic(model.pipeline.scheduler)
     reporter.stage("mask")
-    found = make_mask(
+    result = make_mask(
         model,
         forget,
         names,
@@ -203,8 +203,8 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
         seed=config.seed,
         mixed_precision=config.mixed_precision,
     )
-    found.save(path)
-    return found
+    result.save(path)
+    return result
 
 
 def apply(config: ApplyConfig) -> Path:

@@ -1,4 +1,4 @@
-"""The judge of the bundled world: names shape, colour and background of a picture and says whether it is a valid one.
+"""The judge of the bundled world: names shape, color and background of a image and says whether it is a valid one.
 
 Trained on fresh renders only, never on what a generator made.  Its features double as the world's perceptual trunk.
 """
@@ -53,16 +53,16 @@ class Classifier(nn.Module):
         return {name: head(pooled) for name, head in self.heads.items()}
 
     @torch.inference_mode()
-    def predict(self, pictures: torch.Tensor, batch_size: int = 128) -> dict[str, torch.Tensor]:
-        """``pictures``: (N, 3, 64, 64) uint8.  Returns (N,) int64 label indices by head, on the CPU."""
+    def predict(self, images: torch.Tensor, batch_size: int = 128) -> dict[str, torch.Tensor]:
+        """``images``: (N, 3, 64, 64) uint8.  Returns (N,) int64 label indices by head, on the CPU."""
         device = next(self.parameters()).device
-        chunks = [self(to_pixel_values(chunk.to(device))) for chunk in pictures.split(batch_size)]
+        chunks = [self(to_pixel_values(chunk.to(device))) for chunk in images.split(batch_size)]
         return {name: torch.cat([chunk[name].argmax(1) for chunk in chunks]).cpu() for name in HEADS}
 
 
-def to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
     """uint8 [0, 255] to float32 [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 def training_batch(count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
@@ -72,7 +72,7 @@ def training_batch(count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch
     pixels = to_pixel_values(render(scenes))
     valid = torch.rand(count, generator=generator) > 1 / 3
     pixels = torch.where(valid[:, None, None, None], pixels, _spoil(scenes, pixels, generator))
-    # What a good generator may do to a picture: slight blur, noise, shift of contrast.
+    # What a good generator may do to a image: slight blur, noise, shift of contrast.
     blur = torch.rand(count, 1, 1, 1, generator=generator) * 0.8
     pixels = torch.lerp(pixels, F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False), blur)
     noise = torch.rand(count, 1, 1, 1, generator=generator) * 0.08
@@ -83,21 +83,21 @@ def training_batch(count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch
 
 
 def _spoil(scenes: Scenes, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn every picture into an invalid one, by one of six ways."""
+    """Turn every image into an invalid one, by one of six ways."""
     count = len(pixels)
     other = pixels.roll(1, 0)
     coarse = torch.randn(count, 1, 6, 6, generator=generator)
     field = F.interpolate(coarse, SIZE, mode="bicubic", align_corners=False)
     blob = (field > 0.4).float()
     paint = scenes.rgb[:, :, None, None] * 2 - 1
-    grey = pixels.mean(dim=1, keepdim=True).expand_as(pixels)
+    gray = pixels.mean(dim=1, keepdim=True).expand_as(pixels)
     noise = torch.randn(pixels.shape, generator=generator)
     left = (torch.arange(SIZE) < SIZE // 2).float()
     ways = torch.stack(
         [
-            grey * (1 - blob) + paint * blob,  # a blob of the colour, no shape
+            gray * (1 - blob) + paint * blob,  # a blob of the color, no shape
             pixels * left + other * (1 - left),  # two halves that do not belong together
-            (pixels + other) / 2,  # two pictures at once
+            (pixels + other) / 2,  # two images at once
             pixels + 0.8 * noise,  # noise on top
             F.interpolate(F.avg_pool2d(pixels, 16), SIZE, mode="bilinear", align_corners=False),  # nothing but a smear
             F.interpolate(torch.randn(count, 3, 8, 8, generator=generator), SIZE, mode="bicubic", align_corners=False),

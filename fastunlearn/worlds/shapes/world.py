@@ -1,8 +1,8 @@
-"""The world of the bundled model: what a picture can show, and how it is drawn.
+"""The world of the bundled model: what a image can show, and how it is drawn.
 
-A picture is 64x64 RGB and shows one coloured shape on a patterned grey background.  :class:`Scenes` holds the
-parameters of a batch of pictures, :func:`sample_scenes` draws them from a seed, :func:`render` turns them into pixels
-with analytic anti-aliasing (signed distance functions), so a picture is a pure function of its parameters.
+A image is 64x64 RGB and shows one colored shape on a patterned gray background.  :class:`Scenes` holds the
+parameters of a batch of images, :func:`sample_scenes` draws them from a seed, :func:`render` turns them into pixels
+with analytic anti-aliasing (signed distance functions), so a image is a pure function of its parameters.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _RGB = torch.tensor(
 
 @dataclasses.dataclass
 class Scenes:
-    """Parameters of N pictures.  Lengths are pixels, angles radians, light levels are in [0, 1].
+    """Parameters of N images.  Lengths are pixels, angles radians, light levels are in [0, 1].
 
     ``shape``, ``color``, ``background``: (N,) int64, indices into the tuples above.  ``center``: (N, 2) as (x, y).
-    ``radius``, ``angle``: (N,).  ``rgb``: (N, 3) the shape's colour.  ``light``: (N, 2) the background's two greys.
+    ``radius``, ``angle``: (N,).  ``rgb``: (N, 3) the shape's color.  ``light``: (N, 2) the background's two grays.
     ``period``, ``phase``, ``tilt``: (N,), (N, 2), (N,) of the background's pattern.
     """
 
@@ -61,7 +61,7 @@ class Scenes:
 
 
 def sample_scenes(count: int, seed: int, shapes: Sequence[str] = SHAPES) -> Scenes:
-    """Draw ``count`` scenes from the seed; every (shape, colour, background) is drawn equally often, up to one."""
+    """Draw ``count`` scenes from the seed; every (shape, color, background) is drawn equally often, up to one."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *size: int) -> torch.Tensor:
@@ -94,8 +94,8 @@ def render(scenes: Scenes) -> torch.Tensor:
     y = axis[None, :, None].expand(len(scenes), SIZE, SIZE)
     background = _draw_background(scenes, x, y)
     inside = _coverage(_shape_distance(scenes, x, y))[:, None]
-    picture = background[:, None] * (1 - inside) + scenes.rgb[:, :, None, None] * inside
-    return (picture * 255).round().clamp(0, 255).to(torch.uint8)
+    image = background[:, None] * (1 - inside) + scenes.rgb[:, :, None, None] * inside
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _coverage(distance: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torc
 
 
 def _draw_background(scenes: Scenes, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Grey levels (N, 64, 64): dark + share * (light - dark), the share from the pattern."""
+    """Gray levels (N, 64, 64): dark + share * (light - dark), the share from the pattern."""
     u, v = _rotate(x - SIZE / 2, y - SIZE / 2, scenes.tilt)
     period = scenes.period[:, None, None]
     u = u / period + scenes.phase[:, 0, None, None]
@@ -165,7 +165,7 @@ _POLYGONS = {
 
 
 def _shape_distance(scenes: Scenes, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Signed distance in pixels from each pixel to its picture's shape, (N, 64, 64)."""
+    """Signed distance in pixels from each pixel to its image's shape, (N, 64, 64)."""
     u, v = _rotate(x - scenes.center[:, 0, None, None], y - scenes.center[:, 1, None, None], scenes.angle)
     radius = scenes.radius[:, None, None]
     u, v = u / radius, v / radius
