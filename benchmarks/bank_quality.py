@@ -1,6 +1,6 @@
 """Do correlated rows hurt?  The same training with rows from few and from many trajectories, judged by the evaluator.
 
-200 rows a role in batches of 8.  The reference takes every row from a trajectory of its own, as the usual loop does.
+200 rows per role in batches of 8.  The reference takes every row from a trajectory of its own, as the usual loop does.
 
     python benchmarks/bank_quality.py --output benchmarks/results/bank_quality.json
 """
@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastunlearn.config import TrainConfig
-from fastunlearn.evaluation.evaluator import evaluate_models, shapes_groups
-from fastunlearn.files.run_folder import write_json
+from fastunlearn.evaluation.evaluator import evaluate_models, world_groups
+from fastunlearn.files.atomic import write_json
 from fastunlearn.methods import get_method
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.metrics.statistics import difference
 from fastunlearn.models.generate import SamplerSpec
 from fastunlearn.models.loading import load_model
+from fastunlearn.progress import Reporter
 from fastunlearn.training.bank import build_bank
-from fastunlearn.training.unlearn import Reporter, plan_training, train
+from fastunlearn.training.config import TrainConfig
+from fastunlearn.training.unlearn import plan_training, train
+from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 ROWS, BATCH_SIZE = 200, 8
 
@@ -56,7 +58,11 @@ def compare(method: str, trajectories: list[int], seeds: int) -> list[dict]:
             train_one(method, count, seed, Path(scratch) / name)
             models[name] = load_model(str(Path(scratch) / name / "model"), "cpu")
         found = evaluate_models(
-            load_model("shapes", "cpu"), models, shapes_groups("star"), load_perceptual("shapes", "cpu"), SamplerSpec()
+            load_model("shapes", "cpu"),
+            models,
+            world_groups(SHAPES_WORLD, "star"),
+            load_perceptual("shapes", "cpu"),
+            SamplerSpec(),
         )
     by_name = {result.name: result for result in found.results}
     rows = []
@@ -90,7 +96,7 @@ def compare(method: str, trajectories: list[int], seeds: int) -> list[dict]:
 
 
 def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> None:
-    """Train with a bank of so many trajectories a role; ``fresh`` gives every row of the run its own trajectory."""
+    """Train with a bank of so many trajectories per role; ``fresh`` gives every row of the run its own trajectory."""
     folder.mkdir()
     model = load_model("shapes", "cpu")
     count = ROWS if trajectories == "fresh" else int(trajectories)

@@ -12,7 +12,7 @@ import torch
 
 from fastunlearn import evaluate, load_model, load_perceptual
 from fastunlearn.models.generate import SamplerSpec, generate
-from fastunlearn.prompts import shapes_prompts
+from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 UNLEARNED = "shapes-gold-star"
 
@@ -35,9 +35,9 @@ def test_a_second_model_costs_at_most_55_percent_of_the_first(benchmark, tmp_pat
         assert again.results[0].summary["integrity"] == report.results[0].summary["integrity"]
 
     benchmark.pedantic(run, rounds=1, iterations=1)
-    forget, retain = shapes_prompts("star", "evaluate")
-    count = len(forget) + len(retain)
-    shares = stages(forget + retain)
+    prompts = [prompt for prompt, _ in SHAPES_WORLD.prompts_to_evaluate("star")]
+    count = len(prompts)
+    shares = stages(prompts)
     benchmark.extra_info |= {
         "threads": torch.get_num_threads(),
         "pairs": count,

@@ -4,9 +4,9 @@ usual masked fine-tune beside ours, at the sizes of SD1.5 and SDXL.
     python -m pytest benchmarks/bench_training.py --benchmark-enable --benchmark-json raw.json
     python benchmarks/bench_training.py raw.json benchmarks/results/training_cpu.json
 
-CPU: the bundled model, 8 rows a step over all processes, every case in processes of its own, two cores in all.  A step
-is forward, loss, backward, clipping and update.  Peak memory is the highest resident size of a process, import of the
-libraries and the making of the bank included, so differences count, not ratios; ``optimizer`` is counted: states,
+CPU: the bundled model, 8 rows per step over all processes, every case in processes of its own, two cores in all.  A
+step is forward, loss, backward, clipping and update.  Peak memory is the highest resident size of a process, import of
+the libraries and the making of the bank included, so differences count, not ratios; ``optimizer`` is counted: states,
 float32 copies of the weights that DeepSpeed keeps, and masks, of one process.
 """
 

@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastunlearn.config import TrainConfig
-from fastunlearn.files.run_folder import whole_file, write_json, write_text
+from fastunlearn.files.atomic import whole_file, write_json, write_text
 from fastunlearn.metrics.field import load_metric
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.metrics.statistics import clustered_mean, retention, wilson
 from fastunlearn.models.generate import SamplerSpec, generate
 from fastunlearn.models.loading import Model, load_model, versions
-from fastunlearn.prompts import attributes, shapes_prompts
+from fastunlearn.prompts import is_forget
+from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.selection import select_parameters
 from fastunlearn.training.unlearn import unlearn
-from fastunlearn.worlds.shapes import BACKGROUNDS, COLORS, SHAPES, load_classifier
+from fastunlearn.worlds.shapes import BACKGROUNDS, COLORS, SHAPES, SHAPES_WORLD, load_classifier
 from fastunlearn.worlds.shapes.captions import full_caption, sample_captions
 from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values
 from fastunlearn.worlds.shapes.world import render, sample_scenes
@@ -93,11 +93,11 @@ class World:
         self.work, self._started, self._before = work, time.monotonic(), 0.0
         if (work / "seconds").exists():
             self._before = float((work / "seconds").read_text())
-        trained = set(shapes_prompts(CONCEPT, "train")[1])
+        trained = set(SHAPES_WORLD.prompts_to_train(CONCEPT)[1])
         everything = itertools.product(COLORS, (shape for shape in SHAPES if shape != CONCEPT), BACKGROUNDS)
         unseen = [prompt for parts in everything if (prompt := full_caption(*parts)) not in trained]
         self.prompts = unseen[::2]  # two backgrounds of every shape and color
-        self.forget = shapes_prompts(CONCEPT, "evaluate")[0]
+        self.forget = [p for p, group in SHAPES_WORLD.prompts_to_evaluate(CONCEPT) if is_forget(group)]
         self.distance = load_perceptual("shapes")
         self.classifier = load_classifier()
         self.metrics = {name: load_metric(name, bundled=True) for name in (*SETS, *PAIRED)}
@@ -111,7 +111,7 @@ class World:
         return spent
 
     def images(self, name: str, prompts: list[str], seed: int, load: Callable[[], Model]) -> torch.Tensor:
-        """(N, 3, 64, 64) uint8, one a prompt, from the same noise for every model."""
+        """(N, 3, 64, 64) uint8, one per prompt, from the same noise for every model."""
         which = "forget" if prompts is self.forget else "retain"
         path = self.work / f"{name}-{which}-{seed}.pt"
         if not path.exists():
@@ -175,7 +175,7 @@ class World:
     def right(self, images: torch.Tensor) -> dict[str, np.ndarray]:
         """Which images show what their prompt names, by attribute; ``all`` of them; which are valid."""
         predicted = self.classifier.predict(images)
-        named = [attributes(prompt) for prompt in self.prompts]
+        named = [SHAPES_WORLD.attributes(prompt) for prompt in self.prompts]
         right = {
             head: np.array(
                 [HEADS[head][i] == name[head] for i, name in zip(predicted[head].tolist(), named, strict=True)]
@@ -192,7 +192,7 @@ class World:
 
 
 def table(world: World) -> list[dict[str, Any]]:
-    """Every model under every metric, two images a prompt."""
+    """Every model under every metric, two images per prompt."""
     loaders: dict[str, Callable[[], Model]] = {method: partial(world.trained, method) for method in METHODS}
     loaders["ordinary training"] = world.ordinary
     loaders["gold"] = lambda: load_model("shapes-gold-star")
@@ -352,7 +352,7 @@ def set_statistic(world: World, metric: str, values: np.ndarray) -> float:
 
 
 def _resamples(count: int, copies: int = 1) -> list[np.ndarray]:
-    """Places of prompts drawn with replacement; with ``copies`` rows a prompt, one block of rows after another."""
+    """Places of prompts drawn with replacement; with ``copies`` rows per prompt, one block of rows after another."""
     draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     return [np.concatenate([row + copy * count for copy in range(copies)]) for row in draws]
 

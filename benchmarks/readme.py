@@ -92,7 +92,7 @@ def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
     lines = [
         f"200 training rows of ESD on the bundled model, {speed['threads']} CPU threads, one run, each time beside the "
         f"usual loop (median {speed['usual_s']:.0f} s): how many times as fast, in brackets the range over "
-        f"{speed['rounds']} rounds. Beside each ratio what it costs: training on 200 rows a role from so many "
+        f"{speed['rounds']} rounds. Beside each ratio what it costs: training on 200 rows per role from so many "
         "trajectories against 200 rows from 200 fresh ones, distance to the original on unseen retain prompts "
         f"(training seeds: {len(next(iter(quality['methods'].values()))[0]['retention'])}).",
         "",

@@ -9,12 +9,13 @@ __version__ = "0.1.0"
 
 # Lazy: importing fastunlearn loads neither torch nor diffusers.
 _PUBLIC = {
-    "EvaluateConfig": "config",
-    "EvaluateImagesConfig": "config",
-    "TrainConfig": "config",
+    "EvaluateConfig": "evaluation.config",
+    "UserError": "errors",
+    "EvaluateImagesConfig": "evaluation.config",
+    "TrainConfig": "training.config",
     "EvaluationReport": "evaluation.results",
     "PerceptualDistance": "metrics.lpips",
-    "Reporter": "training.unlearn",
+    "Reporter": "progress",
     "evaluate": "evaluation.evaluate",
     "evaluate_images": "evaluation.evaluate_images",
     "load_model": "models.loading",
@@ -29,6 +30,7 @@ __all__ = [
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
+    "UserError",
     "__version__",
     "evaluate",
     "evaluate_images",
@@ -38,13 +40,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import EvaluateConfig, EvaluateImagesConfig, TrainConfig
+    from .errors import UserError
+    from .evaluation.config import EvaluateConfig, EvaluateImagesConfig
     from .evaluation.evaluate import evaluate
     from .evaluation.evaluate_images import evaluate_images
     from .evaluation.results import EvaluationReport
     from .metrics.lpips import PerceptualDistance, load_perceptual
     from .models.loading import load_model
-    from .training.unlearn import Reporter, unlearn
+    from .progress import Reporter
+    from .training.config import TrainConfig
+    from .training.unlearn import unlearn
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -52,7 +54,7 @@ def world_of_environment() -> World:
     try:
         return World(*(int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
     except ValueError as error:
-        raise ValueError(f"the launcher's RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}.") from error
+        raise UserError(f"the launcher's RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}.") from error
 
 
 def join(world: World, device: torch.device) -> None:

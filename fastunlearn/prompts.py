@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .worlds import shapes
-from .worlds.shapes.captions import full_caption, named, paraphrase
-
-_DOMAINS = {"shape": shapes.SHAPES, "color": shapes.COLORS, "background": shapes.BACKGROUNDS}
+from .errors import UserError
 
 
 def parse_prompts(value: str) -> list[str]:
@@ -31,7 +28,7 @@ def parse_grouped_prompts(value: str) -> list[tuple[str, str]]:
         pairs = [(text, "retain") for text in value.split(";")]
     result = _once(pairs)
     if not result:
-        raise ValueError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
+        raise UserError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
     return result
 
 
@@ -41,7 +38,7 @@ def check_grouped_prompts(given: Sequence[str] | Sequence[tuple[str, str]]) -> l
     for item in given:
         prompt, group = (item, "retain") if isinstance(item, str) else item
         if not isinstance(prompt, str) or not isinstance(group, str):
-            raise ValueError(f"a prompt is a text or a pair of texts (prompt, group), got {item!r}.")
+            raise UserError(f"a prompt is a text or a pair of texts (prompt, group), got {item!r}.")
         pairs.append((prompt, group))
     return _once(pairs)
 
@@ -54,7 +51,7 @@ def _once(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     groups = dict(pairs)
     for prompt, group in pairs:
         if groups[prompt] != group:
-            raise ValueError(f"the prompt {prompt!r} is in two groups, {group!r} and {groups[prompt]!r}. Keep one.")
+            raise UserError(f"the prompt {prompt!r} is in two groups, {group!r} and {groups[prompt]!r}. Keep one.")
     return list(groups.items())
 
 
@@ -71,56 +68,47 @@ def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
     keep = {" ".join(prompt.lower().split()) for prompt in retain}
     both = [prompt for prompt in forget if " ".join(prompt.lower().split()) in keep]
     if both:
-        raise ValueError(
+        raise UserError(
             f"{len(both)} forget prompt(s) are also retain prompts, for example {both[0]!r}. Take them out of one list."
         )
 
 
-def domain_of(concept: str) -> tuple[str, str]:
-    """(attribute, word) of a concept of the bundled world, e.g. ``("shape", "star")``."""
-    word = concept.strip().lower()
-    for domain, words in _DOMAINS.items():
-        if word in words:
-            return domain, word
-    known = "; ".join(f"{domain}s: {', '.join(words)}" for domain, words in _DOMAINS.items())
-    raise ValueError(f"the bundled model does not know the concept {concept!r}. It knows {known}.")
+def is_forget(group: str) -> bool:
+    """Groups named ``forget...`` ask for the concept; all others are to be kept."""
+    return group.startswith("forget")
 
 
-def shapes_anchor(concept: str) -> str:
-    """What the concept becomes unless the user says: the first other word of its kind."""
-    domain, word = domain_of(concept)
-    return next(other for other in _DOMAINS[domain] if other != word)
+@dataclasses.dataclass(frozen=True)
+class PromptGroups:
+    """The prompts of an evaluation.
 
-
-def shapes_prompts(concept: str, split: str) -> tuple[list[str], list[str]]:
-    """(forget, retain) prompts of the bundled world for a concept, for the split ``train`` or ``evaluate``.
-
-    The splits share no prompt.  Each pairs every shape with every color on one background of its own; ``evaluate``
-    asks for the concept on all backgrounds but training's, and also in a phrasing that training does not use.
+    ``concept`` is the forgotten word, if there is one to judge erasure by.  ``names`` gives a prompt's group where that
+    is not simply ``forget`` or ``retain``.
     """
-    _, word = domain_of(concept)
-    forget: list[str] = []
-    retain: list[str] = []
-    for (s, shape), (c, color), (b, background) in itertools.product(
-        enumerate(shapes.SHAPES), enumerate(shapes.COLORS), enumerate(shapes.BACKGROUNDS)
-    ):
-        combination = (color, shape, background)
-        index = (b - s - c) % len(shapes.BACKGROUNDS)
-        own = {"evaluate": index == 0, "train": index == 2}[split]
-        if word not in combination:
-            retain += [full_caption(*combination)] if own else []
-        elif split == "train":
-            forget += [full_caption(*combination)] if own else []
-        else:
-            forget += [full_caption(*combination)] if index != 2 else []
-            forget += [paraphrase(*combination)] if own else []
-    return ([word, f"a {word}", *forget] if split == "train" else forget), retain
 
+    forget: tuple[str, ...]
+    retain: tuple[str, ...]
+    concept: str | None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-def attributes(prompt: str) -> dict[str, str]:
-    """What a prompt of the bundled world names, by attribute."""
-    result = {domain: named(words, prompt) for domain, words in _DOMAINS.items()}
-    return {domain: word for domain, word in result.items() if word is not None}
+    def __post_init__(self) -> None:
+        if len(self.retain) < 2:
+            raise UserError(
+                "integrity is measured on at least 2 retain prompts: give more, or mark them so in the column `group`."
+            )
+        check_disjoint(self.forget, self.retain)
+
+    @classmethod
+    def of(cls, grouped: Sequence[tuple[str, str]], concept: str | None) -> PromptGroups:
+        """From (prompt, group)."""
+        forget = tuple(prompt for prompt, group in grouped if is_forget(group))
+        retain = tuple(prompt for prompt, group in grouped if not is_forget(group))
+        return cls(forget, retain, concept, dict(grouped))
+
+    def grouped(self) -> list[tuple[str, str]]:
+        """(prompt, group), sorted by prompt, so that the order they were given in changes nothing."""
+        plain = dict.fromkeys(self.forget, "forget") | dict.fromkeys(self.retain, "retain")
+        return sorted({prompt: self.names.get(prompt, group) for prompt, group in plain.items()}.items())
 
 
 def _looks_like_file(value: str) -> bool:
@@ -130,9 +118,9 @@ def _looks_like_file(value: str) -> bool:
     except (OSError, RuntimeError):  # a long text is no valid file name, and `~word` perhaps no user
         return False
     if is_folder and "/" in value:
-        raise ValueError(f"the prompt file {value!r} is a folder. Name a file in it.")
+        raise UserError(f"the prompt file {value!r} is a folder. Name a file in it.")
     if not is_file and path.suffix.lower() in (".txt", ".csv", ".tsv") and ";" not in value:
-        raise ValueError(f"the prompt file {value!r} does not exist. Check the path.")
+        raise UserError(f"the prompt file {value!r} does not exist. Check the path.")
     return is_file
 
 
@@ -140,13 +128,13 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise UserError(f"the prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     if path.suffix.lower() not in (".csv", ".tsv"):
         return [(line, "") for line in text.split("\n")]  # and not at what else Unicode calls the end of a line
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     if "prompt" not in (reader.fieldnames or []):
-        raise ValueError(f"the prompt file {path} has no column named `prompt`, but {reader.fieldnames}.")
+        raise UserError(f"the prompt file {path} has no column named `prompt`, but {reader.fieldnames}.")
     try:
         return [(row["prompt"] or "", row.get("group") or "") for row in reader]
     except csv.Error as error:
-        raise ValueError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
+        raise UserError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from toys import names_in
 
 import fastunlearn
+from fastunlearn.errors import UserError
+from fastunlearn.files.run_folder import RECORD, prepare_output
 from fastunlearn.models.loading import import_diffusers
 from fastunlearn.training import trainer as trainer_module
 from fastunlearn.worlds.shapes import pipeline_folder
@@ -62,7 +66,8 @@ FLAGS = {
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def temporary_files_in(folder):
@@ -145,7 +150,7 @@ def test_train_writes_a_run_and_says_where(cli, tmp_path):
     assert (answer.status, answer.err) == (0, "")
     assert str(tmp_path / "run" / "model") in answer.out
     names = {"checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert names_in(tmp_path / "run") == names
     assert not temporary_files_in(tmp_path)
 
 
@@ -183,7 +188,7 @@ def test_evaluate_writes_records_summary_grid_and_report(cli, tmp_path):
     answer = cli(*EVALUATE, "--output", folder)
     assert (answer.status, answer.err) == (0, "")
     names = {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert names_in(folder) == names
     summary = json.loads((folder / "evaluation.json").read_text())
     assert summary["integrity"]["mean"] == 0.0, "a model compared with itself"
     assert summary["controls"]["repeat"] == 0.0
@@ -345,7 +350,7 @@ def test_train_refuses_and_touches_nothing(refused, tmp_path, finished, argument
     (here / "file").touch()
     run = tmp_path / "run"
     if overwrite:
-        run.mkdir()
+        prepare_output(run, "train", overwrite=False)
         shutil.copy(finished / "config.yaml", run)
     before = files_of(tmp_path)
     arguments = [str(argument).replace("{here}", str(here)) for argument in arguments]
@@ -520,7 +525,7 @@ EVALUATED = {
 
 @pytest.mark.parametrize(("arguments", "said"), EVALUATED.values(), ids=EVALUATED)
 def test_evaluate_refuses_and_keeps_the_earlier_results(refused, tmp_path, arguments, said):
-    (tmp_path / "evaluation").mkdir()
+    prepare_output(tmp_path / "evaluation", "evaluate", overwrite=False)
     (tmp_path / "evaluation" / "evaluation.json").write_text('{"earlier": true}')
     line = refused(*EVALUATE, "--output", tmp_path / "evaluation", "--overwrite", *arguments)
     assert re.search(said, line), line
@@ -617,7 +622,7 @@ def test_a_disk_too_small_for_a_checkpoint_holds_no_half_one(refused, small_disk
     line = refused(*TRAIN, "--output", disk / "run")
     assert "the disk is full" in line
     assert "Free some space" in line
-    assert {path.name for path in (disk / "run").iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl"}
+    assert names_in(disk / "run") == {"checkpoints", "config.yaml", "metrics.jsonl"}
     assert not list((disk / "run" / "checkpoints").iterdir())
     assert_whole(disk)
 
@@ -628,7 +633,7 @@ def test_a_disk_too_small_for_the_model_holds_no_half_one_and_the_run_goes_on_wh
     pipeline = sum(path.stat().st_size for path in pipeline_folder("shapes").rglob("*") if path.is_file())
     disk = small_disk(pipeline)
     assert "the disk is full" in refused(*TRAIN, "--output", disk / "run")
-    assert {path.name for path in (disk / "run").iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl"}
+    assert names_in(disk / "run") == {"checkpoints", "config.yaml", "metrics.jsonl"}
     assert_whole(disk)
     subprocess.run(["mount", "-o", f"remount,size={4 * pipeline}", str(disk)], check=True, timeout=60)
     assert cli("train", "--resume", "--output", disk / "run").status == 0
@@ -643,7 +648,7 @@ def test_a_disk_that_is_full_after_an_evaluation_leaves_no_half_file(cli, refuse
     assert_whole(disk)
     subprocess.run(["mount", "-o", "remount,size=4194304", str(disk)], check=True, timeout=60)
     assert cli("evaluate", "--resume", "--output", folder).status == 0
-    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
+    assert names_in(folder) == {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
 
 
 class SomeLibrarysError(Exception):
@@ -671,13 +676,47 @@ def test_a_full_disk_is_called_so_however_it_is_told(refused, tmp_path, monkeypa
     assert_whole(tmp_path)
 
 
-def test_a_mistake_of_ours_is_not_hidden(cli, tmp_path, monkeypatch):
+BUGS = [ZeroDivisionError(), TypeError("x() missing 1 argument"), ValueError("x"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", BUGS)
+def test_a_bug_of_ours_shows_its_traceback_and_where_to_report_it(cli, tmp_path, monkeypatch, error):
     def broken(*arguments, **keywords):
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr("fastunlearn.training.unlearn.build_bank", broken)
-    with pytest.raises(ZeroDivisionError):
-        cli(*TRAIN, "--output", tmp_path / "run")
+    answer = cli(*TRAIN, "--output", tmp_path / "run")
+    assert answer.status == 1
+    assert answer.err.startswith("Traceback")
+    assert "in broken" in answer.err
+    assert "this is a bug of fastunlearn" in answer.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("the prompt is odd"), "the prompt is odd"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: /x"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
+        (SafetensorError("File too large (os error 27)"), "File too large"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(refused, tmp_path, monkeypatch, error, words):
+    def broken(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr("fastunlearn.training.unlearn.build_bank", broken)
+    assert words in refused(*TRAIN, "--output", tmp_path / "run")
+
+
+def test_the_switch_for_tracebacks_is_in_the_help_and_works(cli, monkeypatch):
+    assert "FASTUNLEARN_TRACEBACK" in cli("--help").out
+    monkeypatch.setenv("FASTUNLEARN_TRACEBACK", "1")
+    answer = cli("train", "--forget", " ", "--output", "x")
+    assert answer.status == 2
+    assert answer.err.startswith("Traceback")
+    assert "this is a bug" not in answer.err
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
@@ -733,7 +772,7 @@ def test_stopping_an_evaluation_keeps_the_earlier_results(cli, refused, tmp_path
     def stopped(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    (tmp_path / "evaluation").mkdir()
+    prepare_output(tmp_path / "evaluation", "evaluate", overwrite=False)
     (tmp_path / "evaluation" / "evaluation.json").write_text('{"earlier": true}')
     folder = tmp_path / "evaluation"
     with monkeypatch.context() as patch:
@@ -746,7 +785,7 @@ def test_stopping_an_evaluation_keeps_the_earlier_results(cli, refused, tmp_path
     assert f"stopped. Continue with: fastunlearn evaluate --resume --output {folder}" in line
     assert (folder / "evaluation.json").read_bytes() == b'{"earlier": true}'
     assert cli("evaluate", "--resume", "--output", folder).status == 0
-    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
+    assert names_in(folder) == {"evaluation.json", "grid.png", "pairs.jsonl", "report.html"}
 
 
 def test_a_demo_can_be_stopped_and_run_again(refused, tmp_path, monkeypatch, finished):
@@ -754,9 +793,9 @@ def test_a_demo_can_be_stopped_and_run_again(refused, tmp_path, monkeypatch, fin
         shutil.copytree(finished, config.output)
         raise trainer_module.Interrupted("stopped at step 2 of 60")
 
-    monkeypatch.setattr("fastunlearn.cli.demo.unlearn", stopped)
+    monkeypatch.setattr("fastunlearn.training.unlearn.unlearn", stopped)
     for again in range(2):
         line = refused("demo", "--output", tmp_path / "demo", *(["--overwrite"] if again else []))
         assert "stopped" in line
         assert "--overwrite" in line
-        assert [path.name for path in (tmp_path / "demo").iterdir()] == ["esd"]
+        assert names_in(tmp_path / "demo") == {"esd"}

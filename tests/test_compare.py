@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from toys import PROMPTS, SETTINGS, MeanDifference, draw, shifted
+from toys import PROMPTS, SETTINGS, MeanDifference, draw, names_in, shifted
 
 from fastunlearn import evaluate
-from fastunlearn.config import CompareConfig
 from fastunlearn.evaluation.compare import compare_runs
+from fastunlearn.evaluation.config import CompareConfig
 
 GROUPED = [(prompt, "near" if index < 6 else "far") for index, prompt in enumerate(PROMPTS)]
 
@@ -64,7 +64,7 @@ def test_the_margin_decides_equivalence(runs, tmp_path):
 
 def test_it_leaves_a_table_a_plot_and_a_page(runs, tmp_path):
     result = compared(tmp_path, runs / "together" / "mild", runs / "alone", overwrite=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.json", "compare.png", "compare.html"}
+    assert names_in(tmp_path / "out") == {"compare.json", "compare.png", "compare.html"}
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
     pixels = np.asarray(Image.open(tmp_path / "out" / "compare.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10

@@ -5,19 +5,11 @@ import dataclasses
 
 import pytest
 
-from fastunlearn.config import (
-    DEMO_METHODS,
-    ApplyConfig,
-    CompareConfig,
-    DemoConfig,
-    EvaluateConfig,
-    MaskConfig,
-    TrainConfig,
-    add_flags,
-    build,
-    from_yaml,
-    to_yaml,
-)
+from fastunlearn.cli.demo import DemoConfig
+from fastunlearn.cli.flags import add_flags, build
+from fastunlearn.config import from_yaml, to_yaml
+from fastunlearn.evaluation.config import CompareConfig, EvaluateConfig
+from fastunlearn.training.config import ApplyConfig, MaskConfig, TrainConfig
 
 KINDS = (TrainConfig, EvaluateConfig, CompareConfig, MaskConfig, ApplyConfig, DemoConfig)
 REQUIRED = {
@@ -302,6 +294,7 @@ def test_a_missing_setting_is_named_as_a_flag():
 
 
 def test_the_demos_methods_exist():
+    from fastunlearn.cli.demo import METHODS
     from fastunlearn.methods import all_methods
 
-    assert set(DEMO_METHODS) <= set(all_methods())
+    assert set(METHODS) <= set(all_methods())

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from fastunlearn import evaluate
-from fastunlearn.evaluation.evaluator import PromptGroups, evaluate_models, file_groups, shapes_groups
+from fastunlearn.evaluation.evaluator import PromptGroups, evaluate_models, file_groups, world_groups
 from fastunlearn.evaluation.generators import PipelineSource, as_source, check_comparable
 from fastunlearn.evaluation.results import EvaluationReport, write_results
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.models.generate import SamplerSpec
 from fastunlearn.models.loading import load_model
+from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
 GROUPS = PromptGroups(
@@ -131,7 +132,7 @@ def test_an_original_that_does_not_repeat_is_not_scored(bundled, damaged, metric
         return images.flip(3) if len(calls) == 2 else images
 
     monkeypatch.setattr(PipelineSource, "finish", unsteady)
-    with pytest.raises(RuntimeError, match="does not repeat itself"):
+    with pytest.raises(ValueError, match="does not repeat itself"):
         evaluate_models(bundled, {"damaged": damaged}, GROUPS, metric, SPEC)
 
 
@@ -169,7 +170,7 @@ def test_groups_come_from_a_column(tmp_path):
 
 
 def test_bundled_groups_are_the_evaluation_split():
-    groups = shapes_groups("star")
+    groups = world_groups(SHAPES_WORLD, "star")
     assert len(groups.retain) == 56
     assert all("star" in prompt for prompt in groups.forget)
 

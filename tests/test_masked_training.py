@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from fastunlearn_kernels import pack_bits, unpack_bits
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastunlearn.config import ApplyConfig, MaskConfig, TrainConfig
 from fastunlearn.distributed import World
+from fastunlearn.errors import UserError
+from fastunlearn.files.run_folder import RECORD
 from fastunlearn.training.checkpoint import Piece, load_checkpoint, save_checkpoint
+from fastunlearn.training.config import ApplyConfig, MaskConfig, TrainConfig
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.selection import load_mask
 from fastunlearn.training.unlearn import apply, mask, unlearn
@@ -37,7 +41,8 @@ def finished(tmp_path_factory):
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def changes(bundled, model):
@@ -180,16 +185,31 @@ def piece(name, start, stop):
     return Piece(name, start, values, step=7.0)
 
 
+class Rank(World):
+    """One of two processes that save a checkpoint at once, in threads."""
+
+    meeting = threading.Barrier(2)
+
+    def barrier(self):
+        self.meeting.wait(60)
+
+
+def saved_by_two(folder, lengths, parts, state):
+    threads = [
+        threading.Thread(target=save_checkpoint, args=(folder, Rank(rank, 2), pieces, lengths, state))
+        for rank, pieces in enumerate(parts)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_any_division_of_a_checkpoint_is_read_back_as_any_other(tmp_path):
     lengths = {"a": 10, "b": 3}
-    for rank, pieces in enumerate([[piece("a", 0, 4)], [piece("a", 4, 10), piece("b", 0, 3)]]):
-        folder = tmp_path / f"alone-{rank}"
-        save_checkpoint(folder, World(), pieces, lengths, {"step": 7})
     both = tmp_path / "both"
-    shutil.copytree(tmp_path / "alone-0", both)
-    shutil.copy(tmp_path / "alone-1" / "rank-0.safetensors", both / "rank-1.safetensors")
-    state = json.loads((both / "state.json").read_text())
-    (both / "state.json").write_text(json.dumps({**state, "ranks": 2}))
+    saved_by_two(both, lengths, [[piece("a", 0, 4)], [piece("a", 4, 10), piece("b", 0, 3)]], {"step": 7})
+    assert {path.name for path in both.iterdir()} == {"state.json", "rank-0.safetensors", "rank-1.safetensors"}
     result, trainer = load_checkpoint(both, lengths, {"a": (2, 7), "b": (3, 3)})
     assert trainer == {"step": 7}
     assert result["a"].values["weight"].tolist() == [2.5, 3.5, 4.5, 5.5, 6.5]
@@ -200,6 +220,22 @@ def test_any_division_of_a_checkpoint_is_read_back_as_any_other(tmp_path):
     (both / "rank-0.safetensors").unlink()
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(both, lengths, {"a": (0, 10)})
+
+
+@pytest.mark.parametrize("name", ["state.json", "rank-0.safetensors"])
+def test_any_changed_bit_of_a_checkpoint_is_found(name, tmp_path):
+    lengths = {"a": 10}
+    save_checkpoint(tmp_path / "c", World(), [piece("a", 0, 10)], lengths, {"step": 7})
+    path = tmp_path / "c" / name
+    whole = path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(whole)), 60):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"is damaged .*Delete it to resume from an older one"):
+            load_checkpoint(tmp_path / "c", lengths, {"a": (0, 10)})
+    path.write_bytes(whole)
+    load_checkpoint(tmp_path / "c", lengths, {"a": (0, 10)})
 
 
 def test_a_checkpoint_of_other_elements_is_refused(tmp_path):
@@ -220,7 +256,7 @@ def test_a_checkpoint_of_other_elements_is_refused(tmp_path):
 def test_a_resumed_run_divides_its_rows_as_it_likes_but_takes_as_many(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     same = {"mask_density": 0.25, "weight_decay": 0.1, "checkpoint_every": 1, "resume": True}
-    with pytest.raises(ValueError, match="took 4 rows a step, now it is 2"):
+    with pytest.raises(ValueError, match="took 4 rows per step, now it is 2"):
         unlearn(config(tmp_path, micro_batch_size=2, **same))
     unlearn(config(tmp_path, micro_batch_size=2, gradient_accumulation_steps=2, **same))
 

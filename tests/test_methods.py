@@ -8,9 +8,9 @@ import pytest
 
 from fastunlearn import methods
 from fastunlearn.cli import console
-from fastunlearn.config import TrainConfig
 from fastunlearn.methods import Method, all_methods, get_method
 from fastunlearn.methods.recipe import EMPTY, NOISE, Alternate, Concept, Recipe, Row, Saddle, Sum
+from fastunlearn.training.config import TrainConfig
 
 NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "placebo", "identity")
 FAMILIES = ("shapes", "stable-diffusion")
@@ -168,10 +168,13 @@ def test_controls_are_those_without_forget_rows(name):
     assert get_method(name).is_control == (not rows_of(recipe(name), "forget"))
 
 
-@pytest.mark.parametrize("is_bundled", [True, False])
-def test_a_family_picks_its_defaults(is_bundled):
+@pytest.mark.parametrize(
+    ("key", "chosen"),
+    [("shapes", "shapes"), ("stable-diffusion", "stable-diffusion"), ("a-family-of-its-own", "stable-diffusion")],
+)
+def test_a_world_or_a_family_picks_its_defaults(key, chosen):
     method = get_method("esd")
-    assert method.defaults_for(is_bundled) is method.defaults["shapes" if is_bundled else "stable-diffusion"]
+    assert method.defaults_for(key) is method.defaults[chosen]
 
 
 @pytest.mark.parametrize("target", [{}, {"a": 0.5}, {"a": 1.0, "": 1.0}, {"a": float("nan")}, {"a": 1 + 1e-6}], ids=str)

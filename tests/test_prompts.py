@@ -2,19 +2,20 @@
 
 import pytest
 
-from fastunlearn.prompts import (
-    attributes,
-    check_disjoint,
-    domain_of,
-    parse_grouped_prompts,
-    parse_prompts,
-    shapes_anchor,
-    shapes_prompts,
-    substitute,
-)
+from fastunlearn.prompts import check_disjoint, is_forget, parse_grouped_prompts, parse_prompts, substitute
 from fastunlearn.worlds import shapes
+from fastunlearn.worlds.shapes import SHAPES_WORLD
+from fastunlearn.worlds.shapes.prompts import attributes
 
 CONCEPTS = (*shapes.SHAPES, *shapes.COLORS, *shapes.BACKGROUNDS)
+
+
+def shapes_prompts(concept, split):
+    """(forget, retain) of the world's lists for training or evaluation."""
+    if split == "train":
+        return SHAPES_WORLD.prompts_to_train(concept)
+    pairs = SHAPES_WORLD.prompts_to_evaluate(concept)
+    return [p for p, group in pairs if is_forget(group)], [p for p, group in pairs if not is_forget(group)]
 
 
 @pytest.mark.parametrize(
@@ -138,20 +139,20 @@ def test_different_prompts_are_disjoint():
     [("star", ("shape", "star")), (" Red ", ("color", "red")), ("STRIPED", ("background", "striped"))],
 )
 def test_a_concept_belongs_to_an_attribute(concept, result):
-    assert domain_of(concept) == result
+    assert SHAPES_WORLD.find(concept) == result
 
 
 @pytest.mark.parametrize("concept", ["dog", "a star", "", "stars"])
 def test_an_unknown_concept_is_refused_with_the_known_ones(concept):
     with pytest.raises(ValueError, match=r"does not know.*circle.*red.*plain"):
-        domain_of(concept)
+        SHAPES_WORLD.find(concept)
 
 
 @pytest.mark.parametrize("concept", CONCEPTS)
 def test_the_neighbour_is_another_word_of_the_same_kind(concept):
-    neighbour = shapes_anchor(concept)
+    neighbour = SHAPES_WORLD.anchor(concept)
     assert neighbour != concept
-    assert domain_of(neighbour)[0] == domain_of(concept)[0]
+    assert SHAPES_WORLD.find(neighbour)[0] == SHAPES_WORLD.find(concept)[0]
 
 
 @pytest.mark.parametrize("split", ["train", "evaluate"])

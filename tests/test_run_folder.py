@@ -6,58 +6,67 @@ import stat
 
 import pytest
 
-from fastunlearn.cli import demo
-from fastunlearn.config import DEMO_METHODS, TrainConfig, to_yaml
-from fastunlearn.files.run_folder import (
-    check_output,
-    claimed,
-    clear_output,
-    prepare_output,
+from fastunlearn.errors import UserError
+from fastunlearn.files.atomic import (
+    remove_temporaries,
     whole_file,
     whole_folder,
     write_json,
     write_lines,
     write_text,
 )
+from fastunlearn.files.run_folder import (
+    RECORD,
+    check_output,
+    claimed,
+    claimed_file,
+    clear_output,
+    files_below,
+    own,
+    prepare_output,
+)
 
-CONFIG = to_yaml(TrainConfig(forget="star", output="run"))
-RUN = {"config.yaml": CONFIG, "run.json": "{}", "metrics.jsonl": "", "model/model_index.json": "{}"}
+RUN = {"config.yaml": "forget: star", "run.json": "{}", "metrics.jsonl": "", "model/model_index.json": "{}"}
+RESULTS = {"pairs.jsonl": "", "evaluation.json": "{}", "grid.png": "", "report.html": ""}
 
+# name -> (command, files, names that the run chose)
 OURS = {
-    "finished run": RUN,
-    "stopped run": {"config.yaml": CONFIG, "checkpoints/step-3/state.json": "{}"},
-    "run that was killed while writing": {"config.yaml": CONFIG, ".model.x1.tmp/unet/config.json": "{}"},
-    "evaluated run": {**RUN, "pairs.jsonl": "", "evaluation.json": "{}", "grid.png": "", "report.html": ""},
-    "evaluation": {"pairs.jsonl": "", "evaluation.json": "{}", "grid.png": "", "report.html": ""},
-    "evaluation cut short": {"pairs.jsonl": ""},
-    "evaluation that was stopped": {"journal/spec.json": "{}", "journal/0.jsonl": ""},
-    "models evaluated together": {
-        **{f"{name}/{file}": "{}" for name in ("a", "b") for file in ("evaluation.json", "pairs.jsonl")},
-        **{"grid.png": "", "report.html": ""},
-    },
-    "comparison": {"compare.json": "{}", "compare.png": "", "compare.html": ""},
-    "demo": {
-        **{f"{method}/{name}": content for method in DEMO_METHODS for name, content in RUN.items()},
-        **{"demo.json": "{}", "grid.png": "", "report.html": ""},
-    },
-    "demo that was stopped": {f"esd/{name}": content for name, content in RUN.items()},
+    "finished run": ("train", RUN, ["model/model_index.json"]),
+    "stopped run": ("train", {"config.yaml": "", "checkpoints/step-3/state.json": "{}"}, []),
+    "run that was killed while writing": ("train", {".fastunlearn-model.x1.tmp/unet/config.json": "{}"}, []),
+    "evaluated run": ("train", {**RUN, **RESULTS}, ["model/model_index.json"]),
+    "evaluation": ("evaluate", RESULTS, []),
+    "evaluation that was stopped": ("evaluate", {"journal/spec.json": "{}", "journal/0.jsonl": ""}, []),
+    "models evaluated together": (
+        "evaluate",
+        {f"{name}/{file}": "{}" for name in ("a", "b") for file in ("evaluation.json", "pairs.jsonl")},
+        ["a/evaluation.json", "a/pairs.jsonl", "b/evaluation.json", "b/pairs.jsonl"],
+    ),
+    "comparison": ("compare", {"compare.json": "{}", "compare.png": "", "compare.html": ""}, []),
+    "model with odd names": ("apply", {"unet/a[1]*.json": "", "model_index.json": "{}"}, None),
 }
+# Files that a user could have beside, and even under, our names.
 FOREIGN = {
+    "a document": "thesis.txt",
+    "notes in the model": "model/notes.txt",
+    "a file in a folder of our name": "journal/diary/today.txt",
+    "a checkpoint of another tool": "checkpoints/last.ckpt",
+    "an evaluation of another tool": "other/evaluation.json",
+    "a hidden file": ".git/HEAD",
+    "a hidden temporary file": ".work.tmp/thesis.txt",
+    "a name that a pattern of ours nearly matches": "checkpoints/step-3/deep/state.json",
+}
+UNRECORDED = {
     "a document": {"thesis.txt": "years of work"},
     "another project": {"config.yaml": "name: mine\nversion: 2\n", "src/main.py": ""},
-    "another project with our names": {"config.yaml": "name: mine\n", "model/weights.bin": "", "checkpoints/a": ""},
-    "broken config": {"config.yaml": "a: [", "model/model_index.json": "{}"},
-    "pipeline": {"model_index.json": "{}", "unet/config.json": "{}"},
-    "checkpoints alone": {"checkpoints/last.ckpt": ""},
-    "model alone": {"model/model_index.json": "{}"},
-    "report alone": {"report.html": ""},
-    "run with notes beside": {**RUN, "notes.txt": "mine"},
-    "run with another folder beside": {**RUN, "photos/cat.png": ""},
-    "evaluation with notes in it": {"a/evaluation.json": "{}", "a/notes.txt": "mine"},
-    "evaluations beside a folder": {"a/evaluation.json": "{}", "photos/cat.png": ""},
-    "folder of runs": {f"{name}/config.yaml": CONFIG for name in ("first", "second")},
-    "demo with notes in a run": {f"esd/{name}": content for name, content in RUN.items()} | {"esd/notes.txt": ""},
-    "run with a temporary file beside": {**RUN, "mine.tmp": ""},
+    "all our names": {**RUN, **RESULTS, "checkpoints/step-1/state.json": "{}"},
+    "only a journal": {"journal/diary.txt": "mine"},
+    "a damaged record": {"config.yaml": "", RECORD: "{"},
+    "a record of another format": {"config.yaml": "", RECORD: '{"format": "x", "command": "train", "owned": ["*"]}'},
+    "a record of an unknown command": {
+        "config.yaml": "",
+        RECORD: '{"format": "fastunlearn-folder-1", "command": "rm", "owned": ["*"]}',
+    },
     "hidden file": {".git/HEAD": "ref"},
 }
 
@@ -79,41 +88,110 @@ def fail_after(context, write, error):
         raise error
 
 
-@pytest.mark.parametrize("files", OURS.values(), ids=OURS)
-def test_overwrite_replaces_what_a_run_left(files, tmp_path):
-    folder = plant(tmp_path / "run", files)
-    prepare_output(folder, overwrite=True)
-    assert folder.is_dir()
-    assert not list(folder.iterdir())
+def run_of(name, folder):
+    """The folder of a finished or stopped command."""
+    command, files, chosen = OURS[name]
+    prepare_output(folder, command, overwrite=False)
+    own(folder, command, chosen or [])
+    plant(folder, files)
+    if chosen is None:
+        own(folder, command, files_below(folder))
+    return folder
+
+
+def entries(folder):
+    return {name for name in snapshot(folder) if name != RECORD}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_overwrite_replaces_what_a_run_left(name, tmp_path):
+    folder = run_of(name, tmp_path / "run")
+    prepare_output(folder, OURS[name][0], overwrite=True)
+    assert [entry.name for entry in folder.iterdir()] == [RECORD]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("name", OURS)
+def test_one_file_of_the_users_and_nothing_is_deleted(name, foreign, tmp_path):
+    folder = plant(run_of(name, tmp_path / "run"), {foreign: "mine"})
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"`--overwrite`: .*run holds files that are no run of fastunlearn \("):
+        prepare_output(folder, OURS[name][0], overwrite=True)
+    with pytest.raises(UserError, match="no run of fastunlearn"):
+        clear_output(folder)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+@pytest.mark.parametrize("files", UNRECORDED.values(), ids=UNRECORDED)
+def test_a_folder_without_our_record_is_nobodys_to_replace(files, flag, tmp_path):
+    folder = plant(tmp_path / "home", files)
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=rf"`--{flag}`: .*home holds files that are no run of fastunlearn"):
+        prepare_output(folder, "train", **{"overwrite": False, flag: True})
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+@pytest.mark.parametrize("flag", ["overwrite", "resume"])
+def test_a_link_in_a_run_is_neither_followed_nor_removed(kind, flag, tmp_path):
+    folder = run_of("stopped run", tmp_path / "run")
+    target = tmp_path / "precious"
+    if kind == "folder":
+        plant(target, {"a": "years of work"})
+    elif kind == "file":
+        target.write_text("years of work")
+    (folder / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        prepare_output(folder, "train", **{"overwrite": False, flag: True})
+    assert (folder / "metrics.jsonl").is_symlink()
+    assert kind != "file" or target.read_text() == "years of work"
+
+
+def test_a_run_within_a_run_is_judged_by_its_own_record(tmp_path):
+    folder = tmp_path / "demo"
+    prepare_output(folder, "demo", overwrite=False)
+    run_of("finished run", folder / "esd")
+    plant(folder, RESULTS)
+    plant(folder / "esd", {"notes.txt": "mine"})
+    with pytest.raises(UserError, match=r"\(esd/notes\.txt\)"):
+        prepare_output(folder, "demo", overwrite=True)
+    (folder / "esd" / "notes.txt").unlink()
+    prepare_output(folder, "demo", overwrite=True)
+    assert not entries(folder)
+
+
+def test_another_commands_folder_is_not_continued(tmp_path):
+    folder = run_of("evaluation", tmp_path / "run")
+    with pytest.raises(UserError, match=r"`--resume`: .*holds the output of `fastunlearn evaluate`"):
+        check_output(folder, "train", overwrite=False, resume=True)
+    prepare_output(folder, "train", overwrite=True)
+    plant(folder, {"report.html": "", "config.yaml": ""})
+    check_output(folder, "train", overwrite=False, resume=True)
 
 
 def test_clearing_leaves_the_folder_and_what_is_to_stay(tmp_path):
     clear_output(tmp_path)
-    folder = plant(tmp_path / "run", {"journal/spec.json": "{}", **OURS["models evaluated together"]})
+    folder = plant(run_of("models evaluated together", tmp_path / "run"), {"journal/spec.json": "{}"})
     clear_output(folder, but=["journal"])
-    assert snapshot(folder) == {"journal/spec.json": b"{}"}
-    plant(folder, {"notes.txt": "mine"})
-    with pytest.raises(ValueError, match="holds files that are no run"):
-        clear_output(folder)
-    assert len(snapshot(folder)) == 2
+    assert entries(folder) == {"journal/spec.json"}
 
 
-@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
-def test_overwrite_refuses_what_is_not_all_ours(files, tmp_path):
-    folder = plant(tmp_path / "home", files)
+@pytest.mark.parametrize(
+    "name", sorted(set(OURS) - {"run that was killed while writing"})
+)  # that one holds nothing yet
+def test_a_used_folder_is_refused_without_a_flag(name, tmp_path):
+    folder = run_of(name, tmp_path / "run")
     before = snapshot(folder)
-    with pytest.raises(ValueError, match=r"`--overwrite`: .*home holds files that are no run"):
-        prepare_output(folder, overwrite=True)
+    with pytest.raises(UserError, match=r"is not empty.*--overwrite.*--resume"):
+        prepare_output(folder, OURS[name][0], overwrite=False)
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("files", [*OURS.values(), *FOREIGN.values()], ids=[*OURS, *FOREIGN])
-def test_a_used_folder_is_refused_without_a_flag(files, tmp_path):
-    folder = plant(tmp_path / "run", files)
-    before = snapshot(folder)
-    with pytest.raises(ValueError, match=r"is not empty.*--overwrite.*--resume"):
-        prepare_output(folder, overwrite=False)
-    assert snapshot(folder) == before
+def test_only_temporary_names_of_ours_are_removed(tmp_path):
+    plant(tmp_path, {".fastunlearn-a.1.tmp": "", ".mine.tmp": "", ".fastunlearn-notes": "", "a.tmp": ""})
+    remove_temporaries(tmp_path)
+    assert set(snapshot(tmp_path)) == {".mine.tmp", ".fastunlearn-notes", "a.tmp"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -122,9 +200,9 @@ def test_a_new_or_empty_folder_is_taken(exists, overwrite, tmp_path):
     folder = tmp_path / "deep" / "run"
     if exists:
         folder.mkdir(parents=True)
-    check_output(folder, overwrite=overwrite)
+    check_output(folder, "train", overwrite=overwrite)
     assert folder.exists() == exists, "a check must change nothing"
-    prepare_output(folder, overwrite=overwrite)
+    prepare_output(folder, "train", overwrite=overwrite)
     assert folder.is_dir()
 
 
@@ -132,7 +210,7 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "run").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="is a file"):
-            check_output(tmp_path / "run", overwrite=overwrite)
+            check_output(tmp_path / "run", "train", overwrite=overwrite)
     assert (tmp_path / "run").read_text() == "x"
 
 
@@ -142,18 +220,14 @@ def test_there_is_nothing_to_resume_in_an_empty_folder(exists, tmp_path):
     if exists:
         folder.mkdir()
     with pytest.raises(ValueError, match=r"`--resume`.*holds no run"):
-        check_output(folder, overwrite=False, resume=True)
+        check_output(folder, "train", overwrite=False, resume=True)
 
 
 def test_resume_keeps_what_is_there(tmp_path):
-    folder = plant(tmp_path / "run", RUN)
+    folder = run_of("finished run", tmp_path / "run")
     before = snapshot(folder)
-    prepare_output(folder, overwrite=False, resume=True)
+    prepare_output(folder, "train", overwrite=False, resume=True)
     assert snapshot(folder) == before
-
-
-def test_the_demos_folders_are_known():
-    assert demo.METHODS == DEMO_METHODS
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError, SystemExit])
@@ -239,13 +313,46 @@ def test_a_number_that_is_none_is_never_written(number, tmp_path):
 
 
 def test_a_folder_to_be_replaced_stays_the_one_that_is_claimed(tmp_path):
-    folder = plant(tmp_path / "run", OURS["models evaluated together"])
-    (folder / ".report.html.x.tmp").touch()
+    folder = run_of("models evaluated together", tmp_path / "run")
+    (folder / ".fastunlearn-report.html.x.tmp").touch()
     with claimed(folder):
-        prepare_output(folder, overwrite=True)
-        assert not list(folder.iterdir())
-        with pytest.raises(ValueError, match="another evaluation is writing"), claimed(folder):
+        prepare_output(folder, "evaluate", overwrite=True)
+        assert not entries(folder)
+        with pytest.raises(UserError, match="another command is writing"), claimed(folder):
             pass
-    (folder / ".report.html.x.tmp").touch()
-    clear_output(folder)
-    assert not list(folder.iterdir())
+
+
+def test_a_file_that_is_being_written_is_claimed(tmp_path):
+    path = tmp_path / "a.mask.safetensors"
+    with claimed_file(path):
+        with pytest.raises(UserError, match="another command is writing"), claimed_file(path):
+            pass
+        with claimed_file(tmp_path / "b.mask.safetensors"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_exchanged_where_the_system_can_and_else_steps_aside(tmp_path, monkeypatch):
+    for libc in (None, object()):
+        if libc is not None:
+            monkeypatch.setattr("ctypes.CDLL", lambda *a, libc=libc, **k: libc)
+        plant(tmp_path / "model", {"old.json": "old"})
+        with whole_folder(tmp_path / "model") as unfinished:
+            plant(unfinished, {"new.json": "new"})
+        assert snapshot(tmp_path) == {"model/new.json": b"new"}
+        (tmp_path / "model" / "new.json").unlink()
+
+
+def test_files_and_the_names_of_folders_are_flushed(tmp_path, monkeypatch):
+    flushed, real = [], os.fsync
+
+    def fsync(handle):
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    write_text(tmp_path / "a", "x")
+    with whole_folder(tmp_path / "model") as unfinished:
+        plant(unfinished, {"unet/weights": "x"})
+    names = [name.removeprefix(str(unfinished)) for name in flushed]
+    assert {"/unet/weights", "/unet", "", str(tmp_path)} <= set(names)

@@ -8,18 +8,20 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import names_in
 
-from fastunlearn.config import TrainConfig
 from fastunlearn.methods import get_method
 from fastunlearn.methods.recipe import Alternate, Saddle, Sum
 from fastunlearn.models.loading import import_diffusers, load_model
+from fastunlearn.progress import Reporter
 from fastunlearn.training import trainer as trainer_module
 from fastunlearn.training.bank import build_bank
+from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.export import overlay
 from fastunlearn.training.selection import select_parameters
 from fastunlearn.training.trainer import Interrupted, Schedule, Trainer
-from fastunlearn.training.unlearn import Reporter, plan_training, unlearn
+from fastunlearn.training.unlearn import plan_training, unlearn
 
 TINY = {"forget": "star", "trajectories": 1, "trajectory_steps": 4, "micro_batch_size": 4, "evaluation_prompts": "none"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -214,7 +216,7 @@ def test_identity_exports_the_original(tmp_path, bundled):
 
 
 def test_a_run_leaves_its_files_and_no_scraps(finished):
-    assert {path.name for path in finished.iterdir()} == {
+    assert names_in(finished) == {
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",

@@ -5,7 +5,14 @@ import hashlib
 import numpy as np
 import torch
 
+from fastunlearn.files.run_folder import RECORD
+
 NOISE = (3, 8, 8)
+
+
+def names_in(folder):
+    """The names in an output folder, but for the record that makes it ours."""
+    return {path.name for path in folder.iterdir()} - {RECORD}
 
 
 def draw(prompts, noise):

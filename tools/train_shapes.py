@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastunlearn.files.run_folder import write_json, write_text
+from fastunlearn.files.atomic import write_json, write_text
 from fastunlearn.models.generate import SamplerSpec, generate
 from fastunlearn.models.loading import Model, import_diffusers, load_model
 from fastunlearn.worlds import shapes

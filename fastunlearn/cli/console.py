@@ -15,8 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from ..evaluation.results import EvaluationReport
-from ..training.trainer import Metrics
-from ..training.unlearn import Reporter, TrainPlan
+from ..progress import Reporter
 
 
 class Console(Reporter):
@@ -51,16 +50,16 @@ class Console(Reporter):
     def close(self) -> None:
         self.bars.stop()
 
-    def plan(self, plan: TrainPlan) -> None:
-        self.name = plan.method.name
+    def plan(self, name: str, lines: Sequence[str]) -> None:
+        self.name = name
         if self.plans:
-            for line in plan_lines(plan):
-                self.out.print(line)
+            for line in lines:
+                self.out.print(line, markup=False)
 
     def stage(self, name: str) -> None:
         self.task, self.begun = None, time.monotonic()
 
-    def training(self, step: int, total: int, metrics: Metrics) -> None:
+    def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         note = f"loss {metrics['loss']:.4g}  {metrics['steps_per_second']:.1f} steps/s"
         self._advance(f"train {self.name}", step, total, note)
 
@@ -108,52 +107,6 @@ class Console(Reporter):
         self.out.print(f"report: {folder / 'report.html'}")
 
 
-def plan_lines(plan: TrainPlan) -> list[str]:
-    """What a training will do, in words, before its first step."""
-    settings, concept = plan.settings, plan.concept
-    share = plan.trainable_parameters / plan.total_parameters
-    total = plan.bank.unet_evaluations + plan.loop_evaluations
-    lines = [
-        f"method      {plan.method.name}: {plan.method.summary}",
-        f"forget      {_some(concept.forget_prompts)}",
-    ]
-    used = {row.role for row in plan.recipe.rows}
-    if concept.anchors:
-        lines.append(f"becomes     {_some(list(concept.anchors.values()))}")
-    if "retain" in used:
-        lines.append(f"keep        {_some(concept.retain_prompts)}")
-    lines += [
-        f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
-        f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
-        *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
-        f"bank        {plan.bank.rows:,} rows from {len(plan.bank.assignments)} trajectories, "
-        f"{plan.bank.unet_evaluations:,} UNet evaluations",
-        f"loop        {settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations (a backward counts as two)",
-    ]
-    if plan.memory is not None:
-        lines.append(f"memory      {_memory(plan.memory.device, 'a process')}")
-        if plan.memory.host:
-            lines.append(f"            {_memory(plan.memory.host, 'on the host')}")
-    return [*lines, f"estimate    {_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"]
-
-
-def _memory(parts: Mapping[str, int], index: str) -> str:
-    """The sum of bytes, and what it is made of, the largest first."""
-    named = ", ".join(f"{name} {_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
-    return f"about {_bytes(sum(parts.values()))} {index}: {named}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _mask_line(plan: TrainPlan) -> str:
-    if plan.mask is not None:
-        return f"from a file, made for {_some([plan.mask.made.get('prompts', '?')])}"
-    density = plan.settings.mask_density
-    return f"the {density:.0%} of the elements that are most salient for the concept" if density is not None else ""
-
-
 def table(summaries: Sequence[dict[str, Any]]) -> None:
     """The models of an evaluation side by side."""
     grid = Table(title=None)
@@ -183,7 +136,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def comparison_table(result: dict[str, Any]) -> None:
-    """What `compare` found, one line a pair of runs."""
+    """What `compare` found, one line per pair of runs."""
     grid = Table(title=None)
     grid.add_column("difference in R")
     grid.add_column("", justify="right")
@@ -275,17 +228,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _some(prompts: Sequence[str], limit: int = 3) -> str:
-    distinct = list(dict.fromkeys(prompts))
-    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
-    return ", ".join(repr(prompt) for prompt in distinct[:limit]) + more
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    if seconds < 5400:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds / 3600:.1f} h"

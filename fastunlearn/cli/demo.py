@@ -5,50 +5,72 @@ Each method is an ordinary run in a folder of its own; all are evaluated in one 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
-from ..config import DEMO_METHODS as METHODS
-from ..config import DemoConfig, TrainConfig
-from ..evaluation.evaluator import evaluate_models, shapes_groups
-from ..evaluation.results import EvaluationReport, write_results
-from ..files.run_folder import prepare_output, write_json
-from ..metrics.lpips import load_perceptual
-from ..models.generate import SamplerSpec
-from ..models.loading import load_model
-from ..training.unlearn import Reporter, describe_run, unlearn
+from ..config import at_least, setting
+from ..progress import Reporter
 
 CONCEPT = "star"
+METHODS = ("esd", "ovw", "placebo")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What `demo` does: forget "star" three ways and show them side by side."""
+
+    output: str = setting("folder of the runs and the report", "demo")
+    seed: int = setting("of trajectories and row order", 0)
+    overwrite: bool = setting("replace an earlier demo", False)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "seed")
 
 
 def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[dict[str, Any]]:
     """Run the demonstration and return the content of each method's evaluation.json, in order."""
+    from ..evaluation.evaluator import evaluate_models, world_groups
+    from ..evaluation.results import EvaluationReport, write_results
+    from ..files.atomic import write_json
+    from ..files.run_folder import check_output, claimed, own, prepare_output
+    from ..metrics.lpips import load_perceptual
+    from ..models.generate import SamplerSpec
+    from ..models.loading import load_model
+    from ..training.config import TrainConfig
+    from ..training.unlearn import describe_run, unlearn
+
     reporter = reporter or Reporter()
-    folder = Path(config.output)
+    folder = Path(config.output).expanduser()
     started = time.monotonic()
-    prepare_output(folder, overwrite=config.overwrite)
-    runs = {
-        method: TrainConfig(
-            forget=CONCEPT, method=method, output=str(folder / method), seed=config.seed, evaluation_prompts="none"
+    check_output(folder, "demo", overwrite=config.overwrite)
+    with claimed(folder):
+        prepare_output(folder, "demo", overwrite=config.overwrite)
+        own(folder, "demo", [f"{method}/{file}" for method in METHODS for file in ("pairs.jsonl", "evaluation.json")])
+        runs = {
+            method: TrainConfig(
+                forget=CONCEPT, method=method, output=str(folder / method), seed=config.seed, evaluation_prompts="none"
+            )
+            for method in METHODS
+        }
+        for run in runs.values():
+            unlearn(run, reporter)
+        reporter.stage("evaluation")
+        original = load_model("shapes")
+        assert original.world is not None
+        groups = world_groups(original.world, CONCEPT)
+        results = evaluate_models(
+            original,
+            {method: load_model(str(folder / method / "model")) for method in METHODS},
+            groups,
+            load_perceptual("shapes"),
+            SamplerSpec(),
+            placebo="placebo",
+            describe={method: describe_run(run) for method, run in runs.items()},
+            on_progress=reporter.scoring,
         )
-        for method in METHODS
-    }
-    for run in runs.values():
-        unlearn(run, reporter)
-    reporter.stage("evaluation")
-    groups = shapes_groups(CONCEPT)
-    results = evaluate_models(
-        load_model("shapes"),
-        {method: load_model(str(folder / method / "model")) for method in METHODS},
-        groups,
-        load_perceptual("shapes"),
-        SamplerSpec(),
-        placebo="placebo",
-        describe={method: describe_run(run) for method, run in runs.items()},
-        on_progress=reporter.scoring,
-    )
-    write_results(folder, EvaluationReport(results, groups, placebo="placebo", unseen=True))
-    summaries = [result.summary for result in results.results]
-    write_json(folder / "demo.json", {"seconds": round(time.monotonic() - started, 1), "evaluations": summaries})
+        write_results(folder, EvaluationReport(results, groups, placebo="placebo", unseen=True))
+        summaries = [result.summary for result in results.results]
+        write_json(folder / "demo.json", {"seconds": round(time.monotonic() - started, 1), "evaluations": summaries})
     return summaries

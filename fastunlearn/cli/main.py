@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from .. import __version__
-from ..config import (
-    ApplyConfig,
-    CompareConfig,
-    DemoConfig,
-    EvaluateConfig,
-    EvaluateImagesConfig,
-    MaskConfig,
-    TrainConfig,
-    add_flags,
-    build,
-)
+
+# Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
+from ..errors import UserError, explain, is_expected
+from ..evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesConfig
+from ..training.config import ApplyConfig, MaskConfig, TrainConfig
+from .demo import DemoConfig
+from .flags import add_flags, build
 
 Command = Callable[[dict[str, Any]], int]
 
 _DESCRIPTION = "Make a text-to-image diffusion model forget a concept, and prove that everything else is unchanged."
+_BUG = (
+    f"fastunlearn {__version__}: this is a bug of fastunlearn, not a mistake of yours. Please report the lines "
+    "above, with the command and what `fastunlearn info` prints, to the project's issues."
+)
+_EPILOG = """exit status: 0 done, 2 a mistake that one line explains, 1 a bug of ours.
+FASTUNLEARN_TRACEBACK=1 in the environment shows the traceback of every error.
+"""
 _TRAIN_EXAMPLES = """examples:
   fastunlearn train --forget star --output run
   fastunlearn train --model ./stable-diffusion-v1-5 --method esd --forget "Van Gogh" --output run
@@ -64,7 +66,11 @@ _EVALUATE_IMAGES_EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 2 after one line on stderr that says what to do."""
+    """Run a command; returns its exit status.
+
+    0: done.  2: something the user can mend, after one line on stderr that says what to do.  1: a bug of ours, after
+    its traceback.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -78,11 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "empty, with `--overwrite` (or, for train, `--resume`)."
         )
     except Exception as error:
-        # Other kinds are mistakes of ours, whose traceback is wanted.
-        expected = isinstance(error, ValueError | TypeError | RuntimeError | OSError) or _disk_is_full(error)
-        if not expected or os.environ.get("FASTUNLEARN_TRACEBACK"):
-            raise
-        return _fail(_explain(error))
+        if is_expected(error) and not os.environ.get("FASTUNLEARN_TRACEBACK"):
+            return _fail(explain(error))
+        traceback.print_exc()
+        if not is_expected(error):
+            print(_BUG, file=sys.stderr)
+        return 2 if is_expected(error) else 1
 
 
 def _without_local_rank(arguments: Sequence[str]) -> list[str]:
@@ -111,14 +118,15 @@ def _train(flags: dict[str, Any]) -> int:
         if saved.is_file():
             flags["config"] = str(saved)  # `--resume --output RUN` says enough
         elif "forget" not in flags:
-            raise ValueError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
+            raise UserError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
     config = build(TrainConfig, flags)
     again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
     if config.num_processes is not None and "RANK" not in os.environ and not config.dry_run:
         return _train_in_processes(config, again)
     from ..distributed import is_lost_peer, world_of_environment
+    from ..progress import Reporter
     from ..training.trainer import Interrupted
-    from ..training.unlearn import Reporter, unlearn
+    from ..training.unlearn import unlearn
     from .console import Console
 
     world = world_of_environment()
@@ -262,7 +270,13 @@ def _info(flags: dict[str, Any]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastunlearn", description=_DESCRIPTION, allow_abbrev=False)
+    parser = _Parser(
+        prog="fastunlearn",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"fastunlearn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -302,20 +316,6 @@ def _parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.exit(_fail(f"{message}. See `{self.prog} --help`."))
-
-
-def _explain(error: Exception) -> str:
-    """One line for people.  A full disk comes as an OSError or inside another library's error."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if _disk_is_full(error):
-        return "the disk is full: what was being written was removed again. Free some space and run the command again."
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return text
-
-
-def _disk_is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def _works_with_others() -> bool:

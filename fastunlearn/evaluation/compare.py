@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config import CompareConfig
-from ..files.run_folder import check_output, claimed, clear_output, whole_file, write_json, write_text
+from ..errors import UserError
+from ..files.atomic import whole_file, write_json, write_text
+from ..files.run_folder import check_output, claimed, prepare_output
 from ..metrics.statistics import Comparison, compare, holm
 from ..reports.html import templates
+from .config import CompareConfig
 from .summary import is_forget
 
 # What may differ between two evaluations whose pairs are compared: that their originals agree is checked by bits.
@@ -45,17 +47,16 @@ class Run:
 def compare_runs(config: CompareConfig) -> dict[str, Any]:
     """Compare every two of ``config.runs`` and write compare.json, compare.png and compare.html; returns the former.
 
-    Raises ValueError for runs that cannot be read and for runs whose original, settings, metric or pairs differ.
+    Raises UserError for runs that cannot be read and for runs whose original, settings, metric or pairs differ.
     """
     folder = Path(config.output)
-    check_output(folder, overwrite=config.overwrite)
+    check_output(folder, "compare", overwrite=config.overwrite)
     runs = _named([read_run(Path(run)) for run in config.runs])
     for run in runs[1:]:
         _check_comparable(runs[0], run)
     result = comparison(runs, config.margin)
     with claimed(folder):
-        if config.overwrite:
-            clear_output(folder)
+        prepare_output(folder, "compare", overwrite=config.overwrite)
         write_json(folder / "compare.json", result)
         _write_plot(folder / "compare.png", result)
         _write_page(folder / "compare.html", result)
@@ -84,14 +85,14 @@ def read_run(folder: Path) -> Run:
         )
         _ = summary["integrity"]["metric"], summary["integrity"]["retention"], summary["spec"]["hashes"]["original"]
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no evaluation: {Path(str(error.filename)).name} is missing. Evaluate first, or name the "
             "folder of one of the models that were evaluated together."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the evaluation in {folder} is damaged or of another version ({error!r}).") from None
+        raise UserError(f"the evaluation in {folder} is damaged or of another version ({error!r}).") from None
     if not run.keys or len(set(run.keys)) < len(run.keys):
-        raise ValueError(f"the evaluation in {folder} is damaged: it has no pairs, or a pair twice.")
+        raise UserError(f"the evaluation in {folder} is damaged: it has no pairs, or a pair twice.")
     return run
 
 
@@ -180,20 +181,20 @@ def _check_comparable(one: Run, other: Run) -> None:
     """ValueError unless both were measured alike: the same original, sampler, settings, metric, prompts and seeds."""
     between = f"{one.folder} and {other.folder} cannot be compared"
     if one.folder.resolve() == other.folder.resolve():
-        raise ValueError(f"{one.folder} is given twice. Name two runs.")
+        raise UserError(f"{one.folder} is given twice. Name two runs.")
     ours, theirs = ({**run.summary["spec"], "metric": run.summary["integrity"]["metric"]} for run in (one, other))
     if ours["hashes"]["original"] != theirs["hashes"]["original"]:
-        raise ValueError(f"{between}: they are of different originals.")
+        raise UserError(f"{between}: they are of different originals.")
     keys = [key for key in dict.fromkeys([*ours, *theirs]) if key not in _FREE]
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
     if differing:
         key = differing[0]
-        raise ValueError(f"{between}: {key} is {_short(ours.get(key))} and {_short(theirs.get(key))}.")
+        raise UserError(f"{between}: {key} is {_short(ours.get(key))} and {_short(theirs.get(key))}.")
     if one.keys != other.keys:
         only = set(one.keys) ^ set(other.keys)
-        raise ValueError(f"{between}: {len(only)} pairs are in one of them only, such as {min(only)!r}.")
+        raise UserError(f"{between}: {len(only)} pairs are in one of them only, such as {min(only)!r}.")
     if not np.array_equal(one.redrawn, other.redrawn):
-        raise ValueError(f"{between}: their originals drew different images, on different machines or versions.")
+        raise UserError(f"{between}: their originals drew different images, on different machines or versions.")
 
 
 def _short(value: Any) -> str:

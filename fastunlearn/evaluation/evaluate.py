@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import prompts as prompt_lists
-from ..config import EvaluateConfig, TrainConfig, from_yaml, to_yaml
-from ..files.run_folder import check_output, claimed, clear_output
+from ..config import from_yaml, to_yaml
+from ..errors import UserError
+from ..files.run_folder import check_output, claimed, clear_output, own
 from ..metrics.lpips import PerceptualDistance, load_perceptual
 from ..models.generate import SamplerSpec
-from ..training.unlearn import Reporter
-from ..worlds import shapes
-from .evaluator import CONTROL_PAIRS, Evaluator, Plan, default_metric, file_groups, shapes_groups
+from ..progress import Reporter
+from ..prompts import PromptGroups
+from ..training.config import TrainConfig
+from ..worlds import World, get_world, world_with_model
+from .config import EvaluateConfig
+from .evaluator import CONTROL_PAIRS, Evaluator, Plan, default_metric, file_groups, world_groups
 from .generators import Source, as_source
 from .image_cache import ImageCache
 from .journal import FOLDER as JOURNAL
 from .journal import Batch, Journal
 from .ranks import Ranks
 from .results import EvaluationReport, write_results
-from .summary import PromptGroups
 
 
 def evaluate(
@@ -53,7 +56,7 @@ def evaluate(
     noise_shape: tuple[int, int, int] | None = None,
     reporter: Reporter | None = None,
 ) -> EvaluationReport:
-    """Score unlearned models against their original: the same prompts, the same noise, one record a pair.
+    """Score unlearned models against their original: the same prompts, the same noise, one record per pair.
 
     ``original``, ``placebo``: a folder or name as for :func:`load_model`, a diffusers pipeline, or a function that maps
     B prompts (list) and noise (B, C, H, W) float32 on the CPU to images (B, 3, H, W) uint8; functions need
@@ -67,7 +70,7 @@ def evaluate(
     ``num_processes``, each rank takes a share of the prompts; the results are the same to the last bit.  Ranks other
     than the first return a report without results.
 
-    Raises ValueError for anything wrong in settings, prompts, models or images, RuntimeError for an original that
+    Raises UserError for anything wrong in settings, prompts, models or images, RuntimeError for an original that
     does not repeat itself or a rank that failed.
     """
     names = {field.name for field in dataclasses.fields(EvaluateConfig)}
@@ -76,14 +79,14 @@ def evaluate(
     ranks = Ranks.from_environment(num_processes)
     folder = Path(output) if output is not None else None
     if folder is None and (resume or overwrite or ranks.world_size > 1):
-        raise ValueError("`output` is missing: resuming, replacing and several processes need a folder.")
+        raise UserError("`output` is missing: resuming, replacing and several processes need a folder.")
     if ranks.world_size > 1 and not all(map(_is_name, _given_models(original, unlearned, placebo, metric, metrics))):
-        raise ValueError("several processes need models and metrics by name, since they cannot share objects.")
+        raise UserError("several processes need models and metrics by name, since they cannot share objects.")
     with contextlib.ExitStack() as stack:
         if folder and ranks.rank == 0:
-            check_output(folder, overwrite=overwrite, resume=resume)
+            check_output(folder, "evaluate", overwrite=overwrite, resume=resume)
             if overwrite and ranks.launched:
-                raise ValueError("`--overwrite`: launched ranks would not wait for it. Empty the folder first.")
+                raise UserError("`--overwrite`: launched ranks would not wait for it. Empty the folder first.")
             stack.enter_context(claimed(folder))
         models = _named_models(unlearned)
         if placebo is not None:
@@ -96,7 +99,7 @@ def evaluate(
             name: as_source(pipeline_of(model), spec, name=name, device=where, noise_shape=source.noise_shape)
             for name, model in models.items()
         }
-        groups = _groups(prompts, forget, models, runs, source.is_bundled)
+        groups = _groups(prompts, forget, models, runs, source.world)
         plan = Plan(
             source,
             sources,
@@ -113,6 +116,7 @@ def evaluate(
         if folder:
             journal = stack.enter_context(contextlib.closing(Journal(folder, ranks.rank, ranks.world_size)))
             if ranks.rank == 0:
+                own(folder, "evaluate", _result_files(models))
                 journal.begin(plan.spec(), to_yaml(config), plan.grouped, resume=resume)
                 stack.callback(ranks.stop)
                 ranks.start(journal.folder)
@@ -128,7 +132,7 @@ def evaluate(
             ranks.wait(journal.folder)
             records = Batch.merge(list(journal.batches()))
         if records.keys != plan.keys():
-            raise RuntimeError(f"{len(records.keys)} of {len(plan.keys())} pairs were recorded. Use `--resume`.")
+            raise UserError(f"{len(records.keys)} of {len(plan.keys())} pairs were recorded. Use `--resume`.")
         describe = {name: _description(name, model, runs[name], plan) for name, model in models.items()}
         report = EvaluationReport(evaluator.conclude(records, describe), groups, placebo=plan.placebo)
         if images and images.rejected:
@@ -138,6 +142,11 @@ def evaluate(
             write_results(folder, report)
             journal.remove()
     return report
+
+
+def _result_files(models: Mapping[str, Any]) -> list[str]:
+    """The files of single models, each in a folder of its name."""
+    return [f"{name}/{file}" for name in models for file in ("pairs.jsonl", "evaluation.json")]
 
 
 def _record(plan: Plan, evaluator: Evaluator, journal: Journal, ranks: Ranks) -> None:
@@ -156,7 +165,7 @@ def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
         if one is None:
             return None
         path = Path(str(one)).expanduser()
-        is_folder = isinstance(one, str | Path) and str(one) not in shapes.MODELS and path.is_dir()
+        is_folder = isinstance(one, str | Path) and world_with_model(str(one)) is None and path.is_dir()
         return str(path.resolve()) if is_folder else str(one)
 
     output = str(Path(given["output"] or ".").expanduser().resolve())
@@ -165,7 +174,8 @@ def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
     for key in ("trunk_weights", "cache"):
         if given[key] is not None:
             values[key] = str(Path(given[key]).expanduser().resolve())
-    values["prompts"] = "shapes" if given["prompts"] == "shapes" else str(Path(output, JOURNAL, "prompts.csv"))
+    of_world = get_world(str(given["prompts"])) is not None
+    values["prompts"] = given["prompts"] if of_world else str(Path(output, JOURNAL, "prompts.csv"))
     return EvaluateConfig(**values | {"output": output, "resume": False, "overwrite": False})
 
 
@@ -185,7 +195,7 @@ def _named_models(unlearned: Any) -> dict[str, Any]:
         return {_folder_name(str(name)): model for name, model in unlearned.items()}
     models = list(unlearned) if isinstance(unlearned, list | tuple) else [unlearned]
     if not models:
-        raise ValueError("`--unlearned` is empty: name at least one unlearned pipeline.")
+        raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
     labels = [_label(model) for model in models]
     named: dict[str, Any] = {}
     for model, label in zip(models, labels, strict=True):
@@ -245,21 +255,25 @@ def _description(name: str, model: Any, run: TrainConfig | None, plan: Plan) -> 
 
 
 def _groups(
-    given: Any, forget: str | None, models: Mapping[str, Any], runs: Mapping[str, TrainConfig | None], bundled: bool
+    given: Any,
+    forget: str | None,
+    models: Mapping[str, Any],
+    runs: Mapping[str, TrainConfig | None],
+    world: World | None,
 ) -> PromptGroups:
     forgotten = sorted({run.forget for run in runs.values() if run})
     if forget is None and len(forgotten) > 1:
-        raise ValueError(f"the runs forgot different things ({', '.join(forgotten)}). Evaluate each alone.")
+        raise UserError(f"the runs forgot different things ({', '.join(forgotten)}). Evaluate each alone.")
     concept = forget or next(iter(forgotten), None)
     if not isinstance(given, str | Path):
         return PromptGroups.of(prompt_lists.check_grouped_prompts(given), concept)
-    if str(given) != "shapes":
+    if (asked := get_world(str(given))) is None:
         return file_groups(str(given), concept)
-    if not bundled:
-        raise ValueError("`--prompts shapes` are the bundled model's. Give a prompt file for other models.")
+    if asked is not world:
+        raise UserError(f"`--prompts {given}` are the bundled model's. Give a prompt file for other models.")
     if concept is None:
-        raise ValueError(f"{next(iter(models))} does not say what was forgotten. Name it with `--forget`.")
-    return shapes_groups(concept)
+        raise UserError(f"{next(iter(models))} does not say what was forgotten. Name it with `--forget`.")
+    return world_groups(asked, concept)
 
 
 def _perceptual(
@@ -267,7 +281,7 @@ def _perceptual(
 ) -> PerceptualDistance:
     if metric is not None and not isinstance(metric, str):
         if trunk_weights is not None:
-            raise ValueError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
+            raise UserError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
         return metric
     return load_perceptual(metric or default_metric(source), source.device, trunk_weights=trunk_weights)
 
@@ -280,12 +294,12 @@ def _metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:
     for one in asked:
         if isinstance(one, str):
             metrics = importlib.import_module("..metrics.field", __package__)
-            result.append(metrics.load_metric(one.strip(), source.device, bundled=source.is_bundled))
+            result.append(metrics.load_metric(one.strip(), source.device, bundled=source.world is not None))
         else:
             result.append(one)
     names = [one.name for one in result]
     if len(set(names)) < len(names):
-        raise ValueError(f"`--metrics` names {max(names, key=names.count)} twice.")
+        raise UserError(f"`--metrics` names {max(names, key=names.count)} twice.")
     return result
 
 
@@ -293,5 +307,5 @@ def _image_cache(folder: str | Path | None, limit_gib: float, source: Source) ->
     if folder is None:
         return None
     if source.state() is None:
-        raise ValueError("`cache` names images by a hash of what makes them, which a function has not: leave it out.")
+        raise UserError("`cache` names images by a hash of what makes them, which a function has not: leave it out.")
     return ImageCache(Path(folder).expanduser(), int(limit_gib * 2**30))

@@ -21,15 +21,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config import EvaluateImagesConfig
+from ..errors import UserError
+from ..files.atomic import write_json, write_lines
 from ..files.images import ImageFile, find_images, read_image
-from ..files.run_folder import check_output, claimed, prepare_output, write_json, write_lines
+from ..files.run_folder import check_output, claimed, prepare_output
 from ..metrics.field import Metric, load_metric
 from ..metrics.lpips import PerceptualDistance, load_perceptual
 from ..metrics.statistics import clustered_mean, quantiles
 from ..models.loading import resolve_device, versions
 from ..reports.html import Gallery, GalleryRow
 from ..reports.images import ImagesReport, write_images_report
+from .config import EvaluateImagesConfig
 
 _SHOWN = 4  # pairs of each kind in the report
 
@@ -64,11 +66,11 @@ def evaluate_images(
 ) -> dict[str, Any]:
     """Compare two folders of images and write pairs.jsonl, evaluation.json and report.html.
 
-    Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises ValueError, in one line,
-    for anything wrong in the settings, the folders, a image or the prompt file.
+    Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises UserError, in one line,
+    for anything wrong in the settings, the folders, an image or the prompt file.
     """
     output = Path(config.output)
-    check_output(output, overwrite=config.overwrite)
+    check_output(output, "evaluate-images", overwrite=config.overwrite)
     pairs = find_pairs(Path(config.original_images), Path(config.unlearned_images), config.prompts)
     device = resolve_device(config.device)
     further = _further_metrics(config, device)
@@ -79,7 +81,7 @@ def evaluate_images(
         scores = score(pairs, distance, further, config.num_workers or os.cpu_count() or 1, on_progress)
         summary = summarize(pairs, scores, distance, further, config)
         galleries = _galleries(pairs, scores.distances)
-        prepare_output(output, overwrite=config.overwrite)
+        prepare_output(output, "evaluate-images", overwrite=config.overwrite)
         write_lines(output / "pairs.jsonl", _records(pairs, scores))
         write_json(output / "evaluation.json", summary)
         write_images_report(output / "report.html", ImagesReport(summary, galleries))
@@ -92,7 +94,7 @@ def evaluate_images(
 def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> list[Pair]:
     """All pairs, sorted by name.  ``prompts``: a CSV with the columns file, prompt and perhaps group.
 
-    Raises ValueError where a image has no partner, and where the prompt file does not list every image once or has
+    Raises UserError where an image has no partner, and where the prompt file does not list every image once or has
     none to keep.
     """
     before, after = find_images(original.expanduser()), find_images(unlearned.expanduser())
@@ -102,16 +104,16 @@ def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> l
     }
     missing = [f"{len(names)} in {side} folder ({_some(names)})" for side, names in unpaired.items() if names]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"partners are missing: {' and '.join(missing)}. Images are paired by their name without suffix; "
             "add the missing ones or remove their partners."
         )
     if len(before) < 2:
-        raise ValueError("an interval needs at least 2 pairs of images, got 1.")
+        raise UserError("an interval needs at least 2 pairs of images, got 1.")
     said = _read_prompts(Path(prompts).expanduser(), before) if prompts is not None else {}
     pairs = [Pair(name, path, after[name], *said.get(name, (name, "retain"))) for name, path in before.items()]
     if all(pair.is_to_forget for pair in pairs):
-        raise ValueError("all images are of a forget group: integrity is measured on prompts to keep. Add some.")
+        raise UserError("all images are of a forget group: integrity is measured on prompts to keep. Add some.")
     return pairs
 
 
@@ -120,7 +122,7 @@ def _read_prompts(path: Path, images: dict[str, Path]) -> dict[str, tuple[str, s
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompt file {path} ({' '.join(str(error).split())}).") from error
+        raise UserError(f"cannot read the prompt file {path} ({' '.join(str(error).split())}).") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     by_file = {_inside(image, name): name for name, image in images.items()}
     result: dict[str, tuple[str, str]] = {}
@@ -128,7 +130,7 @@ def _read_prompts(path: Path, images: dict[str, Path]) -> dict[str, tuple[str, s
     try:
         missing = {"file", "prompt"} - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(f"the prompt file {path} has no column named `{min(missing)}`, but {reader.fieldnames}.")
+            raise UserError(f"the prompt file {path} has no column named `{min(missing)}`, but {reader.fieldnames}.")
         for row in reader:
             file = (row["file"] or "").strip().removeprefix("./")
             name = file if file in images else by_file.get(file)
@@ -139,14 +141,14 @@ def _read_prompts(path: Path, images: dict[str, Path]) -> dict[str, tuple[str, s
             else:
                 result[name] = ((row["prompt"] or "").strip(), (row.get("group") or "").strip() or "retain")
     except csv.Error as error:
-        raise ValueError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
+        raise UserError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
     for names, what in (
         (unknown, "name no image of the folders"),
         (twice, "are there twice"),
         (sorted(images.keys() - result.keys()), "are missing in it"),
     ):
         if names:
-            raise ValueError(f"the prompt file {path} does not fit the folders: {len(names)} {what} ({_some(names)}).")
+            raise UserError(f"the prompt file {path} does not fit the folders: {len(names)} {what} ({_some(names)}).")
     return result
 
 
@@ -169,7 +171,7 @@ def score(
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """Decode and compare all pairs, in order.  Raises ValueError for a image that is refused or of another size."""
+    """Decode and compare all pairs, in order.  Raises UserError for an image that is refused or of another size."""
     distances = np.empty(len(pairs), dtype=np.float32)
     rows: dict[str, list[torch.Tensor]] = {metric.name: [] for metric in metrics}
     digests = hashlib.sha256(), hashlib.sha256()
@@ -195,7 +197,7 @@ def score(
         on_progress(done, len(pairs))
     bad = np.flatnonzero(~np.isfinite(distances))
     if len(bad):
-        raise ValueError(f"the distance of {len(bad)} pairs is no number, for example {pairs[bad[0]].name}.")
+        raise UserError(f"the distance of {len(bad)} pairs is no number, for example {pairs[bad[0]].name}.")
     assert size is not None
     stacked = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
     return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), (size[0], size[1]))
@@ -231,7 +233,7 @@ def _check_size(pair: Pair, images: tuple[ImageFile, ImageFile], size: tuple[int
     for path, image in zip((pair.original, pair.unlearned), images, strict=True):
         if image.pixels.shape[:2] != size:
             height, width = image.pixels.shape[:2]
-            raise ValueError(
+            raise UserError(
                 f"the image {path} has {width} x {height} pixels, the first one {size[1]} x {size[0]}: distances of "
                 "different sizes do not compare. Give all images of both folders one size."
             )
@@ -241,17 +243,17 @@ def _too_small(error: RuntimeError, distance: PerceptualDistance, size: tuple[in
     assert size is not None
     if "size" not in str(error) or min(size) >= 64:
         return error
-    return ValueError(f"images of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
+    return UserError(f"images of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
 
 
 def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list[Metric]:
     names = [name.strip() for name in (config.metrics or "").split(",") if name.strip()]
     if len(set(names)) < len(names):
-        raise ValueError(f"`--metrics` {config.metrics} names a metric twice. Name each once.")
+        raise UserError(f"`--metrics` {config.metrics} names a metric twice. Name each once.")
     metrics = [load_metric(name, device, bundled=config.metric == "shapes") for name in names]
     for metric in metrics:
         if metric.needs_prompts and config.prompts is None:
-            raise ValueError(f"the metric {metric.name} needs the prompts of the images: give `--prompts FILE`.")
+            raise UserError(f"the metric {metric.name} needs the prompts of the images: give `--prompts FILE`.")
     return metrics
 
 
@@ -316,7 +318,7 @@ def _groups(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _records(pairs: Sequence[Pair], scores: Scores) -> list[dict[str, Any]]:
-    """A line a pair.  Of the further metrics those that are one or two numbers, not features."""
+    """A line per pair.  Of the further metrics those that are one or two numbers, not features."""
     records = [
         {"file": pair.name, "group": pair.group, "prompt": pair.prompt, "distance": float(value)}
         for pair, value in zip(pairs, scores.distances, strict=True)

@@ -1,4 +1,4 @@
-"""Scores unlearned models against the original: same prompts, same noise, one record a pair, then a summary.
+"""Scores unlearned models against the original: same prompts, same noise, one record per pair, then a summary.
 
 Flow: keys (prompt, seed), sorted -> images of the original and of every unlearned model in batches of one size ->
 distances and the judge's labels -> records -> statistics.  Only records and a few images for the report are kept.
@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .. import prompts as prompt_lists
+from ..errors import UserError
 from ..metrics.lpips import PerceptualDistance
 from ..models.generate import SamplerSpec
 from ..models.loading import Model
+from ..prompts import PromptGroups, is_forget, parse_grouped_prompts
+from ..worlds import World
 from ..worlds.shapes import load_classifier
 from .generators import (
     Key,
@@ -34,11 +36,11 @@ from .generators import (
 )
 from .image_cache import ImageCache, Originals
 from .journal import Batch, Journal
-from .summary import LABELS, Control, Ladder, PromptGroups, is_forget, judged, summarize
+from .summary import LABELS, Control, Ladder, judged, summarize
 
 CONTROL_PAIRS = 8  # on which the numeric controls are measured unless the caller says otherwise
 
-_GALLERY = 6  # images a group that the report shows
+_GALLERY = 6  # images per group that the report shows
 _EXTREMES = 4  # pairs of the largest, of the middle and of the smallest distances that it shows
 _TENSOR_BYTES = 1024  # that a tensor takes beside its elements
 _KEPT_BYTES = 64 * 2**20  # of images held for the report; what is not among them is generated once more
@@ -58,7 +60,7 @@ class RowMetric(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A pair kept for the report.  Images are (3, H, W) uint8; ``unlearned`` has one a model."""
+    """A pair kept for the report.  Images are (3, H, W) uint8; ``unlearned`` has one per model."""
 
     group: str
     prompt: str
@@ -82,7 +84,7 @@ class Evaluation:
         return list(self.lines())
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """One record a pair, in key order: group, prompt, seed, distance, what the classifier saw, and for what is to
+        """One record per pair, in key order: group, prompt, seed, distance, what the classifier saw, and for what is to
         be kept ``redrawn``, the original's distance to itself from other noise."""
         labels = None if self.records.labels is None else self.records.labels[self.index + 1]
         for row, (prompt, seed) in enumerate(self.records.keys):
@@ -128,8 +130,8 @@ class Plan:
                 source.share_text(self.original)
         if isinstance(self.original, PipelineSource):
             self.original.check_sampler()
-        if self.groups.concept is not None and self.original.is_bundled:
-            prompt_lists.domain_of(self.groups.concept)
+        if self.groups.concept is not None and self.original.world:
+            self.original.world.find(self.groups.concept)
 
     @functools.cached_property
     def grouped(self) -> list[tuple[str, str]]:
@@ -191,7 +193,7 @@ def evaluate_models(
     ``unlearned`` that is the placebo.  ``describe`` adds fields to a model's summary.  ``on_progress(done, total)``
     counts images.
 
-    Raises ValueError for models that cannot be compared and RuntimeError if the repeat is not exact.
+    Raises UserError for models that cannot be compared and RuntimeError if the repeat is not exact.
     """
     sources = {name: as_source(model, spec) for name, model in unlearned.items()}
     plan = Plan(as_source(original, spec), sources, groups, metric, seeds_per_prompt, placebo)
@@ -211,7 +213,7 @@ class Evaluator:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.plan, self._cache = plan, cache
-        self._judge = _Judge(plan) if plan.groups.concept is not None and plan.original.is_bundled else None
+        self._judge = _Judge(plan) if plan.groups.concept is not None and plan.original.world else None
         self._kept_images: dict[Key, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._kept_bytes = 0
         self._report = on_progress
@@ -300,7 +302,7 @@ class Evaluator:
         original, generated = before(), [after() for after in afters]
         for name, images in zip(plan.unlearned, generated, strict=True):
             if images.shape != original.shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} generates images of {_size(images)}, the original of {_size(original)}: models of one "
                     "resolution can be compared."
                 )
@@ -338,7 +340,7 @@ class Evaluator:
         self._advance(len(chunk))
         if first.shape != second.shape or not torch.equal(first, second):
             worst = float(self.plan.metric.distance(first, second).max()) if first.shape == second.shape else 1.0
-            raise RuntimeError(
+            raise UserError(
                 f"the original does not repeat itself: distance {worst:g} between two runs on the same noise, where "
                 "it must be 0. Nothing was scored, since chance would be counted as damage."
             )
@@ -429,7 +431,7 @@ class _AtOnce(Executor):
 
 
 class _Judge:
-    """The bundled world's classifier: what does a image show?"""
+    """The bundled world's classifier: what does an image show?"""
 
     def __init__(self, plan: Plan) -> None:
         self.classifier = load_classifier()
@@ -441,21 +443,18 @@ class _Judge:
         return torch.stack([result[head] for head in LABELS], dim=1)[: len(images)].to(torch.uint8).numpy()
 
 
-def shapes_groups(concept: str) -> PromptGroups:
-    """The bundled world's evaluation prompts for a concept; no training of ours sees them."""
-    forget, retain = prompt_lists.shapes_prompts(concept, "evaluate")
-    # Training asks for the concept in the words of a full caption only.
-    names = {prompt: "forget-paraphrase" for prompt in forget if " background with " in prompt}
-    return PromptGroups(tuple(forget), tuple(retain), concept, names)
+def world_groups(world: World, concept: str) -> PromptGroups:
+    """A bundled world's evaluation prompts for a concept; no training of ours sees them."""
+    return PromptGroups.of(world.prompts_to_evaluate(concept), concept)
 
 
 def file_groups(value: str, concept: str | None) -> PromptGroups:
     """Prompts from a file or text; groups named ``forget...`` ask for the concept, all others are to be kept."""
-    return PromptGroups.of(prompt_lists.parse_grouped_prompts(value), concept)
+    return PromptGroups.of(parse_grouped_prompts(value), concept)
 
 
 def default_metric(model: Model | Source) -> str:
-    return "shapes" if model.is_bundled else "lpips-alex"
+    return model.world.name if model.world else "lpips-alex"
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -476,4 +475,4 @@ def _check_finite(batch: Batch, names: Sequence[str]) -> None:
     for name, distances in zip(names, batch.distances, strict=True):
         if not np.isfinite(distances).all():
             key = batch.keys[int(np.flatnonzero(~np.isfinite(distances))[0])]
-            raise ValueError(f"the distance of {name} for {key[0]!r}, seed {key[1]}, is no number: check the metric.")
+            raise UserError(f"the distance of {name} for {key[0]!r}, seed {key[1]}, is no number: check the metric.")

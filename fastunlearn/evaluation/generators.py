@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
+from ..files.weights import hash_part, hash_pipeline
 from ..methods.recipe import EMPTY
 from ..models.generate import SamplerSpec, decode, denoise
-from ..models.loading import Model, content_of, fingerprint, load_model, sampler_config, versions, wrap_pipeline
+from ..models.loading import Model, content_of, load_model, sampler_config, versions, wrap_pipeline
 from ..models.sampling import check_deterministic, initial_noise
+from ..worlds import World
 
 #: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to images (B, 3, H, W) uint8.
 Generator = Callable[[list[str], torch.Tensor], Any]
@@ -38,9 +41,9 @@ class Source(ABC):
         return torch.device("cpu")
 
     @property
-    def is_bundled(self) -> bool:
-        """Whether the bundled world's classifier can judge the images."""
-        return False
+    def world(self) -> World | None:
+        """The bundled world whose images these are, if they are of one."""
+        return None
 
     @abstractmethod
     def content(self) -> str:
@@ -91,12 +94,12 @@ class PipelineSource(Source):
         return self.model.device
 
     @property
-    def is_bundled(self) -> bool:
-        return self.model.is_bundled
+    def world(self) -> World | None:
+        return self.model.world
 
     @functools.cache  # noqa: B019  (as long-lived as the process)
     def content(self) -> str:
-        return fingerprint(self.model.source) if self._saved else content_of(self.model.pipeline)
+        return hash_pipeline(self.model.source) if self._saved else content_of(self.model.pipeline)
 
     def state(self) -> dict[str, Any]:
         return {"content": self.content(), "noise": self.noise_shape, **self.settings(), **environment(self.device)}
@@ -154,12 +157,12 @@ class FunctionSource(Source):
         images = torch.as_tensor(generated) if isinstance(generated, torch.Tensor | np.ndarray) else None
         if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             got = type(generated).__name__ if images is None else f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"the function {self.name} must return images (B, 3, H, W) as uint8, got {got}: check for NaN, round "
                 "to 0..255 and convert."
             )
         if len(images) != count:
-            raise ValueError(f"the function {self.name} got {count} prompts and returned {len(images)} images.")
+            raise UserError(f"the function {self.name} got {count} prompts and returned {len(images)} images.")
         return images.cpu()
 
 
@@ -190,7 +193,7 @@ def as_source(
 ) -> Source:
     """A source from a name or folder (as for ``load_model``), a ``Model``, a diffusers pipeline or a function.
 
-    ``noise_shape``: (C, H, W) of the noise that functions get.  Raises ValueError, TypeError for anything else.
+    ``noise_shape``: (C, H, W) of the noise that functions get.  Raises UserError, TypeError for anything else.
     """
     if isinstance(given, Source):
         return given
@@ -203,7 +206,7 @@ def as_source(
         return PipelineSource(wrap_pipeline(given, name), spec, saved=False)
     if callable(given):
         if noise_shape is None:
-            raise ValueError(f"`noise_shape` is missing: say which noise (C, H, W) the function {name} gets.")
+            raise UserError(f"`noise_shape` is missing: say which noise (C, H, W) the function {name} gets.")
         return FunctionSource(given, name, tuple(noise_shape), spec.micro_batch_size)
     raise TypeError(
         f"a model is a folder, a name, a diffusers pipeline or a function (prompts, noise) -> images, got {given!r}."
@@ -215,25 +218,25 @@ def check_comparable(original: Source, unlearned: Source, name: str) -> None:
     difference would not be unlearning's."""
     if isinstance(original, PipelineSource) and isinstance(unlearned, PipelineSource):
         if original.model.family != unlearned.model.family:
-            raise ValueError(
+            raise UserError(
                 f"{name} is of the family {unlearned.model.family}, the original of {original.model.family}."
             )
         ours, theirs = sampler_config(original.model), sampler_config(unlearned.model)
         if ours != theirs:
             differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-            raise ValueError(
+            raise UserError(
                 f"{name} has another sampler than the original ({', '.join(differing)} differ), so their images "
                 "cannot be compared. Give both the same scheduler/scheduler_config.json."
             )
     if original.noise_shape != unlearned.noise_shape:
-        raise ValueError(
+        raise UserError(
             f"{name} starts from noise {unlearned.noise_shape}, the original from {original.noise_shape}: models of "
             "one resolution can be compared."
         )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What of the machine can change the last bit of a image."""
+    """What of the machine can change the last bit of an image."""
     if device.type == "cpu":
         machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     else:
@@ -267,8 +270,5 @@ def _same_text(one: PipelineSource, other: PipelineSource) -> bool:
         return True
     if not (one._saved and other._saved):
         return False
-    folders = [[source.model.source / part for part in parts] for source in (one, other)]
-    return all(
-        a.is_dir() == b.is_dir() and (not a.is_dir() or fingerprint(a) == fingerprint(b))
-        for a, b in zip(*folders, strict=True)
-    )
+    sides = [source.model.source for source in (one, other)]
+    return all(len({hash_part(side, part) if (side / part).is_dir() else "" for side in sides}) == 1 for part in parts)

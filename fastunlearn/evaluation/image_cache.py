@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from .generators import Key, Source
 
 _MAGIC = b"fastunlearn image 1\n"
@@ -23,7 +24,7 @@ _MAGIC = b"fastunlearn image 1\n"
 class Originals:
     """Generates the images of ``plan``, the keys in the order in which they will be asked for, in full batches.
 
-    A image is dropped when it was asked for as often as the plan names it.  ``finish`` runs the last part of a
+    An image is dropped when it was asked for as often as the plan names it.  ``finish`` runs the last part of a
     generating, so that it can overlap with the next one.
     """
 
@@ -108,7 +109,7 @@ class ImageCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self.rejected = 0  # entries that were not what they should be
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`--cache` {folder} is a file. Name a folder.")
+            raise UserError(f"`--cache` {folder} is a file. Name a folder.")
         self._grown = 0  # bytes since the folder was last measured
         self._evict()
 

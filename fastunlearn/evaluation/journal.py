@@ -24,7 +24,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..files.run_folder import write_json, write_text
+from ..errors import UserError
+from ..files.atomic import write_json, write_text
 
 FOLDER = "journal"
 
@@ -49,12 +50,12 @@ class Batch:
 
     @classmethod
     def merge(cls, batches: Sequence[Batch]) -> Batch:
-        """All of them, sorted by key.  Raises ValueError for a key that is there twice."""
+        """All of them, sorted by key.  Raises UserError for a key that is there twice."""
         keys = [key for batch in batches for key in batch.keys]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         for one, following in itertools.pairwise(order):
             if keys[one] == keys[following]:
-                raise ValueError(f"the pair {keys[one]} was recorded twice: delete the output folder and start again.")
+                raise UserError(f"the pair {keys[one]} was recorded twice: delete the output folder and start again.")
         labels = None
         if batches[0].labels is not None:
             labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None], axis=1)[:, order]
@@ -85,7 +86,7 @@ class Journal:
         """Start, or continue what was begun with the same ``spec``.  For the first rank.
 
         ``config``: YAML that starts the other ranks and continues the evaluation; ``prompts``: (prompt, group).
-        Raises ValueError where there is something else to continue, or nothing.
+        Raises UserError where there is something else to continue, or nothing.
         """
         if resume:
             self._check_same(spec)
@@ -104,7 +105,7 @@ class Journal:
         deadline = time.monotonic() + timeout_s
         while not (self.folder / "spec.json").is_file():
             if time.monotonic() > deadline:
-                raise ValueError(f"rank {self.rank} waited for rank 0 to begin in {self.folder.parent}: it did not.")
+                raise UserError(f"rank {self.rank} waited for rank 0 to begin in {self.folder.parent}: it did not.")
             time.sleep(0.1)
         self._check_same(spec)
         self._open()
@@ -113,14 +114,14 @@ class Journal:
         try:
             before = json.loads((self.folder / "spec.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise ValueError(
+            raise UserError(
                 f"`--resume`: {self.folder.parent} holds no unfinished evaluation. Leave the flag out to start one."
             ) from None
         now = json.loads(json.dumps(spec))
         differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
         if differing:
             name = differing[0]
-            raise ValueError(
+            raise UserError(
                 f"the evaluation in {self.folder.parent} has {name} = {_short(before.get(name))}, now it is "
                 f"{_short(now.get(name))}. Give the same settings, or another `--output`."
             )
@@ -132,7 +133,7 @@ class Journal:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._stream.close()
-            raise ValueError(f"another process still writes {path}. Wait for it, or end it.") from None
+            raise UserError(f"another process still writes {path}. Wait for it, or end it.") from None
         lines = _whole_lines(path)
         os.truncate(path, sum(map(len, lines)))
         for rows in self._row_files(self.rank).values():

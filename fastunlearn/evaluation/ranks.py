@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..distributed import world_of_environment
+from ..errors import UserError
 
 _PARENT = "FASTUNLEARN_PARENT"  # process id of the first rank, where that one started the others
 
@@ -35,7 +36,7 @@ class Ranks:
         if world.size == 1:
             return cls(0, num_processes, False)
         if num_processes > 1:
-            raise ValueError(
+            raise UserError(
                 f"`--num-processes` {num_processes} within {world.size} launched processes: give one of them."
             )
         return cls(world.rank, world.size, _PARENT not in os.environ)
@@ -71,13 +72,13 @@ class Ranks:
         """RuntimeError where one of the others has failed."""
         parent = os.environ.get(_PARENT)
         if parent is not None and self.rank > 0 and os.getppid() != int(parent):
-            raise RuntimeError("the first rank is gone.")
+            raise UserError("the first rank is gone.")
         for rank, (process, log) in self._others.items():
             if process.poll() not in (None, 0):
                 lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
                 said = [line for line in lines if line.strip()][-1:] or [f"exit status {process.returncode}"]
                 message = said[0].removeprefix("fastunlearn: ")
-                raise RuntimeError(f"rank {rank} of {self.world_size} failed: {message}")
+                raise UserError(f"rank {rank} of {self.world_size} failed: {message}")
 
     def done(self, journal: Path) -> None:
         """Leave the mark that this rank's share is recorded.  It stays true for as long as the journal exists."""

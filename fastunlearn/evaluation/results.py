@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files.run_folder import write_json, write_lines
+from ..errors import UserError
+from ..files.atomic import write_json, write_lines
 from ..reports.html import Gallery, GalleryRow, Report, write_grid, write_report
 from .evaluator import Evaluation, Evaluations, Shown
 from .summary import PromptGroups, is_forget
@@ -42,7 +43,7 @@ class EvaluationReport:
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
-        """The first model's records, one a pair."""
+        """The first model's records, one per pair."""
         return self.results[0].pairs
 
     def to_json(self) -> str:
@@ -54,7 +55,7 @@ class EvaluationReport:
         try:
             import pandas
         except ImportError as error:
-            raise ValueError("`to_dataframe` needs the package pandas: pip install pandas, or use `pairs`.") from error
+            raise UserError("`to_dataframe` needs the package pandas: pip install pandas, or use `pairs`.") from error
         return pandas.DataFrame([{"model": result.name, **line} for result in self.results for line in result.lines()])
 
     def html(self, path: str | Path) -> None:
@@ -86,7 +87,7 @@ def write_results(folder: Path, found: EvaluationReport) -> None:
 
 
 def write_records(folder: Path, evaluation: Evaluation) -> None:
-    """pairs.jsonl, one line a pair, and evaluation.json."""
+    """pairs.jsonl, one line per pair, and evaluation.json."""
     folder.mkdir(exist_ok=True)
     write_lines(folder / "pairs.jsonl", evaluation.lines())
     write_json(folder / "evaluation.json", evaluation.summary)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import prompts as prompt_lists
 from ..metrics.statistics import Estimate, clustered_mean, difference, quantiles, retention, wilson
+from ..prompts import PromptGroups, is_forget
+from ..worlds.shapes import SHAPES_WORLD
 from ..worlds.shapes.classifier import HEADS
 from .journal import Batch
 
@@ -18,44 +19,6 @@ Mask = npt.NDArray[np.bool_]
 
 #: Order of the classifier's heads in ``Batch.labels``.
 LABELS = tuple(HEADS)
-
-
-def is_forget(group: str) -> bool:
-    """Groups named ``forget...`` ask for the concept; all others are to be kept."""
-    return group.startswith("forget")
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptGroups:
-    """The prompts of an evaluation.
-
-    ``concept`` is the forgotten word, if there is one to judge erasure by.  ``names`` gives a prompt's group where that
-    is not simply ``forget`` or ``retain``.
-    """
-
-    forget: tuple[str, ...]
-    retain: tuple[str, ...]
-    concept: str | None
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if len(self.retain) < 2:
-            raise ValueError(
-                "integrity is measured on at least 2 retain prompts: give more, or mark them so in the column `group`."
-            )
-        prompt_lists.check_disjoint(self.forget, self.retain)
-
-    @classmethod
-    def of(cls, grouped: Sequence[tuple[str, str]], concept: str | None) -> PromptGroups:
-        """From (prompt, group)."""
-        forget = tuple(prompt for prompt, group in grouped if is_forget(group))
-        retain = tuple(prompt for prompt, group in grouped if not is_forget(group))
-        return cls(forget, retain, concept, dict(grouped))
-
-    def grouped(self) -> list[tuple[str, str]]:
-        """(prompt, group), sorted by prompt, so that the order they were given in changes nothing."""
-        plain = dict.fromkeys(self.forget, "forget") | dict.fromkeys(self.retain, "retain")
-        return sorted({prompt: self.names.get(prompt, group) for prompt, group in plain.items()}.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +171,7 @@ def _floor(records: Batch, where: Mask, ladder: Ladder) -> float | npt.NDArray[n
 
 
 def _thresholds(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) -> dict[str, dict[str, Any]]:
-    """Distances above which a image counts as changed, each named after the control that it comes from."""
+    """Distances above which an image counts as changed, each named after the control that it comes from."""
 
     def of(control: Control) -> dict[str, Any]:
         source = f"q99 of {len(control.keys)} pairs, {control.what}"
@@ -233,12 +196,12 @@ def _placebo(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) ->
 
 
 def _erasure(records: Batch, model: int, where: Mask, concept: str) -> dict[str, Any]:
-    """How often a prompt that names the concept still gives it.  A image that is no valid one shows nothing."""
+    """How often a prompt that names the concept still gives it.  An image that is no valid one shows nothing."""
     shown, before = _shows(records, model + 1, where, concept), _shows(records, 0, where, concept)
     valid = _column(records, model + 1, "valid")[where] == HEADS["valid"].index("yes")
     share = wilson(int(shown.sum()), len(shown))
     return {
-        "concept": prompt_lists.domain_of(concept)[1],
+        "concept": SHAPES_WORLD.find(concept)[1],
         "forget_accuracy": share.mean,
         "forget_accuracy_ci95": [share.low, share.high],
         "forget_accuracy_original": float(before.mean()),
@@ -252,7 +215,7 @@ def _erasure(records: Batch, model: int, where: Mask, concept: str) -> dict[str,
 
 def _retained(records: Batch, model: int, where: Mask) -> dict[str, Any]:
     """Shares of retain images that show what their prompt names (IRA within the concept's attribute, CRA across)."""
-    named = {prompt: prompt_lists.attributes(prompt) for prompt in {prompt for prompt, _ in records.keys}}
+    named = {prompt: SHAPES_WORLD.attributes(prompt) for prompt in {prompt for prompt, _ in records.keys}}
     prompts = [prompt for prompt, _ in records.keys]
     result: dict[str, Any] = {"n_images": int(where.sum())}
     for attribute in ("shape", "color", "background"):
@@ -269,7 +232,7 @@ def _retained(records: Batch, model: int, where: Mask) -> dict[str, Any]:
 
 
 def _shows(records: Batch, side: int, where: Mask, concept: str) -> Mask:
-    domain, word = prompt_lists.domain_of(concept)
+    domain, word = SHAPES_WORLD.find(concept)
     result: Mask = _column(records, side, domain)[where] == HEADS[domain].index(word)
     return result
 

@@ -1,8 +1,8 @@
 """Reads image files as the evaluation needs them: 8-bit RGB, the pixels that a viewer shows, or a clear refusal.
 
 Converted: gray and palette images become RGB, an alpha channel that hides nothing is dropped, EXIF's orientation is
-applied.  Refused, because every conversion would be a choice that changes distances: 16 and 32 bits a channel, CMYK and
-other color spaces, pixels that are not opaque, animations.  Color profiles are not applied.
+applied.  Refused, because every conversion would be a choice that changes distances: 16 and 32 bits per channel, CMYK
+and other color spaces, pixels that are not opaque, animations.  Color profiles are not applied.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from ..errors import UserError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 _GREY_OR_PALETTE = ("1", "L", "P", "RGB")
 _ALPHA = ("LA", "PA", "RGBA")
-_DEEP = re.compile(r"I;16|;16[BLN]")  # how Pillow names 16 bits a channel, which it would cut to 8 without a word
+_DEEP = re.compile(r"I;16|;16[BLN]")  # how Pillow names 16 bits per channel, which it would cut to 8 without a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,11 @@ class ImageFile:
 def find_images(folder: Path) -> dict[str, Path]:
     """Every image in the folder and below it, by its path in there without suffix, sorted.
 
-    Hidden files and files of other kinds are passed over.  Raises ValueError for no folder, no image, and two
+    Hidden files and files of other kinds are passed over.  Raises UserError for no folder, no image, and two
     images that differ in their suffix alone.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Name a folder of images.")
+        raise UserError(f"{folder} is no folder. Name a folder of images.")
     result: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
@@ -47,19 +49,19 @@ def find_images(folder: Path) -> dict[str, Path]:
             continue
         name = inside.with_suffix("").as_posix()
         if name in result:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds two images named {name}: {result[name].name} and {path.name}. Images are paired "
                 "by their name without suffix, so remove one."
             )
         if path.is_file():
             result[name] = path
     if not result:
-        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)}).")
+        raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)}).")
     return result
 
 
 def read_image(path: Path) -> ImageFile:
-    """One image as 8-bit RGB.  Raises ValueError, in one line, where it cannot be read or is refused."""
+    """One image as 8-bit RGB.  Raises UserError, in one line, where it cannot be read or is refused."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -72,12 +74,12 @@ def read_image(path: Path) -> ImageFile:
                     raise _Refusal("has transparent pixels. Put it on a background first")
             pixels = np.asarray(turned.convert("RGB"))
     except _Refusal as refusal:
-        raise ValueError(f"the image {path} {refusal}.") from None
+        raise UserError(f"the image {path} {refusal}.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()).replace(repr(path), "").rstrip(".") or type(error).__name__
         if "cannot identify image file" in reason:
             reason = "it is empty" if not content else "its content is no image"
-        raise ValueError(f"cannot read the image {path} ({reason}). Make it again.") from error
+        raise UserError(f"cannot read the image {path} ({reason}). Make it again.") from error
     return ImageFile(pixels, hashlib.sha256(content).digest())
 
 
@@ -87,9 +89,9 @@ class _Refusal(Exception):
 
 def _check(image: Image.Image) -> None:
     if getattr(image, "n_frames", 1) > 1:
-        raise _Refusal("is an animation. Save one frame as a image")
+        raise _Refusal("is an animation. Save one frame as an image")
     layout = [str(tile[3]) for tile in getattr(image, "tile", [])]
     if image.mode.startswith(("I", "F")) or any(_DEEP.search(arguments) for arguments in layout):
-        raise _Refusal("has more than 8 bits a channel. Convert it to 8 bits, as you would for the other side")
+        raise _Refusal("has more than 8 bits per channel. Convert it to 8 bits, as you would for the other side")
     if image.mode not in (*_GREY_OR_PALETTE, *_ALPHA):
         raise _Refusal(f"has the color mode {image.mode}. Convert it to RGB")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Literal
 
+from ..errors import UserError
 from .recipe import Concept, Defaults, Recipe
 
 
@@ -17,7 +18,7 @@ from .recipe import Concept, Defaults, Recipe
 class Method:
     """A method's recipe and what a user must know of it.
 
-    ``defaults`` has one entry a family of models: ``shapes`` and ``stable-diffusion``, which serves all others.
+    ``defaults``: by family of models or bundled world; ``stable-diffusion`` serves all that have none of their own.
     """
 
     name: str
@@ -31,8 +32,9 @@ class Method:
     needs_retain: bool = False
     is_control: bool = False
 
-    def defaults_for(self, is_bundled: bool) -> Defaults:
-        return self.defaults["shapes" if is_bundled else "stable-diffusion"]
+    def defaults_for(self, key: str) -> Defaults:
+        """The defaults of a family or a bundled world; those of ``stable-diffusion`` where it has none of its own."""
+        return self.defaults.get(key, self.defaults["stable-diffusion"])
 
 
 def all_methods() -> dict[str, Method]:
@@ -46,12 +48,12 @@ def broken_methods() -> dict[str, str]:
 
 
 def get_method(name: str) -> Method:
-    """The method called ``name``; ValueError lists what there is."""
+    """The method called ``name``; UserError lists what there is."""
     methods, broken = _installed()
     if name in broken:
-        raise ValueError(f"the method {name!r} of another package cannot be loaded: {broken[name]}. Mend that package.")
+        raise UserError(f"the method {name!r} of another package cannot be loaded: {broken[name]}. Mend that package.")
     if name not in methods:
-        raise ValueError(f"unknown method {name!r}. There are: {', '.join(methods)} (`fastunlearn methods`).")
+        raise UserError(f"unknown method {name!r}. There are: {', '.join(methods)} (`fastunlearn methods`).")
     return methods[name]
 
 

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .lpips import fingerprint_of
+from ..errors import UserError
+from ..files.weights import hash_module
 from .statistics import clustered_mean, difference
 
 #: The names ``load_metric`` knows, and what each is.
@@ -36,7 +37,7 @@ METRICS = {
     "ssim": "structural similarity of the pair (Wang et al. 2004), 1 for equal images",
 }
 
-_BATCH_SIZE = 32  # of every network pass, the last one padded: a image's features do not depend on its company
+_BATCH_SIZE = 32  # of every network pass, the last one padded: an image's features do not depend on its company
 _KID_SUBSET, _KID_SUBSETS = 1000, 100
 _CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
 _CHUNK = 2048  # rows of a kernel matrix held at once
@@ -54,16 +55,16 @@ class Metric(Protocol):
         """(B, 3, H, W) uint8 images of both sides on the CPU and B prompts to (B, F) float32 on the CPU."""
 
     def summarize(self, values: npt.NDArray[np.float32], prompts: Sequence[str]) -> dict[str, Any]:
-        """All rows (N, F), in the order of their keys, to results.  Raises ValueError for too few."""
+        """All rows (N, F), in the order of their keys, to results.  Raises UserError for too few."""
 
 
 def load_metric(name: str, device: str | torch.device = "cpu", *, bundled: bool = False) -> Metric:
     """A metric by name, on the bundled world's nets or on those of the field.
 
-    Raises ValueError, in one line, for an unknown name and where its package or its weights cannot be had.
+    Raises UserError, in one line, for an unknown name and where its package or its weights cannot be had.
     """
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
+        raise UserError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
     if name == "ssim":
         return _Paired(name, "torchmetrics", _ssim())
     return _bundled(name, device) if bundled else _of_the_field(name, device)
@@ -122,13 +123,13 @@ class _Distribution:
 
     def summarize(self, values: npt.NDArray[np.float32], prompts: Sequence[str]) -> dict[str, Any]:
         if len(values) < 2:
-            raise ValueError(f"the metric {self.name} compares sets of at least 2 images, got {len(values)}")
+            raise UserError(f"the metric {self.name} compares sets of at least 2 images, got {len(values)}")
         before, after = np.split(np.asarray(values, dtype=np.float64), 2, axis=1)
         return {"value": self._compare(before, after), "n_pairs": len(values), "of": self.of}
 
 
 class _Paired:
-    """One number a pair."""
+    """One number per pair."""
 
     needs_prompts = False
 
@@ -207,7 +208,7 @@ def rbf_distance(features0: npt.ArrayLike, features1: npt.ArrayLike, sigma: floa
     if sigma is None:
         sigma = float(torch.nn.functional.pdist(first[:_CHUNK]).median())
         if sigma == 0:
-            raise ValueError("all images of the original side have the same features: CMMD has no scale to compare on")
+            raise UserError("all images of the original side have the same features: CMMD has no scale to compare on")
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
         chunks = [torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist") for rows in x.split(_CHUNK)]
@@ -271,7 +272,7 @@ class _Judge:
 
         self.classifier = load_classifier().to(device)
         self.device = device
-        self.name = f"shapes-classifier@{fingerprint_of(self.classifier)}"
+        self.name = f"shapes-classifier@{hash_module(self.classifier)[:12]}"
 
     def _last(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier.features(_scaled(images, self.device))[-1]
@@ -290,8 +291,8 @@ class _Judge:
     @torch.inference_mode()
     def match(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """100 times the mean probability of what each prompt names; where it names nothing, of a valid image."""
-        from ..prompts import attributes
         from ..worlds.shapes.classifier import HEADS
+        from ..worlds.shapes.prompts import attributes
 
         def probabilities(batch: torch.Tensor) -> torch.Tensor:
             logits = self.classifier(_scaled(batch, self.device))
@@ -316,7 +317,7 @@ class _Inception:
             os.makedirs(folder, exist_ok=True)
             self.network = networks.InceptionV3W(folder, download=True, resize_inside=False).eval().to(device)
         self.device = device
-        self.name = f"clean-fid/inception-v3@{fingerprint_of(self.network)}"
+        self.name = f"clean-fid/inception-v3@{hash_module(self.network)[:12]}"
 
     @torch.inference_mode()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -336,7 +337,7 @@ class _Clip:
         self.model.eval()
         self.tokenize = library.get_tokenizer(architecture)
         self.device = device
-        self.name = f"open_clip/{architecture}@{fingerprint_of(self.model)}"
+        self.name = f"open_clip/{architecture}@{hash_module(self.model)[:12]}"
         self._texts: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
@@ -365,7 +366,7 @@ class _DreamSim:
             os.makedirs(os.path.dirname(folder), exist_ok=True)
             self.model, self.preprocess = library.dreamsim(pretrained=True, device=str(device), cache_dir=folder)
         self.device = device
-        self.name = f"dreamsim/ensemble@{fingerprint_of(self.model)}"
+        self.name = f"dreamsim/ensemble@{hash_module(self.model)[:12]}"
 
     @torch.inference_mode()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -402,7 +403,7 @@ def _package(metric: str, module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         extra = "dreamsim" if package == "dreamsim" else "metrics"
-        raise ValueError(
+        raise UserError(
             f"the metric {metric} needs the package {package} ({error}): pip install 'fastunlearn[{extra}]', "
             "or leave the metric out"
         ) from error
@@ -418,7 +419,7 @@ def _weights(metric: str, weights: str, index: str) -> Iterator[None]:
             yield
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"the metric {metric} needs the weights {weights}, which could not be fetched or read ({reason}): let this "
             f"machine reach their source once, put the intact file into {index}, or leave the metric out"
         ) from error

@@ -7,7 +7,6 @@ different trunks or image sizes do not compare; ``PerceptualDistance.metric`` na
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import pickle
@@ -20,6 +19,9 @@ import safetensors
 import torch
 from fastunlearn_kernels import lpips_distance
 from torch import nn
+
+from ..errors import UserError
+from ..files.weights import hash_module
 
 if TYPE_CHECKING:
     import lpips
@@ -34,7 +36,7 @@ class PerceptualDistance(nn.Module):
     """A trunk, its channel weights, and the distance they define.
 
     ``trunk`` maps (B, 3, H, W) float32 in [-1, 1] to a sequence of features (B, C, h, w); ``weights`` holds one (C,)
-    tensor a layer; ``name`` says what they are.  Images pass in micro-batches of exactly ``micro_batch_size``
+    tensor per layer; ``name`` says what they are.  Images pass in micro-batches of exactly ``micro_batch_size``
     pairs, the last one padded, so that a pair's distance does not depend on its company.
 
     One trunk pass serves both sides, in channels_last.  Nine tenths of the time on a CPU are oneDNN's convolutions,
@@ -47,12 +49,12 @@ class PerceptualDistance(nn.Module):
     ) -> None:
         super().__init__()
         if micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+            raise UserError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         self.trunk = trunk
         self.weights = nn.ParameterList(weight.detach().clone().float() for weight in weights)
         self.micro_batch_size = micro_batch_size
         self.eval().requires_grad_(False)
-        self._metric = f"{name}@{fingerprint_of(self)}"
+        self._metric = f"{name}@{hash_module(self)[:12]}"
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack this form
 
     @property
@@ -69,16 +71,16 @@ class PerceptualDistance(nn.Module):
     def distance(self, images0: torch.Tensor, images1: torch.Tensor) -> torch.Tensor:
         """Distances (N,) float32 on the CPU of images (N, 3, H, W) uint8 to their partners; 0 means equal features.
 
-        Raises ``ValueError`` for other dtypes or shapes.
+        Raises ``UserError`` for other dtypes or shapes.
         """
         for images in (images0, images1):
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-                raise ValueError(
+                raise UserError(
                     f"images must be uint8 of shape (N, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
                     "round them to 0..255 first"
                 )
         if images0.shape != images1.shape:
-            raise ValueError(
+            raise UserError(
                 f"both sides must have one shape, got {tuple(images0.shape)} and {tuple(images1.shape)}: "
                 "compare images of one size, pair by pair"
             )
@@ -110,14 +112,14 @@ def load_perceptual(
 
     The latter take their channel weights from the ``lpips`` package and their trunk's weights from the safetensors
     file ``trunk_weights``, which has torchvision's names (``features.0.weight``, ...; others are ignored), or without
-    one from torchvision, which fetches its ImageNet weights once.  Raises ``ValueError`` for an unknown name and when
+    one from torchvision, which fetches its ImageNet weights once.  Raises ``UserError`` for an unknown name and when
     the weights cannot be had or do not fit.
     """
     if name not in METRICS:
-        raise ValueError(f"unknown perceptual distance {name!r}: choose one of {', '.join(METRICS)}")
+        raise UserError(f"unknown perceptual distance {name!r}: choose one of {', '.join(METRICS)}")
     if name == "shapes":
         if trunk_weights is not None:
-            raise ValueError("the perceptual distance `shapes` brings its own trunk: leave `--trunk-weights` out")
+            raise UserError("the perceptual distance `shapes` brings its own trunk: leave `--trunk-weights` out")
         return _shapes_distance(micro_batch_size).to(device)
     model, name = _lpips_model(name.removeprefix("lpips-"), trunk_weights)
     return from_lpips(model, name, micro_batch_size=micro_batch_size).to(device)
@@ -126,7 +128,7 @@ def load_perceptual(
 def from_lpips(model: lpips.LPIPS, name: str = "lpips", *, micro_batch_size: int = 32) -> PerceptualDistance:
     """The distance of an ``lpips.LPIPS`` object, version 0.1 (the one that scales its input), with linear layers."""
     if not model.lpips or model.version != "0.1":
-        raise ValueError(f"from_lpips needs LPIPS(lpips=True, version='0.1'), got {model.lpips=}, {model.version=}")
+        raise UserError(f"from_lpips needs LPIPS(lpips=True, version='0.1'), got {model.lpips=}, {model.version=}")
     weights = [layer.model[-1].weight.flatten() for layer in model.lins]
     trunk = nn.Sequential(_Scaling(model.scaling_layer.shift, model.scaling_layer.scale), model.net)
     return PerceptualDistance(trunk, weights, name, micro_batch_size=micro_batch_size)
@@ -179,7 +181,7 @@ def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIP
         lpips = importlib.import_module("lpips")
         models = importlib.import_module("torchvision.models")
     except ImportError as error:
-        raise ValueError(f"lpips-{net} needs the packages lpips and torchvision ({error}): install them") from error
+        raise UserError(f"lpips-{net} needs the packages lpips and torchvision ({error}): install them") from error
     # A random trunk first, whose weights are then replaced: the package itself would unpickle whatever the cache holds.
     # It must not disturb the caller's random numbers, and torchvision's advice on its arguments is not for the user.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -201,7 +203,7 @@ def _fetch_trunk(trunk: nn.Module, url: str, net: str) -> None:
         _load_trunk(trunk, state, os.path.basename(url), net)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"lpips-{net} needs the ImageNet weights {os.path.basename(url)}, which could not be fetched or read "
             f"({reason}): let this machine reach torchvision's downloads, put the intact file into {folder}, "
             "give a safetensors file with `--trunk-weights`, or choose another perceptual distance"
@@ -215,7 +217,7 @@ def _read_trunk_weights(path: Path, net: str) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"cannot read the trunk weights {path} ({reason}): give a safetensors file of torchvision's {net} weights"
         ) from error
 
@@ -228,20 +230,11 @@ def _load_trunk(trunk: nn.Module, state: Mapping[str, torch.Tensor], source: str
         given = state.get(name)
         if given is None or given.shape != own.shape:
             got = "is missing" if given is None else f"has the shape {tuple(given.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"{source} does not hold the trunk {net}: `{name}` {got} and must be {tuple(own.shape)}. "
                 "Give the weights of that network, with torchvision's names"
             )
         if not torch.isfinite(given).all():
-            raise ValueError(f"{source} is damaged: `{name}` holds NaN or infinity. Fetch it again")
+            raise UserError(f"{source} is damaged: `{name}` holds NaN or infinity. Fetch it again")
         result[key] = given.float()
     trunk.load_state_dict(result)
-
-
-def fingerprint_of(module: nn.Module) -> str:
-    """The first 12 hex digits of the SHA-256 of all of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]

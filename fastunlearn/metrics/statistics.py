@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from ..errors import UserError
+
 #: Below this many prompts the bootstrap is too narrow and a t interval is used instead.
 MIN_CLUSTERS_FOR_BOOTSTRAP = 50
 #: Above this many the two agree, and the bootstrap would only take minutes.
@@ -95,7 +97,7 @@ def retention(
     bottom = float(floors.mean())
     span = float(ceilings.mean()) - bottom
     if span <= 0:
-        raise ValueError(
+        raise UserError(
             f"the ceiling must be above the floor, got a mean redrawn distance of {span + bottom:.6g} and a floor of "
             f"{bottom:.6g}: check that the redrawn images use other seeds"
         )
@@ -109,7 +111,7 @@ def retention(
     replicates = _bootstrap(np.stack([means, ceilings, floors], axis=1), resamples, seed)
     spans = replicates[:, 1] - replicates[:, 2]
     if spans.min() <= 0:
-        raise ValueError(
+        raise UserError(
             f"the ceiling is not reliably above the floor of {bottom:.6g} (a resample of the prompts fell to "
             f"{spans.min() + bottom:.6g}): use more prompts, or prompts whose images vary with the seed"
         )
@@ -346,4 +348,4 @@ def _check_options(level: float, resamples: int, count: int) -> None:
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}: 10000 is usual")
     if count < 2:
-        raise ValueError(f"an interval over prompts needs at least 2 prompts, got {count}: add prompts, not seeds")
+        raise UserError(f"an interval over prompts needs at least 2 prompts, got {count}: add prompts, not seeds")

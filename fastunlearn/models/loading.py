@@ -6,11 +6,12 @@ Nothing outside this file knows a family.  Weights come from safetensors only, n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..worlds import shapes
+from ..errors import UserError, one_line
+from ..files.weights import hash_module
+from ..worlds import World, all_worlds, world_of, world_with_model
 
 _SUPPORTED = {"StableDiffusionPipeline": "stable-diffusion", "StableDiffusionXLPipeline": "stable-diffusion-xl"}
 
@@ -88,10 +91,15 @@ class Model:
             if part is not None:
                 part.eval().requires_grad_(False)
 
+    @functools.cached_property
+    def world(self) -> World | None:
+        """The bundled world that this is a model of, as it came or unlearned; None for a model of the user's own."""
+        return world_of(self.source)
+
     @property
-    def is_bundled(self) -> bool:
-        """Whether this is the bundled world (or a model unlearned from it), whose images its classifier can judge."""
-        return shapes.is_shapes_pipeline(self.source)
+    def defaults_key(self) -> str:
+        """Whose defaults a method takes: the bundled world's, else the family's."""
+        return self.world.name if self.world else self.family
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -174,13 +182,13 @@ class Model:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, H, W) to images (B, 3, H, W) uint8, rounded to nearest, on the CPU.
 
-        Raises ValueError for images that are no numbers: as bytes they would pass for black ones.
+        Raises UserError for images that are no numbers: as bytes they would pass for black ones.
         """
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
         if not pixels.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{self.name} generates images that are NaN or infinite: its weights are damaged, or too large for "
                 "this precision. Nothing can be compared with them."
             )
@@ -189,14 +197,19 @@ class Model:
     def new_scheduler(self, num_inference_steps: int) -> Any:
         """A fresh copy of the pipeline's scheduler with its timesteps set."""
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        try:
+            scheduler.set_timesteps(num_inference_steps, device=self.device)
+        except ValueError as error:
+            raise UserError(
+                f"{self.name}'s sampler cannot take {num_inference_steps} steps: {one_line(error)}"
+            ) from error
         return scheduler
 
 
 def load_model(name: str, device: str | torch.device = "auto") -> Model:
     """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder or a hub id, in float32.
 
-    Raises ValueError, in one line, for anything that cannot be loaded: unknown name, unsupported family, pickled,
+    Raises UserError, in one line, for anything that cannot be loaded: unknown name, unsupported family, pickled,
     truncated or missing weights.
     """
     device = resolve_device(device)
@@ -209,28 +222,28 @@ def load_model(name: str, device: str | torch.device = "auto") -> Model:
             source, use_safetensors=True, local_files_only=True, **_no_safety_checker(family)
         )
     except Exception as error:
-        raise ValueError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     _check_complete(pipeline, source)
     return Model(pipeline, source, name, device)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` is a CUDA device where there is one.  ValueError for a device that this machine lacks."""
+    """``auto`` is a CUDA device where there is one.  UserError for a device that this machine lacks."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`--device cuda` needs a CUDA device and this machine has none. Use `--device cpu`.")
+        raise UserError("`--device cuda` needs a CUDA device and this machine has none. Use `--device cpu`.")
     return device
 
 
 def wrap_pipeline(pipeline: Any, name: str) -> Model:
     """A loaded diffusers pipeline as a :class:`Model`, on its device; put in evaluation mode and float32.
 
-    Raises ValueError for a family that is not supported.
+    Raises UserError for a family that is not supported.
     """
     if type(pipeline).__name__ not in _SUPPORTED:
-        raise ValueError(
+        raise UserError(
             f"{name} is a {type(pipeline).__name__}, a family not supported. Supported: {', '.join(_SUPPORTED)}; or "
             "pass a function (prompts, noise) -> images."
         )
@@ -247,42 +260,15 @@ def content_of(pipeline: Any) -> str:
     """SHA-256 over everything in a loaded pipeline that decides its images: weights, settings, tokenizers."""
     digest = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
+        digest.update(f"{name}\n".encode())
         if isinstance(part, nn.Module):
-            for key, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(hash_module(part).encode())
         if hasattr(part, "get_vocab"):
             digest.update(json.dumps(part.get_vocab(), sort_keys=True).encode())
         if hasattr(part, "config"):
             config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
             digest.update(repr(sorted((str(key), str(value)) for key, value in config.items())).encode())
     return digest.hexdigest()
-
-
-def fingerprint(source: Path) -> str:
-    """SHA-256 over the names and bytes of every weight and configuration file of a pipeline folder."""
-    digest = hashlib.sha256()
-    for path in sorted(source.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
-            digest.update(path.relative_to(source).as_posix().encode() + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def denoiser_hash(model: Model) -> str:
-    """:func:`fingerprint` of the denoiser's files alone: the weights that a mask or a delta belongs to."""
-    return fingerprint(model.source / model.denoiser_folder)
-
-
-def read_tensors(
-    path: Path, names: Collection[str] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
-    """The tensors of a safetensors file, all or those of ``names`` that it has, and its metadata, if it has any."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        result = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 - no mapping
-        return {name: file.get_tensor(name) for name in result}, file.metadata()
 
 
 def versions() -> dict[str, str]:
@@ -295,20 +281,20 @@ def versions() -> dict[str, str]:
 
 
 def resolve_source(name: str) -> Path:
-    """The folder of a model's files, fetched where it is a hub id.  ValueError for an unknown name."""
-    if name in shapes.MODELS:
-        return shapes.pipeline_folder(name)
+    """The folder of a model's files, fetched where it is a hub id.  UserError for an unknown name."""
+    if world := world_with_model(name):
+        return world.folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = ", ".join(shapes.MODELS)
-        raise ValueError(f"unknown model {name!r}: it is no folder. Use {known}, a diffusers folder or a hub id.")
+        known = ", ".join(model for world in all_worlds().values() for model in world.models)
+        raise UserError(f"unknown model {name!r}: it is no folder. Use {known}, a diffusers folder or a hub id.")
     diffusers = import_diffusers()
     try:
         return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"cannot fetch the model {name!r} from the hub: {_first_line(error)} "
             "Check the name and the network, or pass a local diffusers folder."
         ) from error
@@ -317,17 +303,17 @@ def resolve_source(name: str) -> Path:
 def _pipeline_class(source: Path, name: str) -> str:
     index = source / "model_index.json"
     if (source / "delta.safetensors").is_file() and not index.is_file():
-        raise ValueError(
+        raise UserError(
             f"{name!r} is a run saved as a delta. Rebuild its model with `fastunlearn apply` and pass that."
         )
     if not index.is_file():
-        raise ValueError(f"{name!r} is no diffusers pipeline: it has no model_index.json. Pass the pipeline's folder.")
+        raise UserError(f"{name!r} is no diffusers pipeline: it has no model_index.json. Pass the pipeline's folder.")
     try:
         family = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{index} is damaged: {_first_line(error)}") from error
     if family not in _SUPPORTED:
-        raise ValueError(f"{name!r} is a {family}, a family not supported. Supported: {', '.join(_SUPPORTED)}.")
+        raise UserError(f"{name!r} is a {family}, a family not supported. Supported: {', '.join(_SUPPORTED)}.")
     return family
 
 
@@ -338,7 +324,7 @@ def _check_weight_files(source: Path) -> None:
         files = sorted(folder.glob("*.safetensors"))
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
         if pickled and not files:
-            raise ValueError(
+            raise UserError(
                 f"{pickled[0]} is pickled, which can run code when read, so it is not. Save the pipeline with "
                 "`save_pretrained(folder, safe_serialization=True)` and pass that folder."
             )
@@ -347,7 +333,7 @@ def _check_weight_files(source: Path) -> None:
                 with safe_open(path, "pt") as weights:
                     weights.keys()
             except Exception as error:
-                raise ValueError(f"{path} is truncated or damaged: {_first_line(error)} Fetch it again.") from error
+                raise UserError(f"{path} is truncated or damaged: {_first_line(error)} Fetch it again.") from error
 
 
 def _check_complete(pipeline: Any, source: Path) -> None:
@@ -365,7 +351,7 @@ def _check_complete(pipeline: Any, source: Path) -> None:
         # Counted, not compared by name: older files use other names, which diffusers translates.
         wanted = len(list(module.parameters()))
         if len(stored) < wanted:
-            raise ValueError(f"{source / part} is incomplete: {len(stored)} of {wanted} tensors. Fetch it again.")
+            raise UserError(f"{source / part} is incomplete: {len(stored)} of {wanted} tensors. Fetch it again.")
 
 
 def _no_safety_checker(family: str) -> dict[str, Any]:

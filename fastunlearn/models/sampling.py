@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..errors import UserError
 from .loading import Model
 
 _STOCHASTIC = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "KDPM2Ancestral")
@@ -44,7 +45,7 @@ def check_deterministic(scheduler: object) -> None:
     """ValueError for a sampler that draws noise at every step: pairs made by it would differ by chance."""
     name = type(scheduler).__name__
     if any(word in name for word in _STOCHASTIC):
-        raise ValueError(f"{name} adds noise at every step, so pairs cannot be compared. Use DDIM, PNDM or Euler.")
+        raise UserError(f"{name} adds noise at every step, so pairs cannot be compared. Use DDIM, PNDM or Euler.")
 
 
 @torch.no_grad()

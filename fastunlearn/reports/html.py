@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files.run_folder import whole_file, write_text
+from ..errors import UserError
+from ..files.atomic import whole_file, write_text
 
 ImageArray = npt.NDArray[np.uint8]
 Evaluation = Mapping[str, Any]
@@ -37,7 +38,7 @@ _FORGOTTEN, _PARTLY = 0.05, 0.5  # share of forget-prompt images that still show
 _SOUND = 0.9  # share of forget-prompt images that are valid images, at least
 _WELL_KEPT, _CHANGED = 0.9, 0.7  # retention, at least
 
-_MAX_PIXELS = 320  # longest side of a image inside the HTML file; larger ones are shown smaller
+_MAX_PIXELS = 320  # longest side of an image inside the HTML file; larger ones are shown smaller
 
 _SCHEMA = {
     "integrity": (
@@ -58,7 +59,7 @@ _SCHEMA = {
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One line of images (H, W, 3) uint8, one a column; ``captions`` is empty or has one text a image."""
+    """One line of images (H, W, 3) uint8, one per column; ``captions`` is empty or has one text per image."""
 
     label: str
     images: Sequence[ImageArray]
@@ -98,15 +99,15 @@ class Report:
 def write_report(path: Path | str, report: Report) -> None:
     """Write ``report`` as one HTML file that loads nothing from elsewhere; the same report gives the same bytes.
 
-    The file is whole or absent.  Raises ``ValueError`` for no evaluation, a missing or non-finite entry of one, and
+    The file is whole or absent.  Raises ``UserError`` for no evaluation, a missing or non-finite entry of one, and
     images that are not (H, W, 3) uint8 or do not match their columns.
     """
     if not report.evaluations:
-        raise ValueError("a report needs at least one evaluation, got none: pass the content of an evaluation.json")
+        raise UserError("a report needs at least one evaluation, got none: pass the content of an evaluation.json")
     for evaluation in report.evaluations:
         _check_evaluation(evaluation)
         if evaluation["concept"] != report.concept:
-            raise ValueError(
+            raise UserError(
                 f"the report is about {report.concept!r}, evaluation {evaluation['name']!r} about "
                 f"{evaluation['concept']!r}: write one report a concept"
             )
@@ -196,14 +197,14 @@ def write_grid(
 
     ``images[row][column]``: (H, W, 3) uint8, each fitted into ``cell`` x ``cell`` pixels.  ``groups`` names the
     group of each column (such as forget and retain); neighbours of one name share a heading.  The file is whole or
-    absent.  Raises ``ValueError`` where counts differ or a image is not (H, W, 3) uint8.
+    absent.  Raises ``UserError`` where counts differ or an image is not (H, W, 3) uint8.
     """
     if not rows or not columns or cell < 16:
-        raise ValueError(f"a grid needs rows, columns and cell >= 16, got {len(rows)}, {len(columns)}, {cell}")
+        raise UserError(f"a grid needs rows, columns and cell >= 16, got {len(rows)}, {len(columns)}, {cell}")
     if len(images) != len(rows) or any(len(line) != len(columns) for line in images):
-        raise ValueError(f"a grid of {len(rows)} rows and {len(columns)} columns needs that many images in each")
+        raise UserError(f"a grid of {len(rows)} rows and {len(columns)} columns needs that many images in each")
     if groups and len(groups) != len(columns):
-        raise ValueError(f"groups must name each column, got {len(groups)} names for {len(columns)} columns")
+        raise UserError(f"groups must name each column, got {len(groups)} names for {len(columns)} columns")
     for pixels in (pixels for line in images for pixels in line):
         _check_image(pixels, "the grid")
 
@@ -383,7 +384,7 @@ def _ladders(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _changed_limits(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """From which distance on a image counts as changed, by the control that the limit comes from."""
+    """From which distance on an image counts as changed, by the control that the limit comes from."""
     words = {
         "numeric": "more than rounding",
         "precision": "more than a coarser precision",
@@ -455,20 +456,20 @@ def _check_evaluation(evaluation: Evaluation) -> None:
             missing += [f"{part}.{key}" for key in keys if key not in content]
             numbers = [n for key in keys if key in content for n in np.ravel(content[key]) if isinstance(n, float)]
             if not np.isfinite(numbers).all():
-                raise ValueError(f"evaluation {name!r} holds NaN or infinity in {part!r}: evaluate the model again")
+                raise UserError(f"evaluation {name!r} holds NaN or infinity in {part!r}: evaluate the model again")
         elif part in ("integrity", "controls") and part in evaluation:
             missing.append(part)
     if missing:
-        raise ValueError(f"evaluation {name!r} lacks {', '.join(missing)}: pass the content of an evaluation.json")
+        raise UserError(f"evaluation {name!r} lacks {', '.join(missing)}: pass the content of an evaluation.json")
 
 
 def _check_gallery(gallery: Gallery) -> None:
     for row in gallery.rows:
         where = f"gallery {gallery.title!r}, row {row.label!r}"
         if len(row.images) != len(gallery.columns):
-            raise ValueError(f"{where}: got {len(row.images)} images for {len(gallery.columns)} columns")
+            raise UserError(f"{where}: got {len(row.images)} images for {len(gallery.columns)} columns")
         if row.captions and len(row.captions) != len(row.images):
-            raise ValueError(f"{where}: got {len(row.captions)} captions for {len(row.images)} images")
+            raise UserError(f"{where}: got {len(row.captions)} captions for {len(row.images)} images")
         for pixels in row.images:
             _check_image(pixels, where)
 
@@ -478,7 +479,7 @@ def _check_gallery(gallery: Gallery) -> None:
 
 def _check_image(pixels: ImageArray, where: str) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"{where}: images must be (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
+        raise UserError(f"{where}: images must be (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
 
 
 def _data_uri(pixels: ImageArray) -> str:

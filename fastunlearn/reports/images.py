@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.run_folder import write_text
+from ..files.atomic import write_text
 from .html import Gallery, distance_text, percent, templates
 
 

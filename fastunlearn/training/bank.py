@@ -93,7 +93,7 @@ class Bank:
 class BankPlan:
     """What a bank will hold and cost, known before anything is computed.
 
-    ``assignments``: (row kind, trajectory number) for each trajectory.  ``points``: of a trajectory, one a forward;
+    ``assignments``: (row kind, trajectory number) for each trajectory.  ``points``: of a trajectory, one per forward;
     some samplers (PNDM, Heun) have more of them than steps.  ``unet_evaluations``: forwards of one sample.
     """
 

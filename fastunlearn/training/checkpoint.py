@@ -8,6 +8,7 @@ had divided the parameters, and it holds nothing of what may not change.  Only s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 
 from ..distributed import World
-from ..files.run_folder import flush_folder, write_json
+from ..errors import UserError, is_out_of_memory, one_line
+from ..files.atomic import TEMPORARY, publish_folder, write_json, write_text
 
+FORMAT = "fastunlearn-checkpoint-1"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -45,7 +48,7 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    unfinished = folder.with_name(f".{folder.name}.tmp")
+    unfinished = folder.with_name(f"{TEMPORARY}{folder.name}.tmp")  # all processes must know it
     try:
         if world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -58,15 +61,15 @@ def save_checkpoint(
             ranges[piece.name] = [piece.start, piece.stop, piece.step]
         file = unfinished / f"rank-{world.rank}.safetensors"
         save_file(tensors, file, metadata={"ranges": json.dumps(ranges)})
+        write_text(file.with_suffix(".sha256"), _hash(file))  # by who wrote it: the main process need not read it all
         world.barrier()
         if world.is_main:
-            write_json(
-                unfinished / "state.json", {"lengths": dict(lengths), "ranks": world.size, "trainer": dict(state)}
-            )
-            flush_folder(unfinished)
-            if folder.exists():
-                remove_folder(folder)
-            unfinished.rename(folder)
+            hashes = {path.stem: path.read_text(encoding="utf-8") for path in unfinished.glob("*.sha256")}
+            content = {"format": FORMAT, "lengths": dict(lengths), "hashes": hashes, "trainer": dict(state)}
+            write_json(unfinished / "state.json", content | {"sha256": _checksum(content)})
+            for path in unfinished.glob("*.sha256"):
+                path.unlink()
+            publish_folder(unfinished, folder)
         world.barrier()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -78,13 +81,20 @@ def load_checkpoint(
 ) -> tuple[dict[str, Piece], dict[str, Any]]:
     """The ranges ``wanted`` (start, stop) of each parameter's vector, whoever wrote them, and the trainer's state.
 
-    ValueError if the checkpoint is damaged, or of a run that trained other elements.
+    UserError if the checkpoint is damaged, or of a run that trained other elements.
     """
     from safetensors import safe_open
 
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = [folder / f"rank-{rank}.safetensors" for rank in range(content["ranks"])]
+        if content.get("format") != FORMAT:
+            raise ValueError(f"its format is {content.get('format')!r}, not {FORMAT!r}")
+        if content.pop("sha256") != _checksum(content):
+            raise ValueError("state.json has changed")
+        files = [folder / f"rank-{rank}.safetensors" for rank in range(len(content["hashes"]))]
+        for path in files:
+            if _hash(path) != content["hashes"][path.stem]:
+                raise ValueError(f"{path.name} has changed")
         if content["lengths"] != dict(lengths):
             raise _AnotherRun
         result: dict[str, list[tuple[int, int, float, dict[str, torch.Tensor]]]] = {name: [] for name in wanted}
@@ -104,10 +114,12 @@ def load_checkpoint(
                         result[name].append((first, last, step, values))
         pieces = {name: _joined(name, wanted[name], parts) for name, parts in result.items()}
     except _AnotherRun:
-        raise ValueError(f"the checkpoint {folder} is of another run: it trained other elements.") from None
+        raise UserError(f"the checkpoint {folder} is of another run: it trained other elements.") from None
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise ValueError(
+        if is_out_of_memory(error):
+            raise
+        text = one_line(error)
+        raise UserError(
             f"the checkpoint {folder} is damaged ({text}). Delete it to resume from an older one."
         ) from error
     return pieces, content["trainer"]
@@ -115,6 +127,16 @@ def load_checkpoint(
 
 class _AnotherRun(Exception):
     pass
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of JSON values, in whatever order they are kept."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _joined(name: str, wanted: tuple[int, int], parts: list[tuple[int, int, float, dict[str, torch.Tensor]]]) -> Piece:
@@ -126,15 +148,7 @@ def _joined(name: str, wanted: tuple[int, int], parts: list[tuple[int, int, floa
             break
         position = last
     if position != wanted[1] or len(steps) > 1:
-        raise ValueError(f"{name} is incomplete")
+        raise UserError(f"{name} is incomplete")
     kinds = parts[0][3] if parts else {"weight": torch.empty(0)}
     values = {kind: torch.cat([part[3][kind] for part in parts]) if parts else kinds[kind] for kind in kinds}
     return Piece(name, wanted[0], values, steps.pop() if steps else 0.0)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no half of it is ever seen under its name."""
-    temporary = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    folder.rename(temporary)
-    shutil.rmtree(temporary, ignore_errors=True)

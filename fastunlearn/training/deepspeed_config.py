@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _KNOWN = {
     *_BATCH,
@@ -43,18 +45,18 @@ def read_deepspeed(
 
     Sizes that a flag gives (not None) must be those of the file; what neither says follows from
     ``train = micro x accumulation x processes``, the micro batch being the method's default.  Keys that begin with `_`
-    are comments; ``"auto"`` says nothing.  ValueError names what is wrong in the file.
+    are comments; ``"auto"`` says nothing.  UserError names what is wrong in the file.
     """
     settings = _read(path)
     for name, reason in _NOT_OURS.items():
         if name in settings:
-            raise ValueError(f"{path}: take `{name}` out: {reason}.")
+            raise UserError(f"{path}: take `{name}` out: {reason}.")
     if unknown := sorted(set(settings) - _KNOWN):
-        raise ValueError(f"{path} has an unknown key {unknown[0]!r}. Known: {', '.join(sorted(_KNOWN))}.")
+        raise UserError(f"{path} has an unknown key {unknown[0]!r}. Known: {', '.join(sorted(_KNOWN))}.")
     if _section(settings, "fp16", path).get("enabled"):
-        raise ValueError(f"{path}: fp16 with its loss scaling is not supported. Use `bf16`.")
+        raise UserError(f"{path}: fp16 with its loss scaling is not supported. Use `bf16`.")
     if _section(settings, "bf16", path).get("bf16_master_weights_and_grads"):
-        raise ValueError(f"{path}: `bf16_master_weights_and_grads` rounds what must stay exact. Take it out.")
+        raise UserError(f"{path}: `bf16_master_weights_and_grads` rounds what must stay exact. Take it out.")
     zero = _section(settings, "zero_optimization", path)
     _check_zero(zero, path)
     micro, accumulation = _batch_sizes(
@@ -62,7 +64,7 @@ def read_deepspeed(
     )
     clipping = settings.get("gradient_clipping", max_grad_norm)
     if clipping != max_grad_norm:
-        raise ValueError(
+        raise UserError(
             f"{path} clips gradients at {clipping}, `--max-grad-norm` says {max_grad_norm:g}. Give both the same."
         )
     stage = zero.get("stage", 0)
@@ -84,11 +86,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read the DeepSpeed file {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the DeepSpeed file {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise ValueError(f"the DeepSpeed file {path} is not JSON: {error}.") from error
+        raise UserError(f"the DeepSpeed file {path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"the DeepSpeed file {path} must hold one JSON object.")
+        raise UserError(f"the DeepSpeed file {path} must hold one JSON object.")
     return _told(content)
 
 
@@ -104,22 +106,22 @@ def _told(content: dict[str, Any]) -> dict[str, Any]:
 def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     section = settings.get(name, {})
     if not isinstance(section, dict):
-        raise ValueError(f"{path}: `{name}` must be an object, got {section!r}.")
+        raise UserError(f"{path}: `{name}` must be an object, got {section!r}.")
     return section
 
 
 def _check_zero(zero: dict[str, Any], path: Path) -> None:
     if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(f"{path}: the ZeRO stage must be 0, 1, 2 or 3, got {stage!r}.")
+        raise UserError(f"{path}: the ZeRO stage must be 0, 1, 2 or 3, got {stage!r}.")
     for name in _INEXACT:
         if zero.get(name):
-            raise ValueError(f"{path}: `{name}` changes weights that must keep their bits. Take it out.")
+            raise UserError(f"{path}: `{name}` changes weights that must keep their bits. Take it out.")
     for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = _section(zero, name, path).get("device", "none")
         if device == "nvme":
-            raise ValueError(f"{path}: `{name}` to nvme is not supported. Use cpu.")
+            raise UserError(f"{path}: `{name}` to nvme is not supported. Use cpu.")
         if device == "cpu" and zero.get("stage", 0) < lowest:
-            raise ValueError(f"{path}: `{name}` needs ZeRO stage {lowest} or more, got {zero.get('stage', 0)}.")
+            raise UserError(f"{path}: `{name}` needs ZeRO stage {lowest} or more, got {zero.get('stage', 0)}.")
 
 
 def _batch_sizes(
@@ -129,21 +131,21 @@ def _batch_sizes(
     for name in _BATCH:
         value = settings.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{path}: `{name}` must be a whole number from 1 on, got {value!r}.")
+            raise UserError(f"{path}: `{name}` must be a whole number from 1 on, got {value!r}.")
     train, file_micro, file_accumulation = (settings.get(name) for name in _BATCH)
     for flag, given, name, filed in (
         ("--micro-batch-size", micro, _BATCH[1], file_micro),
         ("--gradient-accumulation-steps", accumulation, _BATCH[2], file_accumulation),
     ):
         if given is not None and filed is not None and given != filed:
-            raise ValueError(f"{path} says {name} = {filed}, `{flag}` says {given}. Give both the same.")
+            raise UserError(f"{path} says {name} = {filed}, `{flag}` says {given}. Give both the same.")
     micro, accumulation = micro or file_micro, accumulation or file_accumulation
     if micro is None:
         micro = max(1, train // (world_size * (accumulation or 1))) if train else default
     if accumulation is None:
         accumulation = max(1, train // (micro * world_size)) if train else 1
     if train is not None and train != micro * accumulation * world_size:
-        raise ValueError(
+        raise UserError(
             f"{path}: the batch sizes disagree: train_batch_size {train} is not micro batch {micro} x accumulation "
             f"{accumulation} x {world_size} processes = {micro * accumulation * world_size}."
         )

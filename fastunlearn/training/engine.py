@@ -17,6 +17,8 @@ from fastunlearn_kernels import MaskedAdamW, unpack_bits
 from torch import nn
 
 from ..distributed import ALONE, World
+from ..errors import UserError
+from ..files.atomic import whole_folder
 from ..models.loading import Model
 from .checkpoint import Piece, load_checkpoint, save_checkpoint
 from .export import export_delta, export_model
@@ -127,10 +129,10 @@ class Engine:
         save_checkpoint(folder, self.world, list(self.pieces()), self.selection.lengths, content)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from what :meth:`save` wrote; returns the trainer's state.  ValueError if it is another run's."""
+        """Continue from what :meth:`save` wrote; returns the trainer's state.  UserError if it is another run's."""
         content = self.restore(folder)
         if content["selection"] != self.selection.digest():
-            raise ValueError(f"the checkpoint {folder} is of another run: it trained other elements.")
+            raise UserError(f"the checkpoint {folder} is of another run: it trained other elements.")
         return content["state"]
 
     def export(self, model: Model, path: Path, save: Literal["model", "delta"] = "model") -> None:
@@ -140,8 +142,13 @@ class Engine:
         """
         values = self.values()
         if self.world.is_main:
-            write = export_delta if save == "delta" else export_model
-            self.exported(write(model.source, model.denoiser_folder, path, values, self.selection.bits))
+            parts = (model.source, model.denoiser_folder)
+            if save == "delta":
+                dtypes = export_delta(*parts, path, values, self.selection.bits)
+            else:
+                with whole_folder(path) as unfinished:
+                    dtypes = export_model(*parts, unfinished, values, self.selection.bits)
+            self.exported(dtypes)
         self.world.barrier()
 
     def exported(self, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -22,6 +22,7 @@ from fastunlearn_kernels import MaskedAdamW, pack_bits, unpack_bits
 from torch import nn
 
 from ..distributed import World, join, leave
+from ..errors import UserError
 from .checkpoint import Piece, load_checkpoint
 from .engine import ClipScope, Engine, Selection
 
@@ -312,14 +313,14 @@ class _QuietUntilBound(MaskedAdamW):
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """``deepspeed``, for this kind of device, silent, compiling nothing.  ValueError where it is missing."""
+    """``deepspeed``, for this kind of device, silent, compiling nothing.  UserError where it is missing."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"`--deepspeed` needs DeepSpeed, which cannot be imported ({error}). Install it with "
             "`pip install 'fastunlearn[deepspeed]'`."
         ) from error
@@ -340,7 +341,7 @@ def check_deepspeed(settings: Mapping[str, Any], device: torch.device) -> None:
         DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValueError as error:
         details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())  # type: ignore[attr-defined]
-        raise ValueError(f"DeepSpeed refuses `zero_optimization`: {details}.") from error
+        raise UserError(f"DeepSpeed refuses `zero_optimization`: {details}.") from error
 
 
 def _complete_environment(world: World) -> list[str]:

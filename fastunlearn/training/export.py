@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
-from ..files.run_folder import whole_file, whole_folder
-from ..models.loading import fingerprint, read_tensors
+from ..errors import UserError
+from ..files.atomic import whole_file
+from ..files.weights import hash_pipeline, pipeline_files, read_tensors
 
 DELTA_FORMAT = "fastunlearn-delta-1"
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,13 +29,12 @@ Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter witho
 
 
 def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
-    """Write the pipeline ``source`` to ``folder`` with ``values`` in ``part``: its other bytes are the original's.
+    """Write the pipeline ``source`` into an empty folder, with ``values`` in ``part``; other bytes are the original's.
 
     Returns the type in which each tensor is stored.
     """
-    with whole_folder(folder) as unfinished:
-        copy_pipeline(source, unfinished)
-        return overlay(unfinished / part, values, bits)
+    copy_pipeline(source, folder)
+    return overlay(folder / part, values, bits)
 
 
 def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
@@ -47,7 +47,7 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
     for file in sorted((source / part).glob("*.safetensors")):
         for name, original in read_tensors(file, values)[0].items():
             if name in dtypes:
-                raise ValueError(f"{source / part} has {name} in two files, which a delta cannot tell. Save the model.")
+                raise UserError(f"{source / part} has {name} in two files, which a delta cannot tell. Save the model.")
             dtypes[name] = original.dtype
             trained = _replaced(name, original, values[name], bits.get(name))
             changed = (_integers(trained) != _integers(original)).view(-1)
@@ -61,7 +61,7 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
             else:
                 tensors[f"{name}.indices"] = indices
     _check_found(source / part, values, dtypes)
-    metadata = {"format": DELTA_FORMAT, "original": fingerprint(source), "part": part, "shapes": json.dumps(shapes)}
+    metadata = {"format": DELTA_FORMAT, "original": hash_pipeline(source), "part": part, "shapes": json.dumps(shapes)}
     with whole_file(path) as unfinished:
         save_file(tensors, unfinished, metadata=metadata)
     return dtypes
@@ -70,22 +70,22 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
 def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     """Rebuild from the pipeline ``source`` and a delta, bit for bit, what :func:`export_model` writes.
 
-    ValueError if the file is no delta, damaged, or made from another pipeline.
+    UserError if the file is no delta, damaged, or made from another pipeline.
     """
     if not delta.is_file():
-        raise ValueError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
+        raise UserError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
     try:
         tensors, result = read_tensors(delta)
         metadata = result or {}
         if metadata.get("format") != DELTA_FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
+            raise UserError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
         shapes = json.loads(metadata["shapes"])
         values = {name: tensors[f"{name}.values"] for name in shapes}
         bits = {name: _selection(tensors, name, shape) for name, shape in shapes.items()}
     except Exception as error:
-        raise ValueError(f"{delta} is no delta of fastunlearn: {' '.join(str(error).split())}.") from error
-    if (ours := fingerprint(source)) != metadata["original"]:
-        raise ValueError(
+        raise UserError(f"{delta} is no delta of fastunlearn: {' '.join(str(error).split())}.") from error
+    if (ours := hash_pipeline(source)) != metadata["original"]:
+        raise UserError(
             f"the delta {delta} belongs to another original: its hash is {metadata['original'][:12]}, that of {source} "
             f"is {ours[:12]}. Give `--model` the model that the run started from."
         )
@@ -100,7 +100,7 @@ def _selection(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int])
         mask = torch.zeros(torch.Size(shape).numel(), dtype=torch.bool)
         mask[tensors[f"{name}.indices"].long()] = True
     if int(mask.sum()) != len(tensors[f"{name}.values"]):
-        raise ValueError(f"{name} has {len(tensors[f'{name}.values'])} values for {int(mask.sum())} elements")
+        raise UserError(f"{name} has {len(tensors[f'{name}.values'])} values for {int(mask.sum())} elements")
     return pack_bits(mask)
 
 
@@ -128,7 +128,7 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     """``original`` with ``values`` at the elements of the mask."""
     stored = values.detach().cpu().to(original.dtype)
     if not torch.isfinite(stored).all():
-        raise ValueError(
+        raise UserError(
             f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`."
         )
     if bits is None:
@@ -140,7 +140,7 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
 
 def _check_found(folder: Path, wanted: Values, result: Mapping[str, torch.dtype]) -> None:
     if missing := set(wanted) - set(result):
-        raise ValueError(f"{folder} has no tensor {min(missing)!r}: the pipeline's weights are not in the usual form.")
+        raise UserError(f"{folder} has no tensor {min(missing)!r}: the pipeline's weights are not in the usual form.")
 
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,11 +149,8 @@ def _integers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_pipeline(source: Path, target: Path) -> None:
-    """Copy the pipeline's parts, leaving out pickles that stand beside safetensors and files of no part."""
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    shutil.copy(source / "model_index.json", target)
-    for part in sorted(index):
-        if part.startswith("_") or not (source / part).is_dir():
-            continue
-        redundant = ("*.bin", "*.msgpack", "*.ckpt") if any((source / part).glob("*.safetensors")) else ()
-        shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns(*redundant))
+    """Copy the pipeline's parts: bytes alone, neither links nor modes, which may be read-only."""
+    for path in pipeline_files(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)

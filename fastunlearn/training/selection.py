@@ -1,4 +1,4 @@
-"""What a method may change: parameters by name, and elements of them by a saliency mask of one bit an element."""
+"""What a method may change: parameters by name, and elements of them by a saliency mask of one bit per element."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from fastunlearn_kernels import accumulate_saliency_, pack_bits, saliency_mask, unpack_bits
 from torch import nn
 
-from ..files.run_folder import whole_file
+from ..errors import UserError
+from ..files.atomic import whole_file
+from ..files.weights import hash_part, read_tensors
 from ..methods.recipe import EMPTY, NOISE, Recipe, Row, Sum
-from ..models.loading import Model, denoiser_hash, read_tensors
+from ..models.loading import Model
 from .bank import Bank, build_bank, plan_bank
 
 MASK_FORMAT = "fastunlearn-mask-1"
@@ -33,7 +35,7 @@ def select_parameters(module: nn.Module, selector: str) -> list[str]:
     """Names of the parameters that ``selector`` selects, in the module's order.
 
     ``selector`` is a group of :data:`GROUPS` or a comma list of patterns; a pattern selects a parameter when it is a
-    part of its name between dots (``attn2.to_k``) or, with ``*`` or ``?``, matches the whole name.  ValueError if a
+    part of its name between dots (``attn2.to_k``) or, with ``*`` or ``?``, matches the whole name.  UserError if a
     pattern selects nothing.
     """
     names = [name for name, _ in module.named_parameters()]
@@ -64,7 +66,7 @@ def _matching(names: list[str], pattern: str, selector: str) -> list[str]:
 
 def _nothing(names: list[str], selector: str, pattern: str = "") -> list[str]:
     which = f"the part {pattern!r} of " if pattern and pattern != selector else ""
-    raise ValueError(
+    raise UserError(
         f"`--trainable`: {which}{selector!r} selects no parameter. Use {', '.join(GROUPS)}, or parts of names such as "
         f"{names[len(names) // 2]!r}."
     )
@@ -93,14 +95,14 @@ class GradMask:
         return int(unpack_bits(self.bits[name], self.shapes[name]).sum())
 
     def restrict(self, names: Sequence[str]) -> GradMask:
-        """The mask of these parameters alone.  ValueError if it lets nothing of them change."""
+        """The mask of these parameters alone.  UserError if it lets nothing of them change."""
         bits = {name: self.bits[name] for name in names if name in self.bits and bool(self.bits[name].any())}
         if not bits:
-            raise ValueError("the mask lets no element of the trainable parameters change. Use another `--trainable`.")
+            raise UserError("the mask lets no element of the trainable parameters change. Use another `--trainable`.")
         return dataclasses.replace(self, bits=bits, shapes={name: self.shapes[name] for name in bits})
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: one uint8 tensor a parameter, shapes and hash in its metadata."""
+        """Write a safetensors file: one uint8 tensor per parameter, shapes and hash in its metadata."""
         from safetensors.torch import save_file
 
         metadata = {"format": MASK_FORMAT, "denoiser": self.model_hash, "made": json.dumps(self.made)}
@@ -110,33 +112,33 @@ class GradMask:
 
 
 def load_mask(path: Path, model: Model) -> GradMask:
-    """Read what :meth:`GradMask.save` wrote.  ValueError if it is no mask, or one of another model."""
+    """Read what :meth:`GradMask.save` wrote.  UserError if it is no mask, or one of another model."""
     if not path.is_file():
-        raise ValueError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
+        raise UserError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
     try:
         bits, result = read_tensors(path)
         metadata = result or {}
         if metadata.get("format") != MASK_FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
+            raise UserError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
         if shapes.keys() != bits.keys():
-            raise ValueError("names and shapes differ")
+            raise UserError("names and shapes differ")
         for name, packed in bits.items():
             if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
-                raise ValueError(f"{name} has bits beyond its last element")
+                raise UserError(f"{name} has bits beyond its last element")
     except Exception as error:
-        raise ValueError(f"{path} is no mask of `fastunlearn mask`: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is no mask of `fastunlearn mask`: {' '.join(str(error).split())}") from error
     parameters = dict(model.denoiser.named_parameters())
     for name, shape in shapes.items():
         if name not in parameters:
-            raise ValueError(f"the mask {path} is of another model: it names {name!r}, which {model.name} lacks.")
+            raise UserError(f"the mask {path} is of another model: it names {name!r}, which {model.name} lacks.")
         if tuple(parameters[name].shape) != shape:
-            raise ValueError(
+            raise UserError(
                 f"the mask {path} is of another model: {name} has the shape {shape} there and "
                 f"{tuple(parameters[name].shape)} in {model.name}."
             )
-    if (ours := denoiser_hash(model)) != metadata.get("denoiser"):
-        raise ValueError(
+    if (ours := hash_part(model.source, model.denoiser_folder)) != metadata.get("denoiser"):
+        raise UserError(
             f"the mask {path} is of other weights: their hash is {str(metadata.get('denoiser'))[:12]}, that of "
             f"{model.name} is {ours[:12]}. Make one for this model with `fastunlearn mask`."
         )
@@ -181,11 +183,11 @@ def make_mask(
     mask = GradMask(
         {name: packed.cpu() for name, packed in zip(totals, bits, strict=True)},
         {name: tuple(total.shape) for name, total in totals.items()},
-        denoiser_hash(model),
+        hash_part(model.source, model.denoiser_folder),
         {"density": f"{density:g}", "granularity": granularity, "prompts": "; ".join(forget_prompts)},
     )
     if not mask.names:
-        raise ValueError(f"a density of {density:g} selects no element of {len(totals)} parameters. Use a larger one.")
+        raise UserError(f"a density of {density:g} selects no element of {len(totals)} parameters. Use a larger one.")
     return mask
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from fastunlearn_kernels import noise_pred_loss
 
-from ..files.run_folder import remove_scraps, write_text
+from ..errors import UserError
+from ..files.atomic import remove_folder, remove_temporaries, write_text
 from ..methods.recipe import ROLES, Alternate, Role, Rule, Saddle, Sum
 from ..models.loading import Model
 from .bank import Bank
-from .checkpoint import remove_folder
 from .engine import Engine
 
 Metrics = dict[str, float]
@@ -64,7 +64,7 @@ class Trainer:
     def run(self, on_log: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train to the last step.
 
-        ValueError when a loss or a weight is not finite (the last good checkpoint stays), :class:`Interrupted` when
+        UserError when a loss or a weight is not finite (the last good checkpoint stays), :class:`Interrupted` when
         asked to stop (the state is saved first).
         """
         started = time.monotonic() - self.seconds
@@ -92,7 +92,7 @@ class Trainer:
         if not self.engine.all_finite():  # the weights are one update ahead of the loss
             self._diverged()
         self.checkpoints.mkdir(exist_ok=True, parents=True)
-        state = {"step": self.step, "seconds": self.seconds, "dual": self.dual.item(), "rows": self._rows_a_step}
+        state = {"step": self.step, "seconds": self.seconds, "dual": self.dual.item(), "rows": self._rows_per_step}
         self.engine.save(self._checkpoint(), state)
         if self.engine.world.is_main:
             for path in self._saved()[:-_KEPT_CHECKPOINTS]:
@@ -102,15 +102,15 @@ class Trainer:
         """Continue from the newest checkpoint, or from the start where none was saved yet."""
         if saved := self._saved():
             state = self.engine.load(saved[-1])
-            if state["rows"] != self._rows_a_step:
-                raise ValueError(
-                    f"`--resume`: the run took {state['rows']} rows a step, now it is {self._rows_a_step} (micro batch "
-                    f"x accumulation x processes). Choose a micro batch or accumulation that makes them equal."
+            if state["rows"] != self._rows_per_step:
+                raise UserError(
+                    f"`--resume`: the run took {state['rows']} rows per step, now it is {self._rows_per_step} (micro "
+                    f"batch x accumulation x processes). Choose a micro batch or accumulation that makes them equal."
                 )
             self.step, self.seconds = state["step"], state["seconds"]
             self.dual.fill_(state["dual"])
         if self.engine.world.is_main and self.checkpoints.is_dir():
-            remove_scraps(self.checkpoints)
+            remove_temporaries(self.checkpoints)
         if self.engine.world.is_main and self.metrics_path.exists():
             lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if (record := _parsed(line)) and record["step"] <= self.step]
@@ -164,7 +164,7 @@ class Trainer:
         return self.engine.accumulation * self.engine.world.size
 
     @property
-    def _rows_a_step(self) -> int:
+    def _rows_per_step(self) -> int:
         return self.schedule.micro_batch_size * self._parts
 
     def _updates(self) -> list[dict[Role, torch.Tensor]]:
@@ -181,7 +181,7 @@ class Trainer:
 
     def _counts(self, roles: list[Role]) -> list[tuple[Role, int]]:
         """The batch shared out over the roles, at least one row each."""
-        size = max(self._rows_a_step, len(roles))
+        size = max(self._rows_per_step, len(roles))
         share, rest = divmod(size, len(roles))
         return [(role, share + (index < rest)) for index, role in enumerate(roles)]
 
@@ -200,7 +200,7 @@ class Trainer:
     def _diverged(self) -> None:
         saved = self._saved()
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
-        raise ValueError(
+        raise UserError(
             f"the loss is not a finite number by step {self.step}; {kept}. Use a smaller `--learning-rate`."
         )
 

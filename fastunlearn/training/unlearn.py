@@ -18,95 +18,64 @@ from typing import Any
 import torch
 
 from .. import __version__, prompts
-from ..config import ApplyConfig, MaskConfig, TrainConfig, from_yaml, to_yaml
+from ..config import from_yaml, to_yaml
 from ..distributed import ALONE, World, join, world_of_environment
-from ..evaluation.evaluator import default_metric, evaluate_models, file_groups, shapes_groups
+from ..errors import UserError
+from ..evaluation.evaluator import default_metric, evaluate_models, file_groups, world_groups
 from ..evaluation.results import EvaluationReport, write_results
-from ..evaluation.summary import PromptGroups
-from ..files.run_folder import check_output, prepare_output, write_json, write_text
+from ..files.atomic import whole_folder, write_json, write_text
+from ..files.run_folder import check_output, claimed, claimed_file, files_below, own, prepare_output
+from ..files.weights import hash_pipeline, pipeline_files
 from ..methods import Method, get_method
-from ..methods.recipe import Alternate, Concept, Defaults, Recipe
+from ..methods.recipe import Alternate, Concept, Defaults
 from ..metrics.lpips import PerceptualDistance, load_perceptual
 from ..models.generate import SamplerSpec
-from ..models.loading import Model, fingerprint, load_model, resolve_device, resolve_source, versions
+from ..models.loading import Model, load_model, resolve_device, resolve_source, versions
 from ..models.sampling import check_deterministic
+from ..progress import Reporter
+from ..prompts import PromptGroups
+from ..worlds import get_world
 from .bank import Bank, BankPlan, build_bank, plan_bank
+from .config import ApplyConfig, MaskConfig, TrainConfig
 from .deepspeed_config import read_deepspeed
 from .engine import Engine, TorchEngine
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .export import apply_delta
 from .memory import MemoryEstimate, estimate_memory, measure_activations
+from .plan import TrainPlan, plan_lines
 from .selection import GradMask, load_mask, make_mask, select_parameters
-from .trainer import Metrics, Schedule, Trainer
-
-
-class Reporter:
-    """Progress, as nothing.  The command line passes one that prints and draws bars."""
-
-    def plan(self, plan: TrainPlan) -> None:
-        """Called once, before anything is computed."""
-
-    def stage(self, name: str) -> None:
-        """A stage of the run begins."""
-
-    def training(self, step: int, total: int, metrics: Metrics) -> None:
-        """A step was logged."""
-
-    def scoring(self, done: int, total: int) -> None:
-        """``done`` of ``total`` images are made."""
-
-    def note(self, text: str) -> None:
-        """Something happened that is no mistake but should be known."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainPlan:
-    """What a training will do, known before its first step.  Sizes in bytes, work in UNet evaluations of one sample."""
-
-    method: Method
-    settings: Defaults
-    concept: Concept
-    recipe: Recipe
-    names: tuple[str, ...]
-    mask: GradMask | None
-    world: World
-    deepspeed: Mapping[str, Any] | None  # the checked configuration
-    accumulation: int
-    memory: MemoryEstimate | None  # only for a dry run, which it is for
-    trainable_parameters: int
-    total_parameters: int
-    trainable_bytes: int
-    bank: BankPlan
-    loop_forwards: int
-    seconds_per_evaluation: float
-
-    @property
-    def loop_evaluations(self) -> int:
-        """Forward and backward of the student, a backward counted as two forwards."""
-        return 3 * self.loop_forwards
+from .trainer import Schedule, Trainer
 
 
 def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | None:
     """Train as configured and write the run's folder.
 
-    Returns the folder of the unlearned pipeline, or the file of its delta, or None after a dry run.  Raises ValueError
+    Returns the folder of the unlearned pipeline, or the file of its delta, or None after a dry run.  Raises UserError
     for anything wrong in the settings, the prompts or the model, and :class:`.trainer.Interrupted` when
     asked to stop.
     """
     reporter = reporter or Reporter()
-    folder = Path(config.output)
+    folder = Path(config.output).expanduser()
     world = world_of_environment()
     if config.dry_run and config.num_processes is not None:
         world = World(size=config.num_processes)  # planned, not started
     if world.size > 1 and config.deepspeed is None:
-        raise ValueError(f"{world.size} processes need `--deepspeed FILE`, which says how they divide the work.")
-    check_output(folder, overwrite=config.overwrite, resume=config.resume)
+        raise UserError(f"{world.size} processes need `--deepspeed FILE`, which says how they divide the work.")
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            check_output(folder, "train", overwrite=config.overwrite, resume=config.resume)
+            if not config.dry_run:
+                stack.enter_context(claimed(folder))
+        return _unlearn(config, world, folder, reporter)
+
+
+def _unlearn(config: TrainConfig, world: World, folder: Path, reporter: Reporter) -> Path | None:
     method = get_method(config.method)
     model = load_model(config.model, _device_of(config, world))
     plan = plan_training(config, method, model, world)
     groups = _evaluation_groups(config, model)
     metric = load_perceptual(default_metric(model), model.device) if groups else None  # fails early or not at all
-    reporter.plan(plan)
+    reporter.plan(plan.method.name, plan_lines(plan))
     if config.dry_run:
         return None
     if config.resume:
@@ -130,7 +99,9 @@ def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | Non
         join(world, model.device)
         world.barrier()  # until all have looked at the folder
     if world.is_main:
-        prepare_output(folder, overwrite=config.overwrite, resume=config.resume)
+        prepare_output(folder, "train", overwrite=config.overwrite, resume=config.resume)
+        names = (path.relative_to(model.source).as_posix() for path in pipeline_files(model.source))
+        own(folder, "train", [f"model/{name}" for name in names])
         write_text(folder / "config.yaml", to_yaml(_resolved(config, plan)))
         if mask is not None:
             mask.save(folder / "mask.safetensors")
@@ -144,7 +115,7 @@ def unlearn(config: TrainConfig, reporter: Reporter | None = None) -> Path | Non
     unlearned = folder / "model"
     with contextlib.ExitStack() as scratch:
         if config.save == "delta":
-            unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory())) / "model"
+            unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
             apply_delta(model.source, exported, unlearned)
         write_json(folder / "run.json", _run_record(config, plan, model, unlearned, seconds))
         _evaluate_run(config, plan, groups, metric, unlearned, folder, reporter)
@@ -178,14 +149,19 @@ def _evaluate_run(
 def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
     """Find the weights that matter most for a concept and write their mask to a file; see :func:`masks.make_mask`."""
     reporter = reporter or Reporter()
-    path = Path(config.output)
+    path = Path(config.output).expanduser()
     if path.is_dir() or (path.exists() and not config.overwrite):
         kind = "is a folder. Name a file" if path.is_dir() else "exists. Use another name or `--overwrite`"
-        raise ValueError(f"`--output` {path} {kind}.")
+        raise UserError(f"`--output` {path} {kind}.")
     if not path.parent.is_dir():
-        raise ValueError(f"`--output` {path}: the folder {path.parent} does not exist. Make it first.")
+        raise UserError(f"`--output` {path}: the folder {path.parent} does not exist. Make it first.")
+    with claimed_file(path):
+        return _mask(config, path, reporter)
+
+
+def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> GradMask:
     model = load_model(config.model, config.device)
-    defaults = get_method("salun").defaults_for(model.is_bundled)
+    defaults = get_method("salun").defaults_for(model.defaults_key)
     forget = _forget_prompts(config, model)
     names = select_parameters(model.denoiser, config.trainable)
     check_deterministic(model.pipeline.scheduler)
@@ -209,19 +185,14 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> GradMask:
 
 def apply(config: ApplyConfig) -> Path:
     """Rebuild an unlearned pipeline from its original and a delta; returns its folder."""
-    folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`--output` {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not config.overwrite:
-            raise ValueError(f"`--output` {folder} is not empty. Use another folder, or `--overwrite`.")
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"`--overwrite`: {folder} holds no pipeline. Empty it yourself.")
+    folder = Path(config.output).expanduser().resolve()
     source = resolve_source(config.model)
-    if folder.resolve() == source:
-        raise ValueError(f"`--output` {folder} is the original itself. Name another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    apply_delta(source, Path(config.delta), folder)
+    if folder == source:
+        raise UserError(f"`--output` {folder} is the original itself. Name another folder.")
+    check_output(folder, "apply", overwrite=config.overwrite)
+    with claimed(folder), whole_folder(folder) as unfinished:
+        apply_delta(source, Path(config.delta).expanduser(), unfinished)
+        own(unfinished, "apply", files_below(unfinished))
     return folder
 
 
@@ -268,7 +239,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         seed=config.seed,
     )
     if recipe.rows and bank.rows < world.size:
-        raise ValueError(f"there are more processes, {world.size}, than rows, {bank.rows}. Use more `--trajectories`.")
+        raise UserError(f"there are more processes, {world.size}, than rows, {bank.rows}. Use more `--trajectories`.")
     return TrainPlan(
         method=method,
         settings=dataclasses.replace(settings, steps=steps),
@@ -319,7 +290,7 @@ def _memory(
 
 @torch.no_grad()
 def _time_evaluation(model: Model, batch_size: int) -> float:
-    """Seconds a sample of one forward, the second of two."""
+    """Seconds per sample of one forward, the second of two."""
     latents = torch.zeros(batch_size, *model.latent_shape, device=model.device)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
     conditions = model.encode([""]).rows([0] * batch_size)
@@ -382,7 +353,7 @@ def _device_of(config: TrainConfig, world: World) -> torch.device:
     device = resolve_device(config.device)
     if device.type == "cuda" and world.size > 1:
         if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. "
                 "Start fewer processes."
             )
@@ -417,12 +388,12 @@ def _make_mask(config: TrainConfig, plan: TrainPlan, model: Model) -> GradMask:
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     """The method's defaults for this model, overridden by what the user set."""
-    defaults = method.defaults_for(model.is_bundled)
+    defaults = method.defaults_for(model.defaults_key)
     names = [field.name for field in dataclasses.fields(Defaults)]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     for name in ("negative_guidance", "kappa"):
         if name in chosen and getattr(defaults, name) is None:
-            raise ValueError(f"`--{name.replace('_', '-')}` is no setting of the method {method.name}. Leave it out.")
+            raise UserError(f"`--{name.replace('_', '-')}` is no setting of the method {method.name}. Leave it out.")
     return dataclasses.replace(defaults, **chosen)
 
 
@@ -433,17 +404,17 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
     if config.retain_prompts:
         retain = prompts.parse_prompts(config.retain_prompts)
     else:
-        retain = prompts.shapes_prompts(word, "train")[1] if model.is_bundled else []
+        retain = model.world.prompts_to_train(word)[1] if model.world else []
     prompts.check_disjoint(forget, retain)
     if method.needs_retain and not retain:
-        raise ValueError(
+        raise UserError(
             f"the method {method.name} needs retain prompts: give `--retain-prompts` a FILE or 'TEXT;TEXT'."
         )
     anchor = config.anchor
     if anchor is not None and method.anchor == "none":
-        raise ValueError(f"the method {method.name} takes no `--anchor`. Leave it out.")
+        raise UserError(f"the method {method.name} takes no `--anchor`. Leave it out.")
     if anchor is None and method.anchor == "needed":
-        anchor = prompts.shapes_anchor(word) if model.is_bundled else ""
+        anchor = model.world.anchor(word) if model.world else ""
     anchors = {}
     if anchor is not None:
         choices = [text.strip() for text in anchor.split(";") if text.strip()] or [""]
@@ -451,7 +422,7 @@ def _concept(config: TrainConfig, method: Method, model: Model, settings: Defaul
         anchors = {prompt: prompts.substitute(prompt, word, draw.choice(choices)) for prompt in forget}
     same = [prompt for prompt, replaced in anchors.items() if replaced.lower() == prompt.lower()]
     if same:
-        raise ValueError(f"`--anchor` {anchor!r} leaves the forget prompt {same[0]!r} as it is. Name something else.")
+        raise UserError(f"`--anchor` {anchor!r} leaves the forget prompt {same[0]!r} as it is. Name something else.")
     return Concept(anchor, tuple(forget), anchors, tuple(retain), settings)
 
 
@@ -461,28 +432,28 @@ def _forget_prompts(config: TrainConfig | MaskConfig, model: Model, *, alone: bo
     if config.forget_prompts:
         forget = prompts.parse_prompts(config.forget_prompts)
     else:
-        own = prompts.shapes_prompts(word, "train")[0] if model.is_bundled else []  # refuses a word it does not know
+        own = model.world.prompts_to_train(word)[0] if model.world else []  # refuses a word it does not know
         forget = [word] if alone or not own else own
     for prompt in forget:
         tokens = model.count_tokens(prompt)
         if tokens == 0:
-            raise ValueError(f"the tokenizer turns the forget prompt {prompt!r} into nothing. Use other words.")
+            raise UserError(f"the tokenizer turns the forget prompt {prompt!r} into nothing. Use other words.")
         if tokens > model.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"the forget prompt {prompt!r} has {tokens} tokens and the model reads {model.max_tokens}. Shorten it."
             )
     return forget
 
 
 def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None:
-    choice = config.evaluation_prompts or ("shapes" if model.is_bundled else "none")
+    choice = config.evaluation_prompts or (model.world.name if model.world else "none")
     if choice == "none":
         return None
-    if choice == "shapes":
-        if not model.is_bundled:
-            raise ValueError("`--evaluation-prompts shapes` are the bundled model's. Give a prompt file, or none.")
-        return shapes_groups(config.forget)
-    return file_groups(choice, config.forget if model.is_bundled else None)
+    if (world := get_world(choice)) is None:
+        return file_groups(choice, config.forget if model.world else None)
+    if world is not model.world:
+        raise UserError(f"`--evaluation-prompts {choice}` are the bundled model's. Give a prompt file, or none.")
+    return world_groups(world, config.forget)
 
 
 def _unseen(plan: TrainPlan, groups: PromptGroups) -> bool:
@@ -501,7 +472,7 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
     """A resumed run must be asked for the same thing; how often it logs or saves may change."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"`--resume`: {folder} holds no run. Leave the flag out to start one.")
+        raise UserError(f"`--resume`: {folder} holds no run. Leave the flag out to start one.")
     before = from_yaml(path, TrainConfig)
     free = {"resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "device"}
     # How the rows of a step are divided may change; how many they are, a checkpoint knows.
@@ -509,7 +480,7 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
     for field in dataclasses.fields(TrainConfig):
         now, then = getattr(config, field.name), getattr(before, field.name)
         if field.name not in free and now is not None and now != then:
-            raise ValueError(
+            raise UserError(
                 f"`--resume`: the run in {folder} has {field.name} = {then!r}, now it is {now!r}. "
                 "Give the same settings, or another `--output`."
             )
@@ -521,7 +492,7 @@ def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, exported: Pa
         "versions": versions(),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
-        "hashes": {"original": fingerprint(model.source), "unlearned": fingerprint(exported)},
+        "hashes": {"original": hash_pipeline(model.source), "unlearned": hash_pipeline(exported)},
         "trainable_parameters": plan.trainable_parameters,
         "total_parameters": plan.total_parameters,
         "rows": plan.bank.rows,

@@ -1,4 +1,4 @@
-"""The bundled world: a real, small Stable Diffusion pipeline that draws shapes, and the judge of what it draws."""
+"""The world of shapes: a real, small Stable Diffusion pipeline, and the classifier that reads its images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base import World
+from .prompts import VOCABULARY, attributes, evaluation_prompts, train_prompts
 from .world import BACKGROUNDS, COLORS, SHAPES
 
 if TYPE_CHECKING:
@@ -14,7 +16,16 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("shapes", "shapes-gold-star")
 
-__all__ = ["BACKGROUNDS", "COLORS", "MODELS", "SHAPES", "is_shapes_pipeline", "load_classifier", "pipeline_folder"]
+__all__ = [
+    "BACKGROUNDS",
+    "COLORS",
+    "MODELS",
+    "SHAPES",
+    "SHAPES_WORLD",
+    "is_shapes_pipeline",
+    "load_classifier",
+    "pipeline_folder",
+]
 
 
 def pipeline_folder(name: str) -> Path:
@@ -75,3 +86,15 @@ def load_classifier(folder: Path = WEIGHTS) -> Classifier:
     weights = load_file(folder / "classifier.safetensors")
     classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
     return classifier.eval().requires_grad_(False)
+
+
+SHAPES_WORLD = World(
+    name="shapes",
+    vocabulary=VOCABULARY,
+    models=MODELS,
+    folder=pipeline_folder,
+    is_pipeline=is_shapes_pipeline,
+    attributes=attributes,
+    train_prompts=train_prompts,
+    evaluation_prompts=evaluation_prompts,
+)

@@ -1,4 +1,4 @@
-"""The judge of the bundled world: names shape, color and background of a image and says whether it is a valid one.
+"""The judge of the bundled world: names shape, color and background of an image and says whether it is a valid one.
 
 Trained on fresh renders only, never on what a generator made.  Its features double as the world's perceptual trunk.
 """
@@ -16,7 +16,7 @@ _WIDTHS = (16, 32, 64, 96)
 
 
 class Classifier(nn.Module):
-    """Four convolution stages (64, 32, 16, 8 pixels wide) and one linear head an attribute."""
+    """Four convolution stages (64, 32, 16, 8 pixels wide) and one linear head per attribute."""
 
     widths = _WIDTHS
 
@@ -72,7 +72,7 @@ def training_batch(count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch
     pixels = to_pixel_values(render(scenes))
     valid = torch.rand(count, generator=generator) > 1 / 3
     pixels = torch.where(valid[:, None, None, None], pixels, _spoil(scenes, pixels, generator))
-    # What a good generator may do to a image: slight blur, noise, shift of contrast.
+    # What a good generator may do to an image: slight blur, noise, shift of contrast.
     blur = torch.rand(count, 1, 1, 1, generator=generator) * 0.8
     pixels = torch.lerp(pixels, F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False), blur)
     noise = torch.rand(count, 1, 1, 1, generator=generator) * 0.08

@@ -1,8 +1,8 @@
-"""The world of the bundled model: what a image can show, and how it is drawn.
+"""The world of the bundled model: what an image can show, and how it is drawn.
 
-A image is 64x64 RGB and shows one colored shape on a patterned gray background.  :class:`Scenes` holds the
+An image is 64x64 RGB and shows one colored shape on a patterned gray background.  :class:`Scenes` holds the
 parameters of a batch of images, :func:`sample_scenes` draws them from a seed, :func:`render` turns them into pixels
-with analytic anti-aliasing (signed distance functions), so a image is a pure function of its parameters.
+with analytic anti-aliasing (signed distance functions), so an image is a pure function of its parameters.
 """
 
 from __future__ import annotations

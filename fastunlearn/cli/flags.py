@@ -1,0 +1,64 @@
+"""From a config dataclass to flags, and from flags and YAML to a config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, field_type, read_yaml
+from ..errors import UserError
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
+    """Give the parser a flag for every field of ``kind``, and ``--config FILE``.  Flags not given stay absent."""
+    parser.add_argument("--config", metavar="YAML", help="file with the same names; flags win over it")
+    for field in dataclasses.fields(kind):
+        accepted, choices = field_type(kind, field.name)
+        default = "required" if field.default is dataclasses.MISSING else _shown(field.default)
+        text = f"{field.metadata['help']} ({default})" if default else field.metadata["help"]
+        options: dict[str, Any] = {"help": text.replace("%", "%%")}
+        flag = "--" + field.name.replace("_", "-")
+        if field.metadata.get("positional"):
+            # Absent when empty, so that what is missing is told in the same words as for flags.
+            options["help"] = field.metadata["help"]
+            parser.add_argument(field.name, metavar="RUN", nargs="*", default=argparse.SUPPRESS, **options)
+            continue
+        if accepted is tuple:
+            options |= {"action": "append", "metavar": field.name.upper()}
+            parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **options)
+            continue
+        if accepted is bool:
+            parser.add_argument(flag, dest=field.name, action="store_true", default=argparse.SUPPRESS, **options)
+            continue
+        metavar = {int: "N", float: "X"}.get(accepted, field.name.split("_")[-1].upper())
+        if choices:
+            options["choices"] = choices
+        else:
+            options["metavar"] = metavar
+        parser.add_argument(flag, dest=field.name, type=accepted, default=argparse.SUPPRESS, **options)
+
+
+def build(kind: type[Config], flags: dict[str, Any]) -> Config:
+    """The settings from flags, over those of the YAML file that ``flags["config"]`` names.
+
+    Raises UserError, in one line, for an unreadable file, unknown names and values out of range.
+    """
+    values: dict[str, Any] = {}
+    path = flags.pop("config", None)
+    if path is not None:
+        values |= read_yaml(Path(path), kind)
+    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    missing = [
+        "RUN" if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}.")
+    return kind(**values)
+
+
+def _shown(default: Any) -> str:
+    return "" if default is None or default is False else f"default {default}"

@@ -1,0 +1,54 @@
+"""What can go wrong: something that the user can mend, said in one line, or a bug of ours, shown as a traceback."""
+
+from __future__ import annotations
+
+import errno
+
+
+class UserError(ValueError):
+    """Something that the user can mend: a setting, a prompt, a file, a model, this machine.
+
+    Its text is one line that says what is wrong, what was got and what to do.
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text without line breaks; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """A full disk comes as an OSError, or inside another library's error."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this machine's memory, or its device's, did not suffice."""
+    if isinstance(error, MemoryError):
+        return True
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether the user can mend it.  Everything else is a bug of ours.
+
+    safetensors raises a class of its own for files that it cannot read or write.
+    """
+    if isinstance(error, UserError | OSError) or is_out_of_memory(error) or is_disk_full(error):
+        return True
+    return any(kind.__name__ == "SafetensorError" for kind in type(error).__mro__)
+
+
+def explain(error: BaseException) -> str:
+    """One line for people about an expected error."""
+    if is_disk_full(error):
+        return "the disk is full: what was being written was removed again. Free some space and run the command again."
+    if is_out_of_memory(error):
+        return (
+            "out of memory: use a smaller batch (`--micro-batch-size`, `--batch-size`), fewer `--trajectories`, or a "
+            f"larger machine ({one_line(error)[:160]})."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return one_line(error)

@@ -1,0 +1,93 @@
+"""The settings of what measures models: `evaluate`, `evaluate-images`, `compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ..config import above, at_least, setting
+from ..errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `evaluate` does."""
+
+    original: str = setting("`shapes`, a diffusers folder, or a hub id")
+    unlearned: tuple[str, ...] = setting(
+        "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times"
+    )
+    output: str = setting("folder for the records and the report")
+    prompts: str = setting("`shapes`, or FILE or TEXT;TEXT; a CSV may have the columns prompt and group", "shapes")
+    placebo: str | None = setting("the pipeline of the same training without the forgetting part, as a control", None)
+    forget: str | None = setting("the forgotten concept; default: what the unlearned run's config says", None)
+    metric: str | None = setting(
+        "shapes (default for the bundled model), lpips-alex (else), lpips-vgg, lpips-squeeze", None
+    )
+    metrics: str | None = setting("further metrics, separated by commas: fid, clip-score, ...", None)
+    trunk_weights: str | None = setting(
+        "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
+        None,
+    )
+    seeds_per_prompt: int = setting("images per prompt", 1)
+    batch_size: int = setting("images per forward; a part of the result's definition", 32)
+    num_inference_steps: int = setting("sampler steps", 20)
+    guidance_scale: float = setting("classifier-free guidance", 3.0)
+    mixed_precision: Literal["no", "bf16"] = setting("of both models", "no")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
+    control_pairs: int = setting("pairs on which the numeric controls are measured", 8)
+    cache: str | None = setting("folder that keeps the original's images for the next evaluation", None)
+    cache_limit_gib: float = setting("size the cache folder stays below", 4.0)
+    num_processes: int = setting("processes that share the prompts; with several GPUs one each", 1)
+    resume: bool = setting("continue the unfinished evaluation in the output folder", False)
+    overwrite: bool = setting("replace an earlier evaluation in the output folder", False)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps", "control_pairs", "num_processes")
+        above(self, 0, "guidance_scale", "cache_limit_gib")
+        if not self.unlearned:
+            raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
+        if self.resume and self.overwrite:
+            raise UserError("`--resume` continues an evaluation and `--overwrite` replaces it: give one of them.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateImagesConfig:
+    """What `evaluate-images` does."""
+
+    original_images: str = setting("folder of the original model's images")
+    unlearned_images: str = setting("folder of the unlearned model's, with the same names; suffixes may differ")
+    output: str = setting("folder for the records and the report")
+    prompts: str | None = setting(
+        "CSV with the columns file, prompt and, if wanted, group; default: every pair is a prompt of its own", None
+    )
+    metric: Literal["lpips-alex", "lpips-vgg", "lpips-squeeze", "shapes"] = setting(
+        "the perceptual distance; shapes is the bundled world's", "lpips-alex"
+    )
+    trunk_weights: str | None = setting(
+        "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
+        None,
+    )
+    metrics: str | None = setting("further metrics, separated by commas: fid, kid, cmmd, clip-score, ...", None)
+    batch_size: int = setting("pairs per forward; a part of the result's definition", 8)
+    num_workers: int | None = setting("decoders; default: one a CPU core", None)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
+    overwrite: bool = setting("replace an earlier evaluation in the output folder", False)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size", "num_workers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What `compare` does."""
+
+    runs: tuple[str, ...] = setting("folders with the evaluation.json and pairs.jsonl to compare", positional=True)
+    output: str = setting("folder for the table and the plot")
+    margin: float = setting("largest harmless difference, as a share of the distance of redrawn images", 0.05)
+    overwrite: bool = setting("replace an earlier comparison in the output folder", False)
+
+    def __post_init__(self) -> None:
+        above(self, 0, "margin")
+        if len(self.runs) < 2:
+            raise UserError(f"a comparison needs at least 2 runs, got {len(self.runs)}: name their folders.")

@@ -1,0 +1,120 @@
+"""The files of a model's folder: which there are, what they hold, and a hash of all that is read from them.
+
+Only files that truly lie in the folder count.  A link may point to another file of the folder, or, in the cache of the
+Hugging Face hub, to one of the same repository; any other is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+INDEX = "model_index.json"
+#: Weights in forms that are never read here; beside safetensors they are left alone.
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".pb", ".onnx_data")
+
+
+def read_index(source: Path) -> dict[str, object]:
+    """The pipeline's model_index.json.  Raises UserError for a damaged one and for a part that is no plain name."""
+    path = source / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError("it must hold an object")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}.") from error
+    for name in index:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise UserError(f"{path} names the part {name!r}, which is no name of a folder in it.")
+    return index
+
+
+def part_names(source: Path) -> list[str]:
+    """The parts of a pipeline that have a folder, sorted."""
+    return sorted(name for name in read_index(source) if not name.startswith("_") and (source / name).is_dir())
+
+
+def files_of(folder: Path, root: Path | None = None) -> list[Path]:
+    """Every file in ``folder`` and below it, sorted.  ``root``: the model's folder, in which links must end.
+
+    Raises UserError for a link that leads out of it.
+    """
+    limits = [place.resolve() for place in _limits(root or folder)]
+    found: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or folder.is_symlink():
+            target = path.resolve()
+            if not any(target.is_relative_to(limit) for limit in limits):
+                raise UserError(f"{path} is a link to {target}, outside the model's folder. Put a copy in its place.")
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def pipeline_files(source: Path) -> list[Path]:
+    """The files of a pipeline that belong to it: its index and its parts, without pickles beside safetensors."""
+    files = [source / INDEX]
+    for part in part_names(source):
+        own = files_of(source / part, source)
+        has_safetensors = any(path.suffix == ".safetensors" for path in own)
+        files += [path for path in own if not (has_safetensors and path.suffix in PICKLES)]
+    return files
+
+
+def hash_files(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 over the names, relative to ``root``, and the bytes of files."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_pipeline(source: Path) -> str:
+    """SHA-256 over every file of a pipeline that may be read."""
+    return hash_files(pipeline_files(source), source)
+
+
+def hash_part(source: Path, part: str) -> str:
+    """SHA-256 over the files of one part of a pipeline."""
+    return hash_files((path for path in files_of(source / part, source) if path.suffix not in PICKLES), source)
+
+
+def hash_module(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a module's parameters and buffers."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_tensors(
+    path: Path, names: Collection[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """The tensors of a safetensors file, all or those of ``names`` that it has, and its metadata, if it has any."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        found = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 - no mapping
+        return {name: file.get_tensor(name) for name in found}, file.metadata()
+
+
+def _limits(root: Path) -> list[Path]:
+    """Where links of a model's folder may end: in it, or in the repository of the hub's cache that it is a part of."""
+    real = root.resolve()
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        return [real, real.parent.parent / "blobs"]
+    return [real]

@@ -1,0 +1,123 @@
+"""The settings of what changes a model: `train`, `mask`, `apply`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ..config import LARGEST, above, at_least, setting, share
+from ..errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What `train` does.  A setting left at None takes the method's default for the model (`fastunlearn methods`)."""
+
+    forget: str = setting('the concept to forget, e.g. "star" or "Van Gogh"')
+    output: str = setting("folder of the run")
+    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes")
+    method: str = setting("see `fastunlearn methods`", "ovw")
+    anchor: str | None = setting(
+        "what the concept becomes (of TEXT;TEXT each prompt draws one); default: nothing, or its neighbour", None
+    )
+    forget_prompts: str | None = setting(
+        "FILE or TEXT;TEXT of prompts that show the concept; default: the concept", None
+    )
+    retain_prompts: str | None = setting("FILE or TEXT;TEXT of prompts to keep; the bundled model brings its own", None)
+    steps: int | None = setting("training steps", None)
+    learning_rate: float | None = setting("AdamW's rate", None)
+    lr_scheduler: Literal["constant", "linear"] | None = setting("linear falls to 0 over the steps", None)
+    micro_batch_size: int | None = setting("rows per student forward", None)
+    trajectories: int | None = setting("teacher trajectories per role; more means less correlated rows", None)
+    trajectory_steps: int = setting("sampler steps of a trajectory", 50)
+    trajectory_guidance_scale: float = setting("guidance of a trajectory", 3.0)
+    trainable: str | None = setting(
+        "cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", None
+    )
+    retain_weight: float | None = setting("weight of the retain loss", None)
+    negative_guidance: float | None = setting("esd: eta", None)
+    kappa: float | None = setting("saddle: the margin, in units of the concept's strength", None)
+    mask: str | None = setting("FILE of `fastunlearn mask`: only the elements that it selects may change", None)
+    mask_density: float | None = setting("share of the trainable elements that may change, the most salient", None)
+    mask_granularity: Literal["element", "sector", "row"] = setting(
+        "what is selected: single elements, 8 neighbours or rows", "element"
+    )
+    weight_decay: float = setting("AdamW's decay", 0.0)
+    max_grad_norm: float = setting("gradient clipping", 1.0)
+    clip_scope: Literal["selected", "all"] = setting(
+        "whose gradients the norm sees: the mask's elements' or all of the trainable parameters'", "selected"
+    )
+    gradient_accumulation_steps: int | None = setting("student forwards per update", None)
+    seed: int = setting("of trajectories and row order", 0)
+    mixed_precision: Literal["no", "bf16"] = setting("bf16 runs the networks in bfloat16; weights stay float32", "no")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
+    deepspeed: str | None = setting("JSON: train by DeepSpeed as this file of its settings says", None)
+    num_processes: int | None = setting("start so many processes on this machine, with `--deepspeed`", None)
+    save: Literal["model", "delta"] = setting("the whole pipeline, or only what changed (`fastunlearn apply`)", "model")
+    checkpoint_every: int = setting("steps between checkpoints; 0: only at the end or when stopped", 50)
+    log_every: int = setting("steps between lines of metrics.jsonl", 5)
+    evaluation_prompts: str | None = setting("prompts to evaluate on after training: FILE, `shapes` or `none`", None)
+    dry_run: bool = setting("print what would be done and stop", False)
+    resume: bool = setting("continue from the last checkpoint in the output folder", False)
+    overwrite: bool = setting("replace what an earlier run left in the output folder", False)
+
+    def __post_init__(self) -> None:
+        if not self.forget.strip():
+            raise UserError("`--forget` is empty: name the concept to forget.")
+        at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
+        at_least(self, -LARGEST, "negative_guidance")
+        at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
+        at_least(self, 1, "gradient_accumulation_steps", "num_processes")
+        share(self.mask_density, "mask_density")
+        if self.mask is not None and self.mask_density is not None:
+            raise UserError("`--mask` brings its own density: leave `--mask-density` out.")
+        if self.num_processes is not None and self.deepspeed is None:
+            raise UserError("`--num-processes` needs `--deepspeed FILE`, which says how they divide the work.")
+        above(self, 0, "learning_rate", "max_grad_norm", "kappa", "trajectory_guidance_scale")
+        if self.learning_rate is not None and self.learning_rate > 1:
+            raise UserError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
+        if self.resume and self.overwrite:
+            raise UserError("`--resume` continues a run and `--overwrite` replaces it: give one of them.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What `mask` does.  A setting left at None takes SalUn's default for the model."""
+
+    forget: str = setting('the concept whose weights to find, e.g. "star"')
+    output: str = setting("FILE for the mask, e.g. star.mask.safetensors")
+    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes")
+    density: float = setting("share of the trainable elements to select", 0.5)
+    granularity: Literal["element", "sector", "row"] = setting(
+        "what is selected: single elements, 8 neighbours or rows", "element"
+    )
+    trainable: str = setting("cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", "all")
+    forget_prompts: str | None = setting(
+        "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None
+    )
+    trajectories: int | None = setting("teacher trajectories; their last latents are the images", None)
+    trajectory_steps: int = setting("sampler steps of a trajectory", 50)
+    trajectory_guidance_scale: float = setting("guidance of a trajectory", 3.0)
+    micro_batch_size: int | None = setting("rows per forward", None)
+    seed: int = setting("of trajectories and noise", 0)
+    mixed_precision: Literal["no", "bf16"] = setting("bf16 runs the networks in bfloat16", "no")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
+    overwrite: bool = setting("replace the file", False)
+
+    def __post_init__(self) -> None:
+        if not self.forget.strip():
+            raise UserError("`--forget` is empty: name the concept to forget.")
+        at_least(self, 0, "seed")
+        at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps")
+        above(self, 0, "trajectory_guidance_scale")
+        share(self.density, "density")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ApplyConfig:
+    """What `apply` does."""
+
+    model: str = setting("the original: `shapes` (bundled), a diffusers folder, or a hub id")
+    delta: str = setting("FILE that `train --save delta` wrote")
+    output: str = setting("folder for the pipeline")
+    overwrite: bool = setting("replace a pipeline that an earlier `apply` left in the output folder", False)

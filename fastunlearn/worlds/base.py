@@ -1,0 +1,51 @@
+"""What the engine knows of a bundled world."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A world: its words, its models and its prompts.  Nothing outside the world's folder knows a word of it.
+
+    ``vocabulary``: attribute -> the words an image can show of it.  ``models``: names that ``--model`` takes.
+    ``folder``: a model's name -> its diffusers folder.  ``is_pipeline``: whether a folder's pipeline is of this world.
+    ``attributes``: a prompt -> the words that it names, by attribute.  ``train_prompts``: a concept's word -> (forget,
+    retain).  ``evaluation_prompts``: a concept's word -> (prompt, group); no training sees any of them.
+    """
+
+    name: str
+    vocabulary: Mapping[str, tuple[str, ...]]
+    models: tuple[str, ...]
+    folder: Callable[[str], Path]
+    is_pipeline: Callable[[Path], bool]
+    attributes: Callable[[str], dict[str, str]]
+    train_prompts: Callable[[str], tuple[list[str], list[str]]]
+    evaluation_prompts: Callable[[str], list[tuple[str, str]]]
+
+    def find(self, concept: str) -> tuple[str, str]:
+        """(attribute, word) of a concept, e.g. ``("shape", "star")``.  Raises UserError for a word that it lacks."""
+        word = concept.strip().lower()
+        for attribute, words in self.vocabulary.items():
+            if word in words:
+                return attribute, word
+        known = "; ".join(f"{attribute}s: {', '.join(words)}" for attribute, words in self.vocabulary.items())
+        raise UserError(f"the bundled model does not know the concept {concept!r}. It knows {known}.")
+
+    def anchor(self, concept: str) -> str:
+        """What the concept becomes unless the user says: the first other word of its kind."""
+        attribute, word = self.find(concept)
+        return next(other for other in self.vocabulary[attribute] if other != word)
+
+    def prompts_to_train(self, concept: str) -> tuple[list[str], list[str]]:
+        """(forget, retain) prompts of a concept.  Raises UserError for a word that the world lacks."""
+        return self.train_prompts(self.find(concept)[1])
+
+    def prompts_to_evaluate(self, concept: str) -> list[tuple[str, str]]:
+        """(prompt, group) of a concept.  Raises UserError for a word that the world lacks."""
+        return self.evaluation_prompts(self.find(concept)[1])

@@ -1,0 +1,52 @@
+"""The prompt lists of the world: what a training may see of a concept, and what an evaluation asks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from .captions import full_caption, named, paraphrase
+from .world import BACKGROUNDS, COLORS, SHAPES
+
+VOCABULARY = {"shape": SHAPES, "color": COLORS, "background": BACKGROUNDS}
+
+
+def train_prompts(word: str) -> tuple[list[str], list[str]]:
+    """(forget, retain): the bare word, and every shape in every color on one background of its own."""
+    forget: list[str] = [word, f"a {word}"]
+    retain: list[str] = []
+    for combination, place in _combinations():
+        if place == 2:
+            (forget if word in combination else retain).append(full_caption(*combination))
+    return forget, retain
+
+
+def evaluation_prompts(word: str) -> list[tuple[str, str]]:
+    """(prompt, group).  No prompt is one of training's.
+
+    What is to be kept is every shape in every color on one background.  The concept is asked for on all backgrounds but
+    training's, and as ``forget-paraphrase`` in a phrasing that training does not use.
+    """
+    forget: list[tuple[str, str]] = []
+    retain: list[tuple[str, str]] = []
+    for combination, place in _combinations():
+        if word not in combination:
+            retain += [(full_caption(*combination), "retain")] if place == 0 else []
+            continue
+        forget += [(full_caption(*combination), "forget")] if place != 2 else []
+        forget += [(paraphrase(*combination), "forget-paraphrase")] if place == 0 else []
+    return forget + retain
+
+
+def attributes(prompt: str) -> dict[str, str]:
+    """What a prompt of the world names, by attribute."""
+    result = {attribute: named(words, prompt) for attribute, words in VOCABULARY.items()}
+    return {attribute: word for attribute, word in result.items() if word is not None}
+
+
+def _combinations() -> Iterator[tuple[tuple[str, str, str], int]]:
+    """Every (color, shape, background), and which of five designs it belongs to: each pairs all shapes and colors."""
+    for (s, shape), (c, color), (b, background) in itertools.product(
+        enumerate(SHAPES), enumerate(COLORS), enumerate(BACKGROUNDS)
+    ):
+        yield (color, shape, background), (b - s - c) % len(BACKGROUNDS)
