@@ -187,7 +187,7 @@ def methods_table() -> None:
     out = Terminal()
     out.print(grid)
     for name, why in broken_methods().items():
-        out.print(f"{name}: cannot be loaded ({why})", markup=False)
+        out.print(f"{name}: cannot be loaded ({why})", markup=False, highlight=False)
 
 
 def info() -> None:

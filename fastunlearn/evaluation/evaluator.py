@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..batching import chunks, filled, filled_tensor
 from ..errors import UserError
 from ..metrics.lpips import PerceptualDistance
 from ..models.generate import SamplerSpec
@@ -238,9 +239,9 @@ class Evaluator:
         """Generate and score ``keys``; yields a batch of records at a time, after it was written to ``journal``."""
         plan, size = self.plan, self.plan.original.batch_size
         retained, controls = plan.retained(), plan.control_keys()
-        chunks = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
+        parts = [list(part) for part in chunks(keys, size)]
         needed: list[Key] = []
-        for chunk in chunks:
+        for chunk in parts:
             needed += chunk + [plan.other_seed(key) for key in chunk if key[0] in retained]
         # The controls' images are kept until they are compared, at the end.
         needed += controls
@@ -248,7 +249,7 @@ class Evaluator:
         self._done = 0
         self._originals = Originals(plan.original, needed, self._finish, self._cache, self._advance)
         jobs: collections.deque[Future[Batch]] = collections.deque()
-        for chunk in chunks:
+        for chunk in parts:
             before = self._originals.get(chunk)
             if self._repeat is None:
                 self._check_repeat(chunk, before)
@@ -327,12 +328,11 @@ class Evaluator:
         self, metric: RowMetric, chunk: Sequence[Key], original: torch.Tensor, generated: Sequence[torch.Tensor]
     ) -> np.ndarray:
         """(M, N, F); every call has as many rows as a full batch, so that no row depends on its company."""
-        filler = self.plan.original.batch_size - len(chunk)
-        prompts = [prompt for prompt, _ in chunk] + [chunk[-1][0]] * filler
-        first = _filled(original, filler)
-        return np.stack(
-            [metric.measure(first, _filled(side, filler), prompts)[: len(chunk)].float().numpy() for side in generated]
-        )
+        size = self.plan.original.batch_size
+        prompts = filled([prompt for prompt, _ in chunk], size)
+        first = filled_tensor(original, size)
+        rows = [metric.measure(first, filled_tensor(side, size), prompts)[: len(chunk)] for side in generated]
+        return np.stack([row.float().numpy() for row in rows])
 
     def _check_repeat(self, chunk: Sequence[Key], before: Callable[[], torch.Tensor]) -> None:
         """The same keys once more, past the cache: anything but equal bits would be counted as damage."""
@@ -439,7 +439,7 @@ class _Judge:
 
     def labels(self, images: torch.Tensor) -> np.ndarray:
         """(N, heads) uint8, in batches of one size."""
-        result = self.classifier.predict(_filled(images, self.batch_size - len(images)), self.batch_size)
+        result = self.classifier.predict(filled_tensor(images, self.batch_size), self.batch_size)
         return torch.stack([result[head] for head in LABELS], dim=1)[: len(images)].to(torch.uint8).numpy()
 
 
@@ -461,10 +461,6 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` items from all over the list."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
-
-
-def _filled(images: torch.Tensor, filler: int) -> torch.Tensor:
-    return torch.cat([images, images[-1:].expand(filler, -1, -1, -1)])
 
 
 def _size(images: torch.Tensor) -> str:

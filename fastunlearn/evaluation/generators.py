@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..batching import chunks, filled
 from ..errors import UserError
 from ..files.weights import hash_part, hash_pipeline
 from ..methods.recipe import EMPTY
@@ -69,15 +70,14 @@ class Source(ABC):
         A batch is filled up with its last key: results of a network may change in the last bit with the size of a
         batch, not with a row's place in it.
         """
-        padded = [*keys, *[keys[-1]] * (self.batch_size - len(keys))]
+        padded = filled(keys, self.batch_size)
         prompts = [prompt for prompt, _ in padded]
         begun = self.begin(prompts, initial_noise(prompts, [seed for _, seed in padded], self.noise_shape))
         return lambda: self.finish(begun)[: len(keys)]
 
     def generate(self, keys: Sequence[Key]) -> torch.Tensor:
         """Images (N, 3, H, W) uint8 of any number of keys."""
-        starts = range(0, len(keys), self.batch_size)
-        return torch.cat([self.start(keys[start : start + self.batch_size])() for start in starts])
+        return torch.cat([self.start(part)() for part in chunks(keys, self.batch_size)])
 
 
 class PipelineSource(Source):

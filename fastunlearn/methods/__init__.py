@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import Literal
 
-from ..errors import UserError
+from ..plugins import Registry, registry
 from .recipe import Concept, Defaults, Recipe
 
 
@@ -39,25 +38,20 @@ class Method:
 
 def all_methods() -> dict[str, Method]:
     """Every method by name: ours, then those of installed packages that can be loaded."""
-    return _installed()[0]
+    return dict(_registry().items)
 
 
 def broken_methods() -> dict[str, str]:
     """Methods of installed packages that cannot be loaded, by name, and why."""
-    return _installed()[1]
+    return dict(_registry().broken)
 
 
 def get_method(name: str) -> Method:
     """The method called ``name``; UserError lists what there is."""
-    methods, broken = _installed()
-    if name in broken:
-        raise UserError(f"the method {name!r} of another package cannot be loaded: {broken[name]}. Mend that package.")
-    if name not in methods:
-        raise UserError(f"unknown method {name!r}. There are: {', '.join(methods)} (`fastunlearn methods`).")
-    return methods[name]
+    return _registry().get(name)
 
 
-def _installed() -> tuple[dict[str, Method], dict[str, str]]:
+def _registry() -> Registry[Method]:
     from .controls import IDENTITY, PLACEBO
     from .esd import ESD
     from .neggrad import NEGGRAD
@@ -65,13 +59,12 @@ def _installed() -> tuple[dict[str, Method], dict[str, str]]:
     from .saddle import SADDLE
     from .salun import SALUN
 
-    methods = {method.name: method for method in (ESD, OVW, SADDLE, SALUN, NEGGRAD, PLACEBO, IDENTITY)}
-    broken: dict[str, str] = {}
-    for entry in entry_points(group="fastunlearn.methods"):
-        if entry.name in methods:
-            continue
-        try:
-            methods[entry.name] = entry.load()
-        except Exception as error:  # another package's fault must not stop a run that does not use it
-            broken[entry.name] = " ".join(f"{type(error).__name__}: {error}".split())
-    return methods, broken
+    ours = {method.name: method for method in (ESD, OVW, SADDLE, SALUN, NEGGRAD, PLACEBO, IDENTITY)}
+    return registry(
+        "method",
+        "fastunlearn.methods",
+        ours,
+        lambda one: isinstance(one, Method),
+        wanted="a fastunlearn.methods.Method",
+        command="methods",
+    )

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..batching import in_fixed_batches
 from ..errors import UserError
 from ..files.weights import hash_module
 from .statistics import clustered_mean, difference
@@ -118,7 +119,7 @@ class _Distribution:
         self.name, self.of, self._embed, self._compare = name, of, embed, compare
 
     def measure(self, original: torch.Tensor, unlearned: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        sides = [_in_fixed_batches(self._embed, images) for images in (original, unlearned)]
+        sides = [in_fixed_batches(self._embed, images, _BATCH_SIZE) for images in (original, unlearned)]
         return torch.cat(sides, dim=1)
 
     def summarize(self, values: npt.NDArray[np.float32], prompts: Sequence[str]) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def _cosine_distance(
     embed: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def compare(original: torch.Tensor, unlearned: torch.Tensor) -> torch.Tensor:
-        units = [nn.functional.normalize(_in_fixed_batches(embed, side)) for side in (original, unlearned)]
+        units = [nn.functional.normalize(in_fixed_batches(embed, side, _BATCH_SIZE)) for side in (original, unlearned)]
         # Half the squared difference of unit vectors is 1 - cos, without cancelling where they are alike.
         return (units[0] - units[1]).square().sum(1) / 2
 
@@ -299,7 +300,7 @@ class _Judge:
             return torch.cat([logits[head].softmax(1) for head in HEADS], dim=1).cpu()
 
         columns = [(head, label) for head, labels in HEADS.items() for label in labels]
-        result = _in_fixed_batches(probabilities, images)
+        result = in_fixed_batches(probabilities, images, _BATCH_SIZE)
         asked = [list(attributes(prompt).items()) or [("valid", "yes")] for prompt in prompts]
         rows = [[columns.index(named) for named in names] for names in asked]
         return torch.tensor([100 * float(row[indices].mean()) for row, indices in zip(result, rows, strict=True)])
@@ -353,7 +354,7 @@ class _Clip:
                 encoded = self.model.encode_text(self.tokenize([prompt]).to(self.device), normalize=True)
                 self._texts[prompt] = encoded[0].float().cpu()
         texts = torch.stack([self._texts[prompt] for prompt in prompts])
-        return 100 * (_in_fixed_batches(self.embed, images) * texts).sum(1)
+        return 100 * (in_fixed_batches(self.embed, images, _BATCH_SIZE) * texts).sum(1)
 
 
 class _DreamSim:
@@ -375,14 +376,6 @@ class _DreamSim:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _in_fixed_batches(embed: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    result = []
-    for batch in images.split(_BATCH_SIZE):
-        filler = batch[-1:].expand(_BATCH_SIZE - len(batch), -1, -1, -1)
-        result.append(embed(torch.cat([batch, filler]))[: len(batch)])
-    return torch.cat(result)
 
 
 def _pil(images: torch.Tensor) -> list[Image.Image]:

@@ -20,6 +20,7 @@ import torch
 from fastunlearn_kernels import lpips_distance
 from torch import nn
 
+from ..batching import filled_tensor
 from ..errors import UserError
 from ..files.weights import hash_module
 
@@ -91,8 +92,7 @@ class PerceptualDistance(nn.Module):
             for start in range(0, len(images0), size):
                 sides = [images[start : start + size].to(device) for images in (images0, images1)]
                 count = len(sides[0])
-                padded = [torch.cat([side, side[-1:].expand(size - count, -1, -1, -1)]) for side in sides]
-                features = self.trunk(_to_pixel_values(torch.cat(padded)))
+                features = self.trunk(_to_pixel_values(torch.cat([filled_tensor(side, size) for side in sides])))
                 features0, features1 = (
                     [layer[half] for layer in features] for half in (slice(size), slice(size, None))
                 )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batching import chunks, filled
 from ..errors import UserError, one_line
 from ..files.weights import hash_module
 from ..worlds import World, all_worlds, world_of, world_with_model
@@ -129,10 +130,8 @@ class Model:
         """
         prompts = tuple(dict.fromkeys(prompts))
         embeds: dict[str, list[torch.Tensor]] = {}
-        for start in range(0, len(prompts), batch_size or 64):
-            chunk = list(prompts[start : start + (batch_size or 64)])
-            filler = (batch_size or len(chunk)) - len(chunk)
-            for name, values in self._encode(chunk + chunk[-1:] * filler).items():
+        for chunk in chunks(prompts, batch_size or 64):
+            for name, values in self._encode(filled(chunk, batch_size or len(chunk))).items():
                 embeds.setdefault(name, []).append(values[: len(chunk)])
         return Conditions(prompts, {name: torch.cat(values) for name, values in embeds.items()})
 
