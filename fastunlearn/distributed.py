@@ -1,27 +1,50 @@
-"""The processes of a training: how they start, who this one is, and the few things that they must agree on."""
+"""Processes: which one this is, how others are started on this machine, and what they must agree on.
+
+The only reader of RANK and its like.  Processes that are started here meet through a file in a private folder and talk
+over the loopback interface alone; no port of this machine's network is opened, and nothing is unpickled to meet.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import logging
+import datetime
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
-
-import torch
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+#: Names the file through which processes meet; set by who starts them here.
+_STORE = "FASTUNLEARN_STORE"
+#: A collective that waits longer than this ends its process: another one has stopped.
+_TIMEOUT_S = 600
+_STOPPED_S = 60  # how long a started process may stand still (SIGSTOP) before the others are ended
+_GRACE_S = 30  # that a process has to save its state once it is asked to end
+_POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """``size`` processes, of which this is number ``rank``, and number ``local_rank`` on its machine."""
+    """``size`` processes, of which this is number ``rank``, and number ``local_rank`` on its machine.
+
+    ``store``: the file through which they meet, where one of ours started them; None under another launcher.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: str | None = None
 
     @property
     def is_main(self) -> bool:
@@ -31,11 +54,15 @@ class World:
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
+            import torch
+
             torch.distributed.barrier()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place and on all of them."""
         if self.size > 1:
+            import torch
+
             torch.distributed.all_reduce(values)
         return values
 
@@ -43,6 +70,8 @@ class World:
         """Whether ``flag`` is set in any process; the same answer in all of them."""
         if self.size == 1:
             return flag
+        import torch
+
         return bool(self.sum(torch.tensor([float(flag)], device=device))[0] > 0)
 
 
@@ -50,28 +79,77 @@ ALONE = World()
 
 
 def world_of_environment() -> World:
-    """What a launcher (torchrun, deepspeed) says in RANK, WORLD_SIZE and LOCAL_RANK; one process where none does."""
+    """What a launcher (torchrun, deepspeed, ours) says in RANK, WORLD_SIZE and LOCAL_RANK.
+
+    One process where none does: a RANK without a WORLD_SIZE above 1 is not ours to read, some clusters set it.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
-        return World(*(int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return ALONE
+        rank = int(os.environ.get("RANK", 0))
+        world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), os.environ.get(_STORE))
     except ValueError as error:
-        raise UserError(f"the launcher's RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}.") from error
+        raise UserError(f"the launcher's {', '.join(names)} must be whole numbers: {error}.") from error
+    if not 0 <= world.rank < world.size:
+        raise UserError(f"the launcher's RANK is {world.rank} of WORLD_SIZE {world.size}: it must be below it.")
+    return world
+
+
+def device_of(world: World, name: str | torch.device) -> torch.device:
+    """This process' device: of several CUDA devices, that of its number on the machine.
+
+    ``name``: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.  Raises UserError where there are fewer GPUs than
+    processes, and for a device that this machine lacks.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError("`--device cuda` needs a CUDA device and this machine has none. Use `--device cpu`.")
+    if world.size > 1:
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+                "Start fewer processes."
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return device
 
 
 def join(world: World, device: torch.device) -> None:
     """Make the process group: NCCL between CUDA devices, gloo between CPUs.  A process alone makes one of its own."""
+    import torch
+
     if torch.distributed.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     options: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     if world.size == 1:
         options["store"] = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, **options)
+    elif world.store is not None:
+        options["store"] = torch.distributed.FileStore(world.store, world.size)
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=_TIMEOUT_S), **options)
 
 
 def leave() -> None:
     """Take the process group down, if there is one."""
+    import torch
+
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def has_joined() -> bool:
+    """Whether this process has joined a group, from where on its mistakes may be its own."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -80,35 +158,157 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
-def launch(arguments: Sequence[str], num_processes: int) -> str | None:
-    """Run ``fastunlearn ARGUMENTS`` in so many processes on this machine, with torchrun's elastic launcher.
+def share_of_cores(num_processes: int) -> int:
+    """Threads for each of so many processes on this machine, so that they do not fight for its cores."""
+    return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
-    Where one of them fails the others are stopped.  Returns None if all ended well, else what there is to say beyond
-    what the failed process has said itself, which may be nothing.
+
+@dataclasses.dataclass
+class Failure:
+    """How a process ended that should not have: ``status`` is below 0 for a signal."""
+
+    rank: int
+    status: int
+    standing_still: bool = False
+
+    def __str__(self) -> str:
+        if self.standing_still:
+            return f"process {self.rank} stood still for {_STOPPED_S} s; the others were stopped."
+        if self.status < 0:
+            return f"process {self.rank} was killed by {signal.Signals(-self.status).name}; the others were stopped."
+        return f"process {self.rank} ended with status {self.status}; the others were stopped."
+
+
+class Processes:
+    """Processes of one command on this machine.  They end when the process that started them does.
+
+    ``arguments``: of ``fastunlearn``.  ``ranks`` of ``size`` are started; ``logs``: a rank's output, where it is not
+    ours.  ``threads``: of each.  The working folder is not searched for modules.
     """
-    from torch.distributed.elastic.agent.server.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # As torchrun does, so that the processes do not fight for the cores; a user's own setting wins.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        run_id=f"fastunlearn-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ranks: Sequence[int],
+        size: int,
+        *,
+        threads: int,
+        log_of: Callable[[int], Path] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fastunlearn-")  # its mode is 0700
+        self._still: dict[int, float] = {}
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        command = [sys.executable, "-P", "-m", "fastunlearn", *arguments]
+        common = {
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "OMP_NUM_THREADS": str(threads),
+            _STORE: str(Path(self._folder.name) / "store"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            **(environment or {}),
+        }
+        try:
+            for rank in ranks:
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                stream: IO[bytes] | None = log_of(rank).open("wb") if log_of else None
+                try:
+                    self._running[rank] = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=stream,
+                        stderr=stream,
+                        env=os.environ | common | own,
+                        preexec_fn=_end_with_parent(),
+                    )
+                finally:
+                    if stream is not None:
+                        stream.close()
+        except BaseException:
+            self.stop()
+            raise
+
+    def failed(self) -> Failure | None:
+        """The first process found that has failed, or that has stood still for long; None while all is well."""
+        for rank, process in self._running.items():
+            status = process.poll()
+            if status not in (None, 0):
+                return Failure(rank, status)
+            # Counted by our own polls: where the whole job was suspended, nobody has stood still for long.
+            self._still[rank] = self._still.get(rank, 0.0) + _POLL_S if _is_stopped(process) else 0.0
+            if self._still[rank] >= _STOPPED_S:
+                return Failure(rank, 0, standing_still=True)
+        return None
+
+    def is_done(self) -> bool:
+        """Whether all have ended well."""
+        return all(process.poll() == 0 for process in self._running.values())
+
+    def wait(self) -> Failure | None:
+        """Until all have ended.  Where one fails the others are ended too, and it is returned."""
+        try:
+            while not self.is_done():
+                if failure := self.failed():
+                    return failure
+                time.sleep(_POLL_S)
+            return None
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End those that still run: they are asked first, so that they can save their state."""
+        left = [process for process in self._running.values() if process.poll() is None]
+        for process in left:
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)
+        deadline = time.monotonic() + _GRACE_S
+        for process in left:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._folder.cleanup()
+
+
+def launch(arguments: Sequence[str], num_processes: int) -> Failure | None:
+    """Run ``fastunlearn ARGUMENTS`` in so many processes on this machine, until all end.
+
+    Where one fails the others are stopped, and it is returned.  Asked to stop (Ctrl-C, SIGTERM) it asks them, waits,
+    and raises KeyboardInterrupt.
+    """
+    threads = int(os.environ.get("OMP_NUM_THREADS") or share_of_cores(num_processes))
+
+    def asked(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, asked)
+    processes = Processes(arguments, range(num_processes), num_processes, threads=threads)
     try:
-        elastic_launch(config, sys.executable)("-m", "fastunlearn", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return ""
-        return f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}; the others were stopped."
-    except SignalException:
-        raise KeyboardInterrupt from None
-    return None
+        return processes.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a new process does first: ask the system to end it when its parent ends, however that ends."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was faster
+            os._exit(1)
+
+    return prepare
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a signal such as SIGSTOP holds the process."""
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")

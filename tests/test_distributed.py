@@ -120,7 +120,7 @@ def test_a_process_that_dies_stops_the_others_and_the_run_goes_on_to_the_same_en
     folder = tmp_path / "run"
     started = time.monotonic()
     died = run([sys.executable, "-c", MORTAL, *command(folder, "--num-processes=2", deepspeed=ds_json)[3:]])
-    told = json.loads((folder / "died.json").read_text())
+    told = json.loads((tmp_path / "died.json").read_text())
     assert died.returncode == 2
     assert time.monotonic() - started - told["after_s"] < 60
     assert "process 1 was killed by SIGKILL; the others were stopped. Continue with: fastunlearn train" in died.stderr
@@ -140,14 +140,14 @@ from fastunlearn.cli.main import main
 body = '''
 import json, os, signal, sys, time
 from pathlib import Path
-from fastunlearn import trainer
+from fastunlearn.training import trainer
 from fastunlearn.cli.main import main
 genuine, count = trainer.Trainer._train_step, [0]
 def step(self):
     count[0] += 1
     if count[0] == 3 and os.environ["RANK"] == "1":
         seconds = time.time() - float(os.environ["STARTED"])
-        (self.checkpoints.parent / "died.json").write_text(json.dumps({"after_s": seconds}))
+        (self.checkpoints.parent.with_name("died.json")).write_text(json.dumps({"after_s": seconds}))
         os.kill(os.getpid(), signal.SIGKILL)
     return genuine(self)
 trainer.Trainer._train_step = step
@@ -158,9 +158,9 @@ os.environ["STARTED"] = str(time.time())
 with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
     file.write(body)
     file.flush()
-    import torch.distributed.launcher.api as api
-    elastic = api.elastic_launch
-    api.elastic_launch = lambda config, entry: lambda *args: elastic(config, entry)(file.name, *args[2:])
+    from fastunlearn import distributed
+    real = distributed.subprocess.Popen
+    distributed.subprocess.Popen = lambda words, **more: real([sys.executable, file.name, *words[4:]], **more)
     sys.exit(main(sys.argv[1:]))
 """
 

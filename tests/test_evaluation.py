@@ -18,6 +18,7 @@ from toys import NOISE, PROMPTS, SETTINGS, Brightness, MeanDifference, deaf, dra
 
 from fastunlearn import EvaluateConfig, evaluate
 from fastunlearn.config import to_yaml
+from fastunlearn.distributed import Failure, World
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.evaluate import _record, config_of_run
 from fastunlearn.evaluation.evaluator import Evaluator, Plan, PromptGroups
@@ -25,7 +26,7 @@ from fastunlearn.evaluation.generators import as_source
 from fastunlearn.evaluation.image_cache import ImageCache
 from fastunlearn.evaluation.journal import Batch, Journal
 from fastunlearn.evaluation.ranks import Ranks
-from fastunlearn.files.run_folder import claimed, prepare_output
+from fastunlearn.files.run_folder import RECORD, claimed, prepare_output
 from fastunlearn.models.generate import SamplerSpec
 
 GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") for index, prompt in enumerate(PROMPTS)]
@@ -33,7 +34,7 @@ GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") f
 
 def results_of(folder):
     """Bytes of what an evaluation wrote, by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != RECORD}
 
 
 # ---- both ends of the scale ------------------------------------------------------------------------------------------
@@ -87,8 +88,8 @@ def by_ranks(folder, world_size, order):
         if rank:
             journals[rank].join(plan.spec())
         with Evaluator(plan) as evaluator:
-            _record(plan, evaluator, journals[rank], Ranks(rank, world_size, True))
-    Ranks(0, world_size, True).wait(journals[0].folder)
+            _record(plan, evaluator, journals[rank], Ranks(World(rank, world_size), True))
+    Ranks(World(0, world_size), True).wait(journals[0].folder)
     with Evaluator(plan) as evaluator:
         result = evaluator.conclude(Batch.merge(list(journals[0].batches())), {}).results[0]
     for journal in journals.values():
@@ -317,13 +318,11 @@ def test_launched_ranks_meet_in_the_folder(tmp_path):
 
 def test_a_rank_that_fails_is_told(tmp_path):
     class Failed:
-        returncode = 2
-
-        def poll(self):
-            return 2
+        def failed(self):
+            return Failure(1, 2)
 
     (tmp_path / "1.log").write_text("noise\nfastunlearn: the disk is full.\n\n")
-    ranks = Ranks(0, 2, False, {1: (Failed(), tmp_path / "1.log")})
+    ranks = Ranks(World(0, 2), False, Failed(), tmp_path)
     with pytest.raises(UserError, match=r"^rank 1 of 2 failed: the disk is full\.$"):
         ranks.wait(tmp_path)
 

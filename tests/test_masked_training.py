@@ -263,7 +263,7 @@ def test_a_resumed_run_divides_its_rows_as_it_likes_but_takes_as_many(finished, 
 
 KILLED = """
 import os, signal, sys
-from fastunlearn import checkpoint, export, trainer
+from fastunlearn.training import checkpoint, export, trainer
 from fastunlearn.__main__ import main
 where, count = sys.argv[1], [0]
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from .. import __version__
 
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
+from ..distributed import ALONE, has_joined, world_of_environment
 from ..errors import UserError, explain, is_expected
 from ..evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesConfig
 from ..training.config import ApplyConfig, MaskConfig, TrainConfig
@@ -121,9 +122,9 @@ def _train(flags: dict[str, Any]) -> int:
             raise UserError(f"`--resume`: {flags['output']} holds no run. Leave the flag out to start one.")
     config = build(TrainConfig, flags)
     again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
-    if config.num_processes is not None and "RANK" not in os.environ and not config.dry_run:
+    if config.num_processes is not None and world_of_environment().size == 1 and not config.dry_run:
         return _train_in_processes(config, again)
-    from ..distributed import is_lost_peer, world_of_environment
+    from ..distributed import is_lost_peer
     from ..progress import Reporter
     from ..training.trainer import Interrupted
     from ..training.unlearn import unlearn
@@ -167,11 +168,13 @@ def _train_in_processes(config: TrainConfig, again: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
-        said = launch(["train", "--config", str(settings)], config.num_processes)
-    if said:
+        failure = launch(["train", "--config", str(settings)], config.num_processes)
+    if failure is None:
+        return 0
+    if failure.status not in (1, 2):  # else the process has said it
         begun = (Path(config.output) / "config.yaml").is_file()
-        _fail(f"{said} Continue with: {again}" if begun else said)
-    return 0 if said is None else 2
+        _fail(f"{failure} Continue with: {again}" if begun else str(failure))
+    return 1 if failure.status == 1 else 2
 
 
 def _mask(flags: dict[str, Any]) -> int:
@@ -318,16 +321,14 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(_fail(f"{message}. See `{self.prog} --help`."))
 
 
-def _works_with_others() -> bool:
-    """Whether this process has joined a group, from where on its mistakes may be its own."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
 def _fail(message: str) -> int:
-    if os.environ.get("RANK", "0") != "0" and not message.startswith("process "):
-        if not _works_with_others():
-            return 2  # all processes make the same checks: the first one tells
-        message = f"process {os.environ['RANK']}: {message}"
+    try:
+        world = world_of_environment()
+    except UserError:
+        world = ALONE  # the message is about it
+    if not world.is_main and not message.startswith("process "):
+        if world.store is not None and not has_joined():
+            return 2  # all processes that we started make the same checks: the first one tells
+        message = f"process {world.rank}: {message}"
     print(f"fastunlearn: {' '.join(message.split())}", file=sys.stderr)
     return 2

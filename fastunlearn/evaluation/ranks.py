@@ -6,79 +6,69 @@ Each rank writes a journal of its own and a mark when its share is done; the fir
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from ..distributed import world_of_environment
+from ..distributed import Failure, Processes, World, device_of, world_of_environment
 from ..errors import UserError
-
-_PARENT = "FASTUNLEARN_PARENT"  # process id of the first rank, where that one started the others
 
 
 @dataclasses.dataclass
 class Ranks:
-    """This process' place among ``world_size``; ``launched``: a launcher such as torchrun started them all."""
+    """This process in its ``world``; ``launched``: a launcher such as torchrun started them all."""
 
-    rank: int
-    world_size: int
+    world: World
     launched: bool
-    _others: dict[int, tuple[subprocess.Popen[bytes], Path]] = dataclasses.field(default_factory=dict)
+    _others: Processes | None = None
+    _journal: Path | None = None
 
     @classmethod
     def from_environment(cls, num_processes: int) -> Ranks:
-        """From ``RANK`` and ``WORLD_SIZE`` as launchers set them, else the first of ``num_processes``."""
+        """As launchers say, else the first of ``num_processes``."""
         world = world_of_environment()
         if world.size == 1:
-            return cls(0, num_processes, False)
+            return cls(World(size=num_processes), False)
         if num_processes > 1:
             raise UserError(
                 f"`--num-processes` {num_processes} within {world.size} launched processes: give one of them."
             )
-        return cls(world.rank, world.size, _PARENT not in os.environ)
+        return cls(world, world.store is None)
 
-    def device(self, device: str) -> str:
-        """The GPU of this rank where there are several."""
-        if self.world_size == 1 or device == "cpu" or not torch.cuda.is_available():
-            return device
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size
+
+    def device(self, name: str) -> str:
+        """The device of this rank; several ranks share a GPU where there are more of them."""
+        if self.world.size > 1 and torch.cuda.is_available() and name != "cpu":
+            local = self.world.local_rank % torch.cuda.device_count()
+            return str(device_of(dataclasses.replace(self.world, local_rank=local), name))
+        return name
 
     def start(self, journal: Path) -> None:
         """Start the other ranks on what the journal says, unless a launcher did."""
-        if self.launched or self.rank > 0:
+        if self.launched or self.rank > 0 or self.world_size == 1:
             return
-        command = [sys.executable, "-m", "fastunlearn", "evaluate", "--config", str(journal / "evaluate.yaml")]
-        # As many threads as here: their number can change the last bit of a sum.
-        common = {"WORLD_SIZE": str(self.world_size), _PARENT: str(os.getpid())}
-        common["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        for rank in range(1, self.world_size):
-            log = journal / f"{rank}.log"
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("wb") as stream:
-                process = subprocess.Popen(
-                    [*command, "--num-processes", "1"],
-                    stdout=stream,
-                    stderr=stream,
-                    stdin=subprocess.DEVNULL,
-                    env=os.environ | common | own,
-                )
-            self._others[rank] = (process, log)
+        self._journal = journal
+        self._others = Processes(
+            ["evaluate", "--config", str(journal / "evaluate.yaml"), "--num-processes", "1"],
+            range(1, self.world_size),
+            self.world_size,
+            threads=torch.get_num_threads(),  # as here: their number can change the last bit of a sum
+            log_of=self._log,
+        )
 
     def check(self) -> None:
-        """RuntimeError where one of the others has failed."""
-        parent = os.environ.get(_PARENT)
-        if parent is not None and self.rank > 0 and os.getppid() != int(parent):
-            raise UserError("the first rank is gone.")
-        for rank, (process, log) in self._others.items():
-            if process.poll() not in (None, 0):
-                lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-                said = [line for line in lines if line.strip()][-1:] or [f"exit status {process.returncode}"]
-                message = said[0].removeprefix("fastunlearn: ")
-                raise UserError(f"rank {rank} of {self.world_size} failed: {message}")
+        """UserError where one of the others has failed."""
+        failure = self._others.failed() if self._others else None
+        if failure is not None:
+            raise UserError(f"rank {failure.rank} of {self.world_size} failed: {self._said(failure)}")
 
     def done(self, journal: Path) -> None:
         """Leave the mark that this rank's share is recorded.  It stays true for as long as the journal exists."""
@@ -92,10 +82,17 @@ class Ranks:
 
     def stop(self) -> None:
         """End the other ranks that were started here; what they recorded stays."""
-        for process, _ in self._others.values():
-            process.terminate()
-        for process, _ in self._others.values():
-            process.wait()
+        if self._others is not None:
+            self._others.stop()
+
+    def _said(self, failure: Failure) -> str:
+        lines = self._log(failure.rank).read_text(encoding="utf-8", errors="replace").split("\n")
+        said = [line for line in lines if line.strip()]
+        return said[-1].removeprefix("fastunlearn: ") if said else str(failure)
+
+    def _log(self, rank: int) -> Path:
+        assert self._journal is not None
+        return self._journal / f"{rank}.log"
 
     def _mark(self, journal: Path, rank: int) -> Path:
         return journal / f"{rank}-of-{self.world_size}.done"
