@@ -3,8 +3,8 @@
 from .bits import pack_bits, unpack_bits
 from .gradient_dots import gradient_dots, projection_coefficient
 from .lpips_head import lpips_distance
-from .noise_loss import noise_pred_loss
 from .masked_adamw import MaskedAdamW
+from .noise_loss import noise_pred_loss
 from .saliency import accumulate_saliency_, saliency_mask
 
 __all__ = [

@@ -225,7 +225,7 @@ def launch_masked_adamw(
     """Steps ``tensors``, alike in device, dtypes and mode, none of them empty, in place."""
     columns = list(zip(*tensors, strict=True))
     first = tensors[0]
-    has_master, has_other = first.master is not None, first.other_grad is not None
+    other_dtype = torch.float32 if first.other_grad is None else first.other_grad.dtype
     read_wide = [c for c, values in enumerate(columns) if values[0] is not None and TensorStep._fields[c] != "step"]
     table = tensor_table(columns, BLOCK_ELEMENTS)
     corrections = torch.empty(len(tensors), 2, dtype=torch.float32, device=first.param.device)
@@ -253,10 +253,10 @@ def launch_masked_adamw(
             weight_decay,
             PARAM_DTYPE=TRITON_DTYPES[first.param.dtype],
             GRAD_DTYPE=TRITON_DTYPES[first.grad.dtype],
-            OTHER_DTYPE=TRITON_DTYPES[first.other_grad.dtype if has_other else torch.float32],
+            OTHER_DTYPE=TRITON_DTYPES[other_dtype],
             MODE=mode,
-            HAS_MASTER=has_master,
-            HAS_OTHER=has_other,
+            HAS_MASTER=first.master is not None,
+            HAS_OTHER=first.other_grad is not None,
             HAS_GRAD_SCALE=grad_scale is not None,
             LR_ON_DEVICE=isinstance(lr, torch.Tensor),
             ALIGNED=are_aligned([columns[c] for c in read_wide]),

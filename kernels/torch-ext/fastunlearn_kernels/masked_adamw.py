@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import reference
+from ._masked_adamw_kernel import BLOCK_ELEMENTS, TensorStep, launch_masked_adamw
 from .bits import num_bytes, pack_bits, unpack_bits
 from .checks import FLOAT_DTYPES, check_tensor
 from .gradient_dots import gradient_dots
 from .launch import runs_triton
-from ._masked_adamw_kernel import BLOCK_ELEMENTS, TensorStep, launch_masked_adamw
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
 
 
 class _PackedMask:
@@ -34,7 +37,8 @@ class _PackedMask:
 
 def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """The dimensions from the slowest to the fastest: permuted so, a dense tensor of any layout is contiguous."""
-    return tuple(sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d)))
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -62,7 +66,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -137,28 +141,28 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         The factor goes to :meth:`step` as ``grad_scale``; nothing is scaled in memory. No gradients: (1, 0).
         """
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if not params:
+        by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor | None]]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    grads, grad_masks = by_device.setdefault(param.device, ([], []))
+                    grads.append(param.grad)
+                    grad_masks.append(self.grad_mask(param))
+        if not by_device:
             return torch.ones(()), torch.zeros(())
-        by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for param in params:
-            by_device.setdefault(param.device, []).append(param)
-        squares = [
-            gradient_dots([param.grad for param in here], grad_masks=[self.grad_mask(param) for param in here])[0]
-            for here in by_device.values()
-        ]
-        norm = torch.stack([square.to(params[0].device) for square in squares]).sum().sqrt()
+        squares = [gradient_dots(grads, grad_masks=grad_masks)[0] for grads, grad_masks in by_device.values()]
+        norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
         return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm  # the 1e-6 of torch.nn.utils.clip_grad_norm_
 
     @torch.no_grad()
     def step(
         self,
-        closure=None,
+        closure: Callable[[], Any] | None = None,
         *,
         grad_scale: torch.Tensor | None = None,
         other_grads: Mapping[torch.Tensor, torch.Tensor] | None = None,
         other_coefficient: torch.Tensor | None = None,
-    ):
+    ) -> Any:
         """One step with the gradient ``grad_scale * (param.grad + other_coefficient * other_grads[param])``.
 
         In a CUDA graph: let ``lr`` be a tensor, run a step before the capture, and keep the gradients' addresses with
@@ -192,7 +196,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                     continue
                 tensor = self._tensor_step(param, selection, other_grads)
                 mode = "dense" if selection is None else "compact" if self.compact else "select"
-                dtypes = (param.dtype, tensor.grad.dtype, None if other_grads is None else tensor.other_grad.dtype)
+                dtypes = (
+                    param.dtype,
+                    tensor.grad.dtype,
+                    None if tensor.other_grad is None else tensor.other_grad.dtype,
+                )
                 alike.setdefault((param.device, dtypes, mode), []).append(tensor)
             for (_, _, mode), tensors in alike.items():
                 run = launch_masked_adamw if runs_triton(tensors[0].param) else _run_reference
@@ -203,19 +211,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         return loss
 
     def _tensor_step(
-        self, param: torch.Tensor, selection: _PackedMask | None, other_grads: Mapping | None
+        self,
+        param: torch.Tensor,
+        selection: _PackedMask | None,
+        other_grads: Mapping[torch.Tensor, torch.Tensor] | None,
     ) -> TensorStep:
         order = None if param.is_contiguous() else _memory_order(param)
         state = self.state[param]
         if not state:
             self._init_state(param, selection)
         master = state.get("master")
-        is_packed = self.compact and selection is not None
+        packed = selection if self.compact else None
 
-        def flat(tensor):
+        def flat(tensor: torch.Tensor) -> torch.Tensor:
             return (tensor if order is None else tensor.permute(order)).reshape(-1)
 
-        def flat_grad(name, grad):
+        def flat_grad(name: str, grad: torch.Tensor | None) -> torch.Tensor:
             if grad is None or grad.shape != param.shape:
                 got = None if grad is None else tuple(grad.shape)
                 raise ValueError(f"{name} must have the shape {tuple(param.shape)} of its parameter, got {got}.")
@@ -227,12 +238,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         return TensorStep(
             param=flat(param.detach()),
             grad=flat_grad("The gradient", param.grad),
-            exp_avg=state["exp_avg"] if is_packed else flat(state["exp_avg"]),
-            exp_avg_sq=state["exp_avg_sq"] if is_packed else flat(state["exp_avg_sq"]),
+            exp_avg=flat(state["exp_avg"]) if packed is None else state["exp_avg"],
+            exp_avg_sq=flat(state["exp_avg_sq"]) if packed is None else state["exp_avg_sq"],
             step=state["step"],
-            master=master if is_packed or master is None else flat(master),
+            master=flat(master) if packed is None and master is not None else master,
             bits=None if selection is None else selection.flat_bits,
-            ranks=selection.ranks if is_packed else None,
+            ranks=None if packed is None else packed.ranks,
             other_grad=None if other_grads is None else flat_grad("The other gradient", other_grads.get(param)),
         )
 
@@ -297,12 +308,26 @@ def _layout(param: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride if size > 1 else 0 for size, stride in zip(param.shape, param.stride(), strict=True))
 
 
-def _run_reference(tensors, mode, lr, betas, eps, weight_decay, grad_scale, other_coefficient) -> None:
+def _run_reference(
+    tensors: Sequence[TensorStep],
+    mode: str,
+    lr: float | torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+    other_coefficient: torch.Tensor | None,
+) -> None:
     first = tensors[0]
     is_plain = mode == "dense" and first.master is None and first.other_grad is None
     if is_plain and first.param.is_cpu and first.grad.dtype == torch.float32:
-        columns = ([getattr(t, name) for t in tensors] for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step"))
-        return reference.fused_adamw_(*columns, float(lr), betas, eps, weight_decay, grad_scale)
+        params, grads = [t.param for t in tensors], [t.grad for t in tensors]
+        exp_avgs, exp_avg_sqs = [t.exp_avg for t in tensors], [t.exp_avg_sq for t in tensors]
+        steps = [t.step for t in tensors]
+        reference.fused_adamw_(
+            params, grads, exp_avgs, exp_avg_sqs, steps, float(lr), betas, eps, weight_decay, grad_scale
+        )
+        return
     for tensor in tensors:
         reference.masked_adamw_(
             tensor.param,
