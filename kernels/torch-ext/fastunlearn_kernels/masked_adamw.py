@@ -34,6 +34,9 @@ class _PackedMask:
     def flat_mask(self, numel: int) -> torch.Tensor:
         return unpack_bits(self.flat_bits, numel)
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.bits, self.flat_bits, self.ranks]
+
 
 def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """The dimensions from the slowest to the fastest: permuted so, a dense tensor of any layout is contiguous."""
@@ -58,7 +61,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as for ``torch.optim.AdamW``; the decay is decoupled.
         grad_masks: parameter -> packed mask, as :meth:`set_grad_mask` takes it.
         compact: keep states only for the selected elements: 8 bytes (12 with masters) for each of them, not for each
-            element. The steps are the same.
+            element. The steps are the same. The attribute of this name must not change once there are states.
+
+    ``state[param]`` holds ``step``, () float32, and in float32 ``exp_avg``, ``exp_avg_sq`` and, for a parameter of 16
+    bits, ``master``. These have the shape of the parameter; or, compact and masked, (selected,), in the order in which
+    the selected elements lie in memory.
 
     Raises:
         TypeError, ValueError: what is wrong with the arguments.
@@ -134,6 +141,24 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The packed mask of ``param``, None if it is trained whole."""
         selection = self._selections.get(param)
         return None if selection is None else selection.bits
+
+    @torch.no_grad()
+    def init_state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The states of ``param``; if there are none, makes those that its first step starts from.
+
+        So states that were saved elsewhere can be written into them before any step. Masks must be set by then. A
+        parameter whose mask selects nothing is never stepped, but has states, too.
+        """
+        state: dict[str, torch.Tensor] = self.state[param]
+        if not state:
+            self._init_state(param, self._selections.get(param))
+        return state
+
+    def state_bytes(self) -> int:
+        """The bytes that states and masks take now; those of gradients and weights are not among them."""
+        states = [value for state in self.state.values() for value in state.values()]
+        masks = [tensor for mask in self._selections.values() for tensor in mask.tensors()]
+        return sum(tensor.nbytes for tensor in states + masks)
 
     @torch.no_grad()
     def clip_factor(self, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,9 +242,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         other_grads: Mapping[torch.Tensor, torch.Tensor] | None,
     ) -> TensorStep:
         order = None if param.is_contiguous() else _memory_order(param)
-        state = self.state[param]
-        if not state:
-            self._init_state(param, selection)
+        state = self.init_state(param)
         master = state.get("master")
         packed = selection if self.compact else None
 
