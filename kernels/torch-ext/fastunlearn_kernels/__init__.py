@@ -7,6 +7,8 @@ from .masked_adamw import MaskedAdamW
 from .noise_loss import noise_pred_loss
 from .saliency import accumulate_saliency_, saliency_mask
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MaskedAdamW",
     "accumulate_saliency_",
