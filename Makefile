@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint bench results readme weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable packaging/kernels --editable ".[test,dev]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -52,4 +53,4 @@ weights: $(VENV)/.installed
 	$(BIN)/python tools/train_shapes.py --output fastunlearn/worlds/shapes/weights
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build dist *.egg-info packaging/kernels/build packaging/kernels/dist packaging/kernels/*.egg-info

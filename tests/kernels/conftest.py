@@ -8,7 +8,8 @@
 ``test_offline_compile.py`` runs the real compiler for GPUs that are not there, in processes where it is not set.
 """
 
-import fastunlearn_kernels
+import importlib
+
 import pytest
 import torch
 from fastunlearn_kernels import launch, reference
@@ -79,5 +80,7 @@ class _PoisonedTorch:
 
 @pytest.fixture(autouse=True)
 def _poisoned_buffers(monkeypatch):
-    for name in ("noise_loss", "lpips_head", "masked_adamw", "saliency", "gradient_surgery"):
-        monkeypatch.setattr(getattr(fastunlearn_kernels, name), "torch", _PoisonedTorch())
+    for name in ("noise_loss", "lpips_head", "_masked_adamw_kernel", "saliency", "gradient_dots"):
+        # by import_module: the package's attribute `gradient_dots` is the function, not its file
+        module = importlib.import_module(f"fastunlearn_kernels.{name}")
+        monkeypatch.setattr(module, "torch", _PoisonedTorch())

@@ -276,6 +276,68 @@ def test_gradients_stay_and_runs_repeat():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_states_made_in_advance_are_those_that_the_first_step_starts_from(mode, dtype):
+    ends = []
+    for in_advance in (True, False):
+        params, masks, optimizer = make(dtype=dtype, mode=mode)
+        for param, mask in zip(params, masks, strict=True):
+            if not in_advance:
+                assert param not in optimizer.state
+                continue
+            state = optimizer.init_state(param)
+            assert state is optimizer.state[param]
+            shape = (int(mask.sum()),) if mode == "compact" else param.shape
+            assert state["step"] == 0
+            assert all(value.shape == shape for name, value in state.items() if name != "step")
+            assert not state["exp_avg"].any()
+            assert not state["exp_avg_sq"].any()
+        give_gradients(params, 1)
+        optimizer.step()
+        states = [optimizer.state[param] for param, mask in zip(params, masks, strict=True) if mask.any()]
+        assert all(state["step"] == 1 for state in states)
+        ends.append([*params, *(value for state in states for value in state.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_states_that_are_there_are_not_made_again():
+    params, _, optimizer = make([(7, 9)], mode="compact")
+    give_gradients(params, 1)
+    optimizer.step()
+    before = {name: value.clone() for name, value in optimizer.state[params[0]].items()}
+    state = optimizer.init_state(params[0])
+    assert state.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+def test_a_mask_that_selects_nothing_has_states_all_the_same():
+    param = torch.nn.Parameter(torch.ones(9))
+    optimizer = MaskedAdamW([param], compact=True, grad_masks={param: pack_bits(torch.zeros(9, dtype=torch.bool))})
+    assert optimizer.init_state(param)["exp_avg"].shape == (0,)
+
+
+@pytest.mark.parametrize(("dtype", "per_element"), [(torch.float32, 8), (torch.bfloat16, 12)], ids=str)
+def test_the_bytes_of_states_and_masks(dtype, per_element):
+    n, selected = 4096, 1024
+    mask = torch.arange(n) < selected
+    sizes = {}
+    for mode in MODES:
+        param = torch.nn.Parameter(torch.zeros(n, dtype=dtype))
+        masks = {} if mode == "dense" else {param: pack_bits(mask)}
+        optimizer = MaskedAdamW([param], grad_masks=masks, compact=mode == "compact")
+        without_states = optimizer.state_bytes()
+        optimizer.init_state(param)
+        sizes[mode] = (without_states, optimizer.state_bytes() - without_states)
+    # the bits, the bits in memory order, and the ranks of 4 blocks; a step count of 4 bytes
+    bits = 2 * n // 8 + 4 * 8
+    assert sizes == {
+        "dense": (0, per_element * n + 4),
+        "select": (bits, per_element * n + 4),
+        "compact": (bits, per_element * selected + 4),
+    }
+
+
 def test_parameters_without_elements_or_gradients_are_left_alone():
     empty, idle, trained = (torch.nn.Parameter(torch.ones(n)) for n in (0, 3, 3))
     optimizer = MaskedAdamW([empty, idle, trained], lr=0.1)

@@ -1,11 +1,13 @@
 """Fused kernels of diffusion unlearning: Triton on CUDA and ROCm tensors, plain torch on all others."""
 
 from .bits import pack_bits, unpack_bits
-from .gradient_surgery import gradient_dots, projection_coefficient
+from .gradient_dots import gradient_dots, projection_coefficient
 from .lpips_head import lpips_distance
+from .masked_adamw import MaskedAdamW
 from .noise_loss import noise_pred_loss
-from .optimizer import MaskedAdamW
 from .saliency import accumulate_saliency_, saliency_mask
+
+__version__ = "0.1.0"
 
 __all__ = [
     "MaskedAdamW",

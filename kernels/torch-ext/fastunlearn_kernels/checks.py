@@ -12,7 +12,7 @@ INT32_MAX = 2**31 - 1
 
 def check_tensor(
     name: str,
-    value,
+    value: object,
     dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
     shape: tuple[int, ...] | None = None,
     device: torch.device | None = None,
@@ -32,7 +32,7 @@ def check_tensor(
         raise ValueError(f"`{name}` requires grad, but no gradient flows into it. Pass `{name}.detach()`.")
 
 
-def check_tensor_list(name: str, values, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+def check_tensor_list(name: str, values: object, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     """Raises unless ``values`` is a list or tuple of tensors of ``dtypes`` that are all on one device."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"`{name}` must be a list or tuple of tensors, got {type(values).__name__}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,9 +14,13 @@ except ImportError:  # torch's CPU wheels come without it, and the reference nee
     triton = tl = None
 
 
-def jit(fn):
-    """``triton.jit``; without Triton the bare function, which :func:`runs_triton` never lets anybody launch."""
-    return fn if triton is None else triton.jit(fn)
+if TYPE_CHECKING:  # a kernel is written in Triton's language, which no type checker reads
+    from typing import no_type_check as jit
+else:
+
+    def jit(fn):
+        """``triton.jit``; without Triton the bare function, which :func:`runs_triton` never lets anybody launch."""
+        return fn if triton is None else triton.jit(fn)
 
 
 @jit
@@ -42,7 +47,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return INTERPRETED and tensor.device.type == "cpu"
 
 
-def on_device_of(tensor: torch.Tensor):
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one: Triton launches on the current device, whatever its arguments say."""
     if not tensor.is_cuda or torch.compiler.is_compiling():  # a compiled graph selects its device itself
         return contextlib.nullcontext()

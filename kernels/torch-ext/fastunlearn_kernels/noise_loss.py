@@ -11,7 +11,7 @@ real one, on the device, and moves no byte when that is 1. Bytes per latent elem
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 
@@ -221,7 +221,10 @@ def launch_noise_pred_loss(
     per_row = torch.empty(batch, dtype=torch.float32, device=noise_pred.device)
     loss = torch.empty((), dtype=torch.float32, device=noise_pred.device)
     teacher_preds, spatial_mask = rows.teacher_preds, rows.spatial_mask
-    num_teachers = 0 if teacher_preds is None else teacher_preds.shape[0]
+    num_teachers = bank_rows = teacher_stride_k = teacher_stride_row = 0
+    if teacher_preds is not None:
+        num_teachers, bank_rows = teacher_preds.shape[:2]
+        teacher_stride_k, teacher_stride_row = teacher_preds.stride()[:2]
     if spatial_mask is not None:
         spatial_mask = spatial_mask.expand(batch, channels, height, width)
     has_min_snr = rows.snr_gamma is not None
@@ -243,9 +246,9 @@ def launch_noise_pred_loss(
             partial,
             n,
             num_blocks,
-            bank_rows=0 if num_teachers == 0 else teacher_preds.shape[1],
-            teacher_stride_k=0 if num_teachers == 0 else teacher_preds.stride(0),
-            teacher_stride_row=0 if num_teachers == 0 else teacher_preds.stride(1),
+            bank_rows=bank_rows,
+            teacher_stride_k=teacher_stride_k,
+            teacher_stride_row=teacher_stride_row,
             spatial_mask_stride_row=0 if spatial_mask is None else spatial_mask.stride(0),
             spatial_mask_stride_channel=0 if spatial_mask is None else spatial_mask.stride(1),
             height_width=height * width,
@@ -296,17 +299,23 @@ def launch_scale(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dt
 def _run_reference(
     noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    terms, weights = [], rows.weights
-    for k in range(0 if rows.teacher_preds is None else rows.teacher_preds.shape[0]):
-        terms.append((rows.teacher_preds[k], rows.row_index, rows.coefficients[:, k]))
+    terms: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+    weights = rows.weights
+    if rows.teacher_preds is not None:
+        assert rows.coefficients is not None
+        for k in range(rows.teacher_preds.shape[0]):
+            terms.append((rows.teacher_preds[k], rows.row_index, rows.coefficients[:, k]))
     if rows.noise is not None:
+        assert rows.noise_coefficients is not None
         noise_coefficients, latents_coefficients = reference.ground_truth_coefficients(
             rows.noise_coefficients, rows.snr, rows.prediction_type
         )
         terms.append((rows.noise, None, noise_coefficients))
         if rows.latents is not None:
+            assert latents_coefficients is not None
             terms.append((rows.latents, None, latents_coefficients))
     if rows.snr_gamma is not None:
+        assert rows.snr is not None
         weights = weights * reference.min_snr_weights(rows.snr, rows.snr_gamma, rows.prediction_type)
     return reference.noise_pred_loss(noise_pred, terms, weights, rows.spatial_mask, rows.huber_delta, with_gradient)
 
@@ -315,7 +324,9 @@ class NoisePredLossFunction(torch.autograd.Function):
     """The gradient is made in forward and handed out, once, in backward."""
 
     @staticmethod
-    def forward(ctx, noise_pred, rows, with_gradient):
+    def forward(
+        ctx: Any, noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.launched = runs_triton(noise_pred)
         run = launch_noise_pred_loss if ctx.launched else _run_reference
         loss, per_row, gradient = run(noise_pred, rows, with_gradient)
@@ -325,7 +336,7 @@ class NoisePredLossFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError(
@@ -446,6 +457,10 @@ def noise_pred_loss(
     return NoisePredLossFunction.apply(noise_pred.contiguous(), rows, with_gradient)
 
 
+@overload
+def _dense(value: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _dense(value: None) -> None: ...
 def _dense(value: torch.Tensor | None) -> torch.Tensor | None:
     if value is None:
         return None

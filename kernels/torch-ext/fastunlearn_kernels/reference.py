@@ -30,6 +30,7 @@ def ground_truth_coefficients(
     if prediction_type == "epsilon":
         return noise_coefficients, None
     if prediction_type == "v_prediction":
+        assert snr is not None
         return noise_coefficients * (1 + 1 / snr).rsqrt(), -noise_coefficients * (1 + snr).rsqrt()
     return noise_coefficients, -noise_coefficients
 
@@ -61,15 +62,22 @@ def noise_pred_loss(
             noise_pred[here], chunk, scale[here] if with_gradient else None, mask, huber_delta
         )
         pieces.append(per_row)
-        gradients.append(gradient)
+        if gradient is not None:
+            gradients.append(gradient)
     per_row = torch.cat(pieces) / numel
     loss = torch.where(weights != 0, weights * per_row, 0.0).sum() / max(batch, 1)
-    if not with_gradient:
+    if not gradients:
         return loss, per_row, None
     return loss, per_row, gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 
-def _row_losses(noise_pred, terms, scale, spatial_mask, huber_delta):
+def _row_losses(
+    noise_pred: torch.Tensor,
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    scale: torch.Tensor | None,
+    spatial_mask: torch.Tensor | None,
+    huber_delta: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sums (B,) of the rows' errors, and their gradient times ``scale`` (B,); None without it."""
     error = noise_pred.float()
     for prediction, coefficient in terms:
@@ -147,10 +155,12 @@ def masked_adamw_(
         here = slice(start, start + CHUNK)
         g = grad[here].float()
         if other_grad is not None:
+            assert other_coefficient is not None
             g = torch.addcmul(g, other_grad[here].float(), other_coefficient)
         if grad_scale is not None:
             g = g * grad_scale
         if is_compact:
+            assert selected is not None
             places = selected[here].nonzero()[:, 0]
             states = slice(first, first + len(places))
             first += len(places)
@@ -186,7 +196,7 @@ def fused_adamw_(
 ) -> None:
     """A step of whole fp32 tensors by torch's own fused AdamW, in one pass; counts ``steps``."""
     if grad_scale is not None:  # not handed on: torch would write the scaled gradients back
-        grads = torch._foreach_mul(grads, grad_scale)
+        grads = list(torch._foreach_mul(grads, grad_scale))
     adamw(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
         beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,

@@ -18,7 +18,7 @@ from . import reference
 from .bits import num_bytes, pack_bits, unpack_bits
 from .checks import check_tensor, check_tensor_list
 from .launch import ceil_div, jit, on_device_of, runs_triton, tl
-from .tables import TRITON_DTYPES, TensorTable, are_aligned, load_pointer, place_of_program, tensor_table
+from .tables import TRITON_DTYPES, alike, are_aligned, load_pointer, place_of_program, tensor_table
 
 MODES = ("absolute", "signed", "squared")
 GRANULARITIES = ("element", "sector", "row")
@@ -132,15 +132,14 @@ def _pack_kernel(
 
 def launch_accumulate(saliency: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], mode: str) -> None:
     """Adds to ``saliency`` in one launch a gradient dtype. Tensors are flat and dense; none is empty."""
-    for dtype in {gradient.dtype: None for gradient in gradients}:
-        pairs = [pair for pair in zip(saliency, gradients, strict=True) if pair[1].dtype == dtype]
-        columns = list(zip(*pairs, strict=True))
+    for group in alike([gradients]):
+        columns = [[tensors[i] for i in group] for tensors in (saliency, gradients)]
         table = tensor_table(columns, ACCUMULATE_BLOCK)
         with on_device_of(columns[0][0]):
             _accumulate_kernel[(table.num_programs,)](
                 table.rows,
                 table.program_tensor,
-                DTYPE=TRITON_DTYPES[dtype],
+                DTYPE=TRITON_DTYPES[columns[1][0].dtype],
                 MODE=mode,
                 ALIGNED=are_aligned(columns),
                 NUM_COLUMNS=table.rows.shape[1],
@@ -153,7 +152,7 @@ def launch_select_largest(scores: Sequence[torch.Tensor], count: int) -> list[to
     """Packed masks of the ``count`` >= 1 largest |scores|; the digits stay on the device. Flat, none empty."""
     device = scores[0].device
     bits = [torch.empty(num_bytes(score.numel()), dtype=torch.uint8, device=device) for score in scores]
-    table: TensorTable = tensor_table([scores, bits], TILES * SECTORS * 8)
+    table = tensor_table([scores, bits], TILES * SECTORS * 8)
     options = {
         "ALIGNED": are_aligned([scores]),
         "NUM_COLUMNS": table.rows.shape[1],
@@ -204,10 +203,10 @@ def accumulate_saliency_(
         if not total.is_contiguous():
             raise ValueError(f"`saliency[{i}]` must be contiguous, got strides {total.stride()}.")
     with torch.no_grad():
-        pairs = [(s.view(-1), g.reshape(-1)) for s, g in zip(saliency, gradients, strict=True) if s.numel()]
-        if pairs:
-            run = launch_accumulate if runs_triton(pairs[0][0]) else reference.accumulate_saliency_
-            run(*(list(column) for column in zip(*pairs, strict=True)), mode)
+        filled = [i for i, total in enumerate(saliency) if total.numel()]
+        if filled:
+            run = launch_accumulate if runs_triton(saliency[filled[0]]) else reference.accumulate_saliency_
+            run([saliency[i].view(-1) for i in filled], [gradients[i].reshape(-1) for i in filled], mode)
 
 
 def saliency_mask(

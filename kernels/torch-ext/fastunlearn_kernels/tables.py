@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -22,7 +22,7 @@ class TensorTable(NamedTuple):
     rows: torch.Tensor  # (num_tensors, HEADER + columns) int64
     program_tensor: torch.Tensor  # (num_programs,) int32
     num_programs: int
-    uploaded: torch.cuda.Event | None
+    uploaded: torch.cuda.Event | None  # None for tensors on a CPU
 
 
 _held_by_graphs: list[TensorTable] = []  # a captured graph reads its table at every replay
@@ -34,14 +34,15 @@ def tensor_table(columns: Sequence[Sequence[torch.Tensor | None]], elements_per_
     Raises:
         RuntimeError: a table would have to be uploaded while a CUDA graph is being captured.
     """
-    device = columns[0][0].device
-    numels = tuple(tensor.numel() for tensor in columns[0])
+    sized = cast("Sequence[torch.Tensor]", columns[0])
+    device = sized[0].device
+    numels = tuple(tensor.numel() for tensor in sized)
     addresses = tuple(
         tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
         for tensors in zip(*columns, strict=True)
     )
     table = _upload(device, elements_per_program, numels, addresses)
-    if device.type != "cuda":
+    if table.uploaded is None:
         return table
     if torch.cuda.is_current_stream_capturing():
         _held_by_graphs.append(table)
@@ -86,7 +87,16 @@ def are_aligned(columns: Sequence[Sequence[torch.Tensor]]) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensors in columns for tensor in tensors)
 
 
-TRITON_DTYPES = (
+def alike(columns: Sequence[Sequence[torch.Tensor]]) -> list[list[int]]:
+    """Indices of the tensors that share their dtypes, as one launch needs, in order. Empty tensors are left out."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, tensors in enumerate(zip(*columns, strict=True)):
+        if tensors[0].numel():
+            groups.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(i)
+    return list(groups.values())
+
+
+TRITON_DTYPES: dict[torch.dtype, Any] = (
     {}
     if tl is None
     else {

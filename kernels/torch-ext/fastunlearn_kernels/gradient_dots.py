@@ -16,7 +16,7 @@ from . import reference
 from .bits import num_bytes, unpack_bits
 from .checks import check_tensor, check_tensor_list
 from .launch import jit, on_device_of, runs_triton, tl
-from .tables import TRITON_DTYPES, are_aligned, load_pointer, place_of_program, tensor_table
+from .tables import TRITON_DTYPES, alike, are_aligned, load_pointer, place_of_program, tensor_table
 
 TILES = 8  # of 1024 elements a program: few enough partials that their sum costs nothing
 SECTORS = 128
@@ -89,9 +89,9 @@ def launch_gradient_dots(
 ) -> torch.Tensor:
     """Partial products, one row a program, and their sum in one fixed order. Tensors are flat; none is empty."""
     first = gradients0[0]
-    has_second = gradients1 is not None
-    inputs = [gradients0, gradients1] if has_second else [gradients0]
-    table = tensor_table([gradients0, gradients1 or [None] * len(gradients0), bits], TILES * SECTORS * 8)
+    inputs = [gradients0] if gradients1 is None else [gradients0, gradients1]
+    absent = [None] * len(gradients0)
+    table = tensor_table([gradients0, absent if gradients1 is None else gradients1, bits], TILES * SECTORS * 8)
     partial = torch.empty(table.num_programs, 3, dtype=torch.float32, device=first.device)
     with on_device_of(first):
         _gradient_dots_kernel[(table.num_programs,)](
@@ -99,8 +99,8 @@ def launch_gradient_dots(
             table.program_tensor,
             partial,
             DTYPE0=TRITON_DTYPES[first.dtype],
-            DTYPE1=TRITON_DTYPES[gradients1[0].dtype if has_second else torch.float32],
-            HAS_SECOND=has_second,
+            DTYPE1=TRITON_DTYPES[torch.float32 if gradients1 is None else gradients1[0].dtype],
+            HAS_SECOND=gradients1 is not None,
             HAS_BITS=any(b is not None for b in bits),
             ALIGNED=are_aligned(inputs),
             NUM_COLUMNS=table.rows.shape[1],
@@ -154,22 +154,13 @@ def gradient_dots(
             selected = [None if b is None else unpack_bits(b, g.numel()) for b, g in zip(bits, gradients0, strict=True)]
             return reference.gradient_dots(gradients0, gradients1, selected)
         dots = torch.zeros(3, dtype=torch.float64, device=device)
-        for group in _alike(gradients0, gradients1):
+        for group in alike([gradients0] if gradients1 is None else [gradients0, gradients1]):
             dots += launch_gradient_dots(
                 [gradients0[i].reshape(-1) for i in group],
                 None if gradients1 is None else [gradients1[i].reshape(-1) for i in group],
                 [bits[i] for i in group],
             )
         return dots.float()
-
-
-def _alike(gradients0: Sequence[torch.Tensor], gradients1: Sequence[torch.Tensor] | None):
-    """Lists of the indices that share dtypes, in order, without the empty tensors."""
-    groups = {}
-    for i, gradient0 in enumerate(gradients0):
-        if gradient0.numel():
-            groups.setdefault((gradient0.dtype, None if gradients1 is None else gradients1[i].dtype), []).append(i)
-    return groups.values()
 
 
 def projection_coefficient(dots: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,266 @@
+"""One AdamW step of many tensors in one launch, where a bit mask says which elements may change.
+
+    g = grad_scale * (grad + other_coefficient * other_grad)          (clip factor and projection, from device memory)
+    m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
+    p = p (1 - lr weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+                                                                  (Loshchilov & Hutter 2019, arXiv 1711.05101)
+
+Where the bit is 0, weight and states keep their bits: nothing is multiplied, so no weight decay and no NaN gets there.
+Modes: dense (no mask), select (full states), compact (m, v and master of the selected elements only, packed in order).
+
+Bytes per parameter, all fp32: dense 28; select 28 + 1/8; compact 12 + 16 d + 1/8. Low-precision weights of 2 bytes with
+fp32 masters: dense 28; select 30 + 1/8; compact 6 + 24 d + 1/8 (the old weight is read: a sector whose elements are not
+all selected is written whole). They hold where every sector holds a selected element, that is, are upper bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .launch import jit, on_device_of, tl
+from .tables import TRITON_DTYPES, are_aligned, load_pointer, tensor_table
+
+SECTORS = 128  # rows of 8 elements a program: 1024 elements, 8 a thread, two 128-bit accesses per fp32 tensor
+BLOCK_ELEMENTS = 8 * SECTORS
+
+
+class TensorStep(NamedTuple):
+    """What one tensor brings to a step; all flat, in the order of the parameter's memory."""
+
+    param: torch.Tensor  # (n,) fp16, bf16 or fp32
+    grad: torch.Tensor  # (n,)
+    exp_avg: torch.Tensor  # (n,) or (selected,) fp32
+    exp_avg_sq: torch.Tensor  # like exp_avg
+    step: torch.Tensor  # () fp32, steps done before this one; advanced by the launch
+    master: torch.Tensor | None  # like exp_avg, of a param that is not fp32
+    bits: torch.Tensor | None  # (ceil(n / 8),) uint8
+    ranks: torch.Tensor | None  # (ceil(n / BLOCK_ELEMENTS),) int64, selected elements before each block; compact
+    other_grad: torch.Tensor | None  # (n,)
+
+
+@jit
+def _advance_step_kernel(
+    table_ptr,  # (num_tensors, NUM_COLUMNS)
+    corrections_ptr,  # out (num_tensors, 2) fp32: 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
+    log_beta1,
+    log_beta2,
+    NUM_COLUMNS: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    step_ptr = load_pointer(table_ptr, pid * NUM_COLUMNS + 6, tl.float32, False)
+    step = tl.load(step_ptr) + 1.0
+    tl.store(step_ptr, step)
+    # in fp64: 1 - beta2^step loses four digits of fp32 at the first step
+    step = step.to(tl.float64)
+    tl.store(corrections_ptr + 2 * pid, (1.0 / (1.0 - tl.exp(step * log_beta1))).to(tl.float32))
+    correction2 = 1.0 - tl.exp(step * log_beta2)
+    tl.store(corrections_ptr + 2 * pid + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32))
+
+
+@jit
+def _popcount(byte):
+    byte = byte - ((byte >> 1) & 0x55)
+    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
+    return (byte + (byte >> 4)) & 0x0F
+
+
+@jit
+def _update_tile(
+    param_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    master_ptr,
+    other_ptr,
+    offsets,  # (SECTORS, 8) elements of the tensor
+    state_offsets,  # (SECTORS, 8) elements of the states
+    mask,  # (SECTORS, 8) read and written; the same along a sector, or accesses become one element wide
+    selected,  # (SECTORS, 8) changed
+    grad_scale,
+    other_coefficient,
+    decay,
+    step_size,
+    correction2,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    MODE: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+):
+    state_mask = mask
+    if MODE == "compact":
+        state_mask = mask & selected
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OTHER:
+        grad += other_coefficient * tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad *= grad_scale
+    exp_avg = tl.load(exp_avg_ptr + state_offsets, mask=state_mask, other=0.0)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + state_offsets, mask=state_mask, other=0.0)
+    new_exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+    new_exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    update = step_size * new_exp_avg / (tl.sqrt(new_exp_avg_sq) * correction2 + eps)
+    if HAS_MASTER:
+        master = tl.load(master_ptr + state_offsets, mask=state_mask, other=0.0)
+        new_weight = master * decay - update
+        new_param = new_weight.to(param_ptr.dtype.element_ty)
+    else:
+        param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
+        new_weight = param * decay - update
+        new_param = new_weight
+    if MODE != "dense":
+        if HAS_MASTER:
+            param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
+        new_param = tl.where(selected, new_param, param)
+    if MODE == "select":
+        new_exp_avg = tl.where(selected, new_exp_avg, exp_avg)
+        new_exp_avg_sq = tl.where(selected, new_exp_avg_sq, exp_avg_sq)
+        if HAS_MASTER:
+            new_weight = tl.where(selected, new_weight, master)
+    tl.store(param_ptr + offsets, new_param, mask=mask)
+    tl.store(exp_avg_ptr + state_offsets, new_exp_avg, mask=state_mask)
+    tl.store(exp_avg_sq_ptr + state_offsets, new_exp_avg_sq, mask=state_mask)
+    if HAS_MASTER:
+        tl.store(master_ptr + state_offsets, new_weight, mask=state_mask)
+
+
+@jit
+def _masked_adamw_kernel(
+    table_ptr,  # (num_tensors, NUM_COLUMNS): numel, first program, then the addresses in the order of TensorStep
+    program_tensor_ptr,  # (num_programs,) int32
+    corrections_ptr,  # (num_tensors, 2) fp32
+    lr,  # number, or () fp32
+    grad_scale_ptr,  # () fp32
+    other_coefficient_ptr,  # () fp32
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    OTHER_DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    HAS_GRAD_SCALE: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    SECTORS: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(program_tensor_ptr + pid).to(tl.int64)
+    row = tensor * NUM_COLUMNS
+    numel = tl.load(table_ptr + row)
+    block = pid - tl.load(table_ptr + row + 1)
+    param_ptr = load_pointer(table_ptr, row + 2, PARAM_DTYPE, ALIGNED)
+    grad_ptr = load_pointer(table_ptr, row + 3, GRAD_DTYPE, ALIGNED)
+    exp_avg_ptr = load_pointer(table_ptr, row + 4, tl.float32, ALIGNED)
+    exp_avg_sq_ptr = load_pointer(table_ptr, row + 5, tl.float32, ALIGNED)
+    master_ptr = load_pointer(table_ptr, row + 7, tl.float32, ALIGNED)
+    other_ptr = load_pointer(table_ptr, row + 10, OTHER_DTYPE, ALIGNED)
+    if LR_ON_DEVICE:
+        lr = tl.load(lr).to(tl.float32)
+    grad_scale = 1.0
+    if HAS_GRAD_SCALE:
+        grad_scale = tl.load(grad_scale_ptr).to(tl.float32)
+    other_coefficient = 0.0
+    if HAS_OTHER:
+        other_coefficient = tl.load(other_coefficient_ptr).to(tl.float32)
+    decay = 1.0 - lr * weight_decay
+    step_size = lr * tl.load(corrections_ptr + 2 * tensor)
+    correction2 = tl.load(corrections_ptr + 2 * tensor + 1)
+
+    sectors = block * SECTORS + tl.arange(0, SECTORS)
+    columns = tl.arange(0, 8)
+    offsets = sectors[:, None] * 8 + columns[None, :]
+    state_offsets = offsets
+    inside = sectors * 8 < numel
+    touched = inside
+    selected = tl.full((SECTORS, 8), 1, tl.int1)
+    if MODE != "dense":
+        bits_ptr = load_pointer(table_ptr, row + 8, tl.uint8, False)
+        byte = tl.load(bits_ptr + sectors, mask=inside, other=0).to(tl.int32)
+        touched = byte != 0
+        selected = ((byte[:, None] >> columns[None, :]) & 1) != 0
+        if MODE == "compact":
+            ranks_ptr = load_pointer(table_ptr, row + 9, tl.int64, False)
+            per_sector = _popcount(byte)
+            lower = _popcount(byte[:, None] & ((1 << columns) - 1)[None, :])
+            before = (tl.cumsum(per_sector, axis=0) - per_sector)[:, None] + lower
+            state_offsets = tl.load(ranks_ptr + block) + before
+    mask = tl.broadcast_to(touched[:, None], (SECTORS, 8))
+    if (block + 1) * (SECTORS * 8) <= numel:
+        _update_tile(
+            param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, other_ptr,
+            offsets, state_offsets, mask, selected,
+            grad_scale, other_coefficient, decay, step_size, correction2, one_minus_beta1, beta2, one_minus_beta2, eps,
+            MODE, HAS_MASTER, HAS_OTHER,
+        )  # fmt: skip
+    else:  # only the last block of a tensor pays for a mask that differs along a sector
+        _update_tile(
+            param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, other_ptr,
+            offsets, state_offsets, mask & (offsets < numel), selected,
+            grad_scale, other_coefficient, decay, step_size, correction2, one_minus_beta1, beta2, one_minus_beta2, eps,
+            MODE, HAS_MASTER, HAS_OTHER,
+        )  # fmt: skip
+
+
+def launch_masked_adamw(
+    tensors: Sequence[TensorStep],
+    mode: str,
+    lr: float | torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+    other_coefficient: torch.Tensor | None,
+) -> None:
+    """Steps ``tensors``, alike in device, dtypes and mode, none of them empty, in place."""
+    columns = list(zip(*tensors, strict=True))
+    first = tensors[0]
+    other_dtype = torch.float32 if first.other_grad is None else first.other_grad.dtype
+    read_wide = [c for c, values in enumerate(columns) if values[0] is not None and TensorStep._fields[c] != "step"]
+    table = tensor_table(columns, BLOCK_ELEMENTS)
+    corrections = torch.empty(len(tensors), 2, dtype=torch.float32, device=first.param.device)
+    beta1, beta2 = betas
+    with on_device_of(first.param):
+        _advance_step_kernel[(len(tensors),)](
+            table.rows,
+            corrections,
+            math.log(beta1) if beta1 else -math.inf,
+            math.log(beta2) if beta2 else -math.inf,
+            NUM_COLUMNS=table.rows.shape[1],
+            num_warps=1,
+        )
+        _masked_adamw_kernel[(table.num_programs,)](
+            table.rows,
+            table.program_tensor,
+            corrections,
+            lr,
+            grad_scale,
+            other_coefficient,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            weight_decay,
+            PARAM_DTYPE=TRITON_DTYPES[first.param.dtype],
+            GRAD_DTYPE=TRITON_DTYPES[first.grad.dtype],
+            OTHER_DTYPE=TRITON_DTYPES[other_dtype],
+            MODE=mode,
+            HAS_MASTER=first.master is not None,
+            HAS_OTHER=first.other_grad is not None,
+            HAS_GRAD_SCALE=grad_scale is not None,
+            LR_ON_DEVICE=isinstance(lr, torch.Tensor),
+            ALIGNED=are_aligned([columns[c] for c in read_wide]),
+            NUM_COLUMNS=table.rows.shape[1],
+            SECTORS=SECTORS,
+            num_warps=8 if mode == "compact" else 4,  # ranks take registers: 168 a thread with 4 warps
+        )

@@ -1,0 +1,210 @@
+"""The two distributions: what each ships and requires, and that one command installs both, in a clone and in place."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import fastunlearn_kernels
+import pytest
+
+import fastunlearn
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "packaging" / "kernels"
+PROJECTS = {"fastunlearn": ROOT, "fastunlearn_kernels": KERNELS}
+
+
+def project_of(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def run(*command, cwd):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+# ---- what the files say
+
+
+def test_both_have_one_version():
+    (pin,) = (d for d in project_of(ROOT)["dependencies"] if d.startswith("fastunlearn-kernels"))
+    assert pin == f"fastunlearn-kernels=={fastunlearn.__version__}"
+    assert fastunlearn_kernels.__version__ == fastunlearn.__version__
+    for name in PROJECTS:
+        assert importlib.metadata.version(name) == fastunlearn.__version__
+
+
+def test_the_kernels_require_torch_and_triton_as_the_engine_does():
+    kernels, engine = project_of(KERNELS)["dependencies"], project_of(ROOT)["dependencies"]
+    assert {re.match(r"\w+", requirement)[0] for requirement in kernels} == {"torch", "triton"}
+    assert set(kernels) < set(engine)
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_the_installed_top_level_name_is_ours_alone(name):
+    """A top-level `kernels`, `packaging`, `tests` or `benchmarks` would shadow, or be shadowed by, other packages."""
+    assert importlib.metadata.distribution(name).read_text("top_level.txt").split() == [name]
+
+
+def test_the_kernels_are_links_to_the_one_source():
+    assert (KERNELS / "fastunlearn_kernels").resolve() == ROOT / "kernels/torch-ext/fastunlearn_kernels"
+    assert (KERNELS / "LICENSE").resolve() == ROOT / "LICENSE"
+
+
+def test_the_folder_packaging_does_not_shadow_the_package_of_that_name():
+    assert not list((ROOT / "packaging").glob("*/__init__.py"))
+    where = run(sys.executable, "-c", "import packaging.version; print(packaging.__file__)", cwd=ROOT)
+    assert not where.startswith(str(ROOT / "packaging"))
+
+
+@pytest.mark.parametrize("file", ["packaging/kernels/README.md", "kernels/CARD.md"])
+def test_the_pages_of_the_kernels_list_every_function(file):
+    table = "".join(re.findall(r"^\| (`.*?) \|", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", table)) == set(fastunlearn_kernels.__all__)
+
+
+def test_the_example_of_the_kernels_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(example, names)
+    weight = names["model"].weight
+    assert names["loss"] > 0
+    assert names["optimizer"].state[weight]["exp_avg"].count_nonzero() == round(0.1 * weight.numel())
+
+
+def test_only_metadata_asked_for_in_a_clone_names_the_folder_of_the_kernels(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "packaging" / "build_backend.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    metadata = (
+        "Name: fastunlearn\nRequires-Dist: torch\nRequires-Dist: fastunlearn-kernels==1.2\n\nfastunlearn-kernels==1.2\n"
+    )
+    assert backend.with_local_kernels(metadata, tmp_path) == metadata
+    (tmp_path / "pyproject.toml").touch()
+    local = metadata.replace("fastunlearn-kernels==1.2", f"fastunlearn-kernels @ file://{tmp_path}", 1)
+    assert backend.with_local_kernels(metadata, tmp_path) == local
+
+
+# ---- what is built and installed
+
+
+def setuptools_is_here():
+    try:
+        return int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
+    except importlib.metadata.PackageNotFoundError:
+        return False  # an isolated build fetches it
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory):
+    """What a clone of this tree holds."""
+    leave = ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "run")
+    return copytree(ROOT, tmp_path_factory.mktemp("clone") / "source", ignore=leave, symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def built(clone, tmp_path_factory):
+    """Name -> what `python -m build` made: sdist, the wheel made from it, and what it printed."""
+    pytest.importorskip("build", reason="`build` is of the extra `dev`")
+    result = {}
+    for name, folder in PROJECTS.items():
+        out = tmp_path_factory.mktemp(name)
+        isolation = ["--no-isolation"] if setuptools_is_here() else []
+        source = clone / folder.relative_to(ROOT)
+        printed = run(sys.executable, "-m", "build", *isolation, "--outdir", out, source, cwd=out)
+        (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+        result[name] = (sdist, zipfile.ZipFile(wheel), printed)
+    return result
+
+
+def make_environment(folder):
+    """A fresh environment that borrows the packages of this one; (what runs its pip, its Python)."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    borrowed = importlib.metadata.distribution("torch").locate_file("")
+    (site / "borrowed.pth").write_text(f"{borrowed}\n", encoding="utf-8")
+    python = folder / "bin" / "python"
+    # without an index: nothing of ours is on one
+    options = ["--no-build-isolation", "--no-index"] if setuptools_is_here() else []
+    return [sys.executable, "-m", "pip", "--python", python, "install", *options], python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROJECTS)
+def test_the_wheel_ships_its_package_whole_and_nothing_else(built, name):
+    _, wheel, printed = built[name]
+    package = (ROOT / "kernels/torch-ext" if name == "fastunlearn_kernels" else ROOT) / name
+    files = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    shipped = {file for file in wheel.namelist() if ".dist-info/" not in file}
+    assert shipped == {file for file in files if "__pycache__" not in file}
+    assert f"{name}/py.typed" in shipped
+    assert any(file.endswith("licenses/LICENSE") for file in wheel.namelist())
+    assert "absent from the `packages`" not in printed
+
+
+@pytest.mark.slow
+def test_the_engine_ships_its_weights_templates_and_command(built):
+    names = built["fastunlearn"][1].namelist()
+    assert "fastunlearn/reports/templates/report.html.j2" in names
+    assert "fastunlearn/worlds/shapes/weights/pipeline/unet/diffusion_pytorch_model.safetensors" in names
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROJECTS)
+def test_what_is_published_names_no_folder(built, name):
+    sdist, wheel, _ = built[name]
+    (metadata,) = (wheel.read(file).decode() for file in wheel.namelist() if file.endswith(".dist-info/METADATA"))
+    required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    assert required
+    assert not [requirement for requirement in required if "@" in requirement]
+    ours = {requirement for requirement in required if requirement.startswith("fastunlearn-kernels")}
+    assert ours == ({f"fastunlearn-kernels=={fastunlearn.__version__}"} if name == "fastunlearn" else set())
+    with tarfile.open(sdist) as archive:
+        assert all(member.isfile() or member.isdir() for member in archive)  # no link leaves it
+        tops = {member.name.split("/")[1] for member in archive if member.name.count("/") > 0 and member.isdir()}
+    assert tops <= {"fastunlearn", "docs", "examples", "packaging", "fastunlearn_kernels", f"{name}.egg-info"}
+
+
+@pytest.mark.slow
+def test_one_command_installs_both_from_a_clone(clone, tmp_path):
+    install, python = make_environment(tmp_path / "environment")
+    run(*install, ".", cwd=clone)
+    (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    for name in PROJECTS:
+        (metadata,) = site.glob(f"{name}-*.dist-info/METADATA")
+        assert "file:" not in metadata.read_text(encoding="utf-8")
+        code = f"import {name}; print({name}.__file__)"
+        assert run(python, "-c", code, cwd=tmp_path).strip() == str(site / name / "__init__.py")
+    command = tmp_path / "environment" / "bin" / "fastunlearn"
+    assert run(command, "--version", cwd=tmp_path).strip() == f"fastunlearn {fastunlearn.__version__}"
+
+
+@pytest.mark.slow
+def test_one_command_installs_both_in_place(clone, tmp_path):
+    source = copytree(clone, tmp_path / "source", symlinks=True)
+    install, python = make_environment(tmp_path / "environment")
+    run(*install, "--editable", "packaging/kernels", "--editable", ".", cwd=source)
+    files = {
+        "fastunlearn": source / "fastunlearn",
+        "fastunlearn_kernels": source / "kernels/torch-ext/fastunlearn_kernels",
+    }
+    for name, folder in files.items():
+        with (folder / "__init__.py").open("a", encoding="utf-8") as file:
+            file.write("\nedited = True\n")
+        code = f"import {name}; print({name}.edited, {name}.__file__)"
+        edited, where = run(python, "-c", code, cwd=tmp_path).split()
+        assert edited == "True"
+        assert Path(where).resolve() == folder / "__init__.py"
