@@ -34,7 +34,11 @@ GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") f
 
 def results_of(folder):
     """Bytes of what an evaluation wrote, by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != RECORD}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != RECORD
+    }
 
 
 # ---- both ends of the scale ------------------------------------------------------------------------------------------

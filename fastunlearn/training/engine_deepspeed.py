@@ -36,6 +36,8 @@ class DeepSpeedEngine(Engine):
     DeepSpeed's overflow check see the selected elements alone.
     """
 
+    optimizer: _QuietUntilBound
+
     def __init__(
         self,
         module: nn.Module,
@@ -60,8 +62,9 @@ class DeepSpeedEngine(Engine):
         deepspeed = import_deepspeed(self.device)
         join(world, self.device)
         self._hooks = self._hide_unselected() if clip_scope == "selected" else []
-        self.optimizer = _QuietUntilBound(self.parameters.values(), lr=learning_rate, weight_decay=weight_decay)
-        self.optimizer.compact = True
+        self.optimizer = _QuietUntilBound(
+            self.parameters.values(), lr=learning_rate, weight_decay=weight_decay, compact=True
+        )
         options = dict(settings)
         self.is_bf16 = bool(options.get("bf16", {}).get("enabled"))
         if mixed_precision == "bf16" and not self.is_bf16:
@@ -131,10 +134,7 @@ class DeepSpeedEngine(Engine):
             piece = pieces[part.name]
             self._put(part, piece.values["weight"])
             if "exp_avg" in piece.values:
-                state = self.optimizer.state[part.flat]
-                if not state:
-                    selection = self.optimizer._selections.get(part.flat)
-                    self.optimizer._init_state(part.flat, selection)
+                state = self.optimizer.init_state(part.flat)
                 state["step"].fill_(piece.step)
                 for kind in ("exp_avg", "exp_avg_sq"):
                     self._state(part, state[kind]).copy_(piece.values[kind])
