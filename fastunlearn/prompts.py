@@ -2,57 +2,102 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import UserError
+from .files.prompt_files import SUFFIXES, PromptRow, read_prompt_file
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptList:
+    """Prompts, each once, in order.
+
+    ``grouped``: (prompt, group).  ``seeds``: a prompt's seeds, where the file gives them.  ``notes``: what of the file
+    was read how, for people.
+    """
+
+    grouped: list[tuple[str, str]]
+    seeds: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_prompts(value: str) -> PromptList:
+    """``FILE`` (see :mod:`.files.prompt_files`) or ``TEXT;TEXT``.  A prompt without a group is of ``retain``.
+
+    The prompt may be empty in the group ``empty``: what a model generates without being asked for anything.
+    Raises UserError for a file that cannot be read, or is not there, and where there is no prompt.
+    """
+    if not _names_a_file(value):
+        return _once([PromptRow(text) for text in value.split(";")], value, ())
+    path = Path(value).expanduser()
+    table = read_prompt_file(path)
+    return _once(table.rows, value, tuple(table.notes))
 
 
 def parse_prompts(value: str) -> list[str]:
-    """``FILE`` (one prompt a line, or a CSV with a ``prompt`` column) or ``TEXT;TEXT``.  Each prompt once, in order."""
-    return [prompt for prompt, _ in parse_grouped_prompts(value)]
+    """The prompts of :func:`read_prompts`."""
+    return [prompt for prompt, _ in read_prompts(value).grouped]
 
 
 def parse_grouped_prompts(value: str) -> list[tuple[str, str]]:
-    """As :func:`parse_prompts`, with each prompt's group: the CSV's ``group`` column, else ``retain``.
-
-    The prompt may be empty in the group ``empty``: what a model generates without being asked for anything.
-    """
-    if _looks_like_file(value):
-        pairs = _read_file(Path(value).expanduser())
-    else:
-        pairs = [(text, "retain") for text in value.split(";")]
-    result = _once(pairs)
-    if not result:
-        raise UserError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
-    return result
+    """The (prompt, group) of :func:`read_prompts`."""
+    return read_prompts(value).grouped
 
 
 def check_grouped_prompts(given: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Prompts, or (prompt, group), given as a list: each prompt once, its group ``retain`` unless it says another."""
-    pairs = []
+    rows = []
     for item in given:
         prompt, group = (item, "retain") if isinstance(item, str) else item
         if not isinstance(prompt, str) or not isinstance(group, str):
             raise UserError(f"a prompt is a text or a pair of texts (prompt, group), got {item!r}.")
-        pairs.append((prompt, group))
-    return _once(pairs)
+        rows.append(PromptRow(prompt, group))
+    return _once(rows, "the list", ()).grouped
 
 
-def _once(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Without spaces around, without lines that hold no prompt, and without repeats."""
-    pairs = [(prompt.strip(), group.strip() or "retain") for prompt, group in pairs]
-    # A line without a prompt is none, but where it says that it is meant.
-    pairs = [(prompt, group) for prompt, group in pairs if prompt or group == "empty"]
-    groups = dict(pairs)
-    for prompt, group in pairs:
-        if groups[prompt] != group:
-            raise UserError(f"the prompt {prompt!r} is in two groups, {group!r} and {groups[prompt]!r}. Keep one.")
-    return list(groups.items())
+def _once(rows: Sequence[PromptRow], value: str, notes: tuple[str, ...]) -> PromptList:
+    """Without spaces around, without rows that hold no prompt, and without repeats, which are told."""
+    groups: dict[str, str] = {}
+    keys: list[tuple[str, int | None]] = []
+    for row in rows:
+        prompt, group = row.prompt.strip(), row.group.strip().lower() or "retain"
+        # A row without a prompt is none, but where it says that it is meant.
+        if _is_blank(prompt):
+            if group != "empty":
+                continue
+            prompt = ""
+        if groups.setdefault(prompt, group) != group:
+            raise UserError(f"the prompt {prompt!r} is in two groups, {groups[prompt]!r} and {group!r}. Keep one.")
+        keys.append((prompt, row.seed))
+    if not groups:
+        raise UserError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
+    seeds: dict[str, tuple[int, ...]] = {}
+    for prompt, seed in dict.fromkeys(keys):
+        if seed is not None:
+            seeds[prompt] = (*seeds.get(prompt, ()), seed)
+    if unsaid := [prompt for prompt, seed in keys if seed is None and seeds]:
+        raise UserError(f"{value!r} gives seeds for some rows and none for {unsaid[0]!r}. Give all of them seeds.")
+    if repeats := len(keys) - len(set(keys)):
+        notes = (*notes, f"{value}: {repeats} of {len(keys)} rows repeat another and count once.")
+    return PromptList(list(groups.items()), seeds, notes)
+
+
+def _is_blank(text: str) -> bool:
+    """Whether a text shows nothing: only spaces, and signs without a shape such as the zero-width space."""
+    return all(sign.isspace() or unicodedata.category(sign) in ("Cf", "Cc") for sign in text)
+
+
+def mentions(prompts: Sequence[str], concept: str | None) -> list[str]:
+    """Those of the prompts that name the concept, a whole word in any case."""
+    word = (concept or "").strip()
+    if not word:
+        return []
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    return [prompt for prompt in prompts if pattern.search(prompt)]
 
 
 def substitute(prompt: str, concept: str, anchor: str) -> str:
@@ -64,7 +109,7 @@ def substitute(prompt: str, concept: str, anchor: str) -> str:
 
 
 def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
-    """ValueError where a prompt is both to forget and to keep, compared without case and spacing."""
+    """UserError where a prompt is both to forget and to keep, compared without case and spacing."""
     keep = {" ".join(prompt.lower().split()) for prompt in retain}
     both = [prompt for prompt in forget if " ".join(prompt.lower().split()) in keep]
     if both:
@@ -75,7 +120,7 @@ def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
 
 def is_forget(group: str) -> bool:
     """Groups named ``forget...`` ask for the concept; all others are to be kept."""
-    return group.startswith("forget")
+    return group.lower().startswith("forget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,30 +156,20 @@ class PromptGroups:
         return sorted({prompt: self.names.get(prompt, group) for prompt, group in plain.items()}.items())
 
 
-def _looks_like_file(value: str) -> bool:
+def _names_a_file(value: str) -> bool:
+    """Whether the value is a file.  UserError for what looks like one and is none: it was never meant as a prompt."""
     try:
         path = Path(value).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir() and value.strip() not in ("", ".")
-    except (OSError, RuntimeError):  # a long text is no valid file name, and `~word` perhaps no user
+    except (OSError, RuntimeError, ValueError):  # a long text is no valid file name, and `~word` perhaps no user
         return False
-    if is_folder and "/" in value:
+    if is_file:
+        return True
+    looks = path.suffix.lower() in SUFFIXES or ("/" in value and not re.search(r"\s", value.strip()))
+    if ";" in value or not (looks or value.startswith(("./", "../", "~/", "/"))):
+        return False
+    if is_folder:
         raise UserError(f"the prompt file {value!r} is a folder. Name a file in it.")
-    if not is_file and path.suffix.lower() in (".txt", ".csv", ".tsv") and ";" not in value:
-        raise UserError(f"the prompt file {value!r} does not exist. Check the path.")
-    return is_file
-
-
-def _read_file(path: Path) -> list[tuple[str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    if path.suffix.lower() not in (".csv", ".tsv"):
-        return [(line, "") for line in text.split("\n")]  # and not at what else Unicode calls the end of a line
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    if "prompt" not in (reader.fieldnames or []):
-        raise UserError(f"the prompt file {path} has no column named `prompt`, but {reader.fieldnames}.")
-    try:
-        return [(row["prompt"] or "", row.get("group") or "") for row in reader]
-    except csv.Error as error:
-        raise UserError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
+    raise UserError(
+        f"the prompt file {value!r} does not exist. Check the path; to mean this text, put a `;` behind it."
+    )

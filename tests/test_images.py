@@ -298,7 +298,7 @@ def broken(path: Path, kind: str) -> Path:
         ("transparent palette", "has transparent pixels"),
         ("animation", "is an animation"),
         ("empty", "cannot read the image .* (it is empty)"),
-        ("text", "cannot read the image .* (its content is no image)"),
+        ("text", "cannot read the image .* (its content is no image of a kind that is read)"),
         ("truncated", "cannot read the image"),
         ("damaged", "cannot read the image"),
         ("other size", "has 32 x 64 pixels, the first one 64 x 64"),

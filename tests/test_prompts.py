@@ -72,7 +72,7 @@ def test_files_are_read(name, content, pairs, tmp_path):
         pytest.param("p.txt", b"\n \n\t\n", "holds no prompt", id="blank lines"),
         pytest.param("p.csv", b"prompt\n", "holds no prompt", id="csv of a header"),
         pytest.param("p.csv", b"", "no column named `prompt`", id="empty csv"),
-        pytest.param("p.csv", b"text,group\na,b\n", "no column named `prompt`", id="csv without prompts"),
+        pytest.param("p.csv", b"words,group\na,b\n", "no column named `prompt`", id="csv without prompts"),
         pytest.param("p.txt", b"\xff\xfe\x00caf\xe9", "is not UTF-8 text", id="not utf-8"),
         pytest.param("p.csv", b'prompt\n"' + b"x " * 100_000, "is no proper CSV", id="quote never closed"),
         pytest.param("p.csv", b"prompt,group\na,forget\na,retain\n", "'a' is in two groups", id="two groups"),
