@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench results readme weights clean
+.PHONY: demo test test-slow fuzz lint bench results readme weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
 $(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python tools/fuzz.py --seconds 600 --seed $$RANDOM
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     its traceback.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="PIL")  # on damaged images, which we refuse or read
     arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(_parser().parse_args(arguments))

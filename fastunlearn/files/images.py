@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 
 #: What is read: a suffix, whatever its case, and Pillow's formats; a file's content decides which it is of.
 SUFFIXES = (
@@ -113,7 +113,9 @@ def read_image(path: Path) -> ImageFile:
             pixels = np.asarray(turned.convert("RGB"))
     except _Refusal as refusal:
         raise UserError(f"the image {path} {refusal}.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles over
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()).replace(repr(path), "").rstrip(".") or type(error).__name__
         if "cannot identify image file" in reason:
             reason = "it is empty" if not content else "its content is no image of a kind that is read"
