@@ -1,0 +1,421 @@
+"""Bad input, one table: what is given, and the one line that answers it.  Nothing is written, nothing is changed."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastunlearn.worlds.shapes import pipeline_folder
+
+TRAIN = (
+    "train",
+    "--forget",
+    "star",
+    "--output",
+    "{new}",
+    "--trajectories",
+    "1",
+    "--trajectory-steps",
+    "2",
+    "--steps",
+    "1",
+)
+EVALUATE = ("evaluate", "--original", "shapes", "--unlearned", "{run}", "--output", "{new}", "--device", "cpu")
+IMAGES = ("evaluate-images", "--original-images", "{before}", "--unlearned-images", "{after}", "--metric", "shapes")
+IMAGES = (*IMAGES, "--output", "{new}")
+MASK = ("mask", "--forget", "star", "--output", "{new}", "--trajectories", "1", "--trajectory-steps", "2")
+APPLY = ("apply", "--model", "shapes", "--output", "{new}")
+COMPARE = ("compare", "--output", "{new}")
+
+# name: (command, what the answer says).  {name} is a path of the workbench; a file is made by FILES.
+COMMANDS = {
+    "no command": ([], "COMMAND"),
+    "an unknown command": (["forget"], "invalid choice: 'forget'"),
+    "an unknown flag": (["train", "--forgte", "x"], "unrecognized arguments: --forgte"),
+    "a flag without its value": (["train", "--forget"], "expected one argument"),
+    "nothing required": (["train"], "missing: --forget, --output"),
+    "evaluate without models": (["evaluate"], "missing: --original"),
+    "compare without runs": (["compare", "--output", "{new}"], "missing: RUN"),
+    "compare with one run": ([*COMPARE, "a"], "at least 2 runs"),
+    "images without folders": (["evaluate-images"], "missing: --original-images"),
+    "apply without a delta": (["apply"], "missing: --model, --delta"),
+}
+NUMBERS = {
+    "steps below 0": ([*TRAIN, "--steps", "-1"], "`--steps` must be at least 0"),
+    "steps that are a word": ([*TRAIN, "--steps", "many"], "invalid int value: 'many'"),
+    "half a step": ([*TRAIN, "--steps", "2.5"], "invalid int value"),
+    "too many steps": ([*TRAIN, "--steps", "9999999999"], "`--steps` must be at most"),
+    "a learning rate of 0": ([*TRAIN, "--learning-rate", "0"], "above 0"),
+    "a learning rate of nan": ([*TRAIN, "--learning-rate", "nan"], "`--learning-rate` must be a number above 0"),
+    "a learning rate of inf": ([*TRAIN, "--learning-rate", "inf"], "`--learning-rate` must be a number above 0"),
+    "a learning rate above 1": ([*TRAIN, "--learning-rate", "2"], "at most 1"),
+    "an empty batch": ([*TRAIN, "--micro-batch-size", "0"], "at least 1"),
+    "no trajectory": ([*TRAIN, "--trajectories", "0"], "at least 1"),
+    "a seed below 0": ([*TRAIN, "--seed", "-1"], "at least 0"),
+    "a seed above 32 bits": ([*TRAIN, "--seed", str(2**32)], "at most"),
+    "a density of 0": ([*TRAIN, "--mask-density", "0"], "above 0 and at most 1"),
+    "a density above 1": ([*TRAIN, "--mask-density", "1.5"], "above 0 and at most 1"),
+    "a density of nan": ([*MASK, "--density", "nan"], "above 0 and at most 1"),
+    "clipping at 0": ([*TRAIN, "--max-grad-norm", "0"], "above 0"),
+    "decay below 0": ([*TRAIN, "--weight-decay", "-0.1"], "at least 0"),
+    "a margin of 0": ([*COMPARE, "--margin", "0", "{evaluation}", "{evaluation2}"], "above 0"),
+    "no images per forward": ([*EVALUATE, "--batch-size", "0"], "at least 1"),
+    "no seeds": ([*EVALUATE, "--seeds-per-prompt", "0"], "at least 1"),
+    "a cache of no size": ([*EVALUATE, "--cache", "{new}c", "--cache-limit-gib", "0"], "above 0"),
+    "no decoders": ([*IMAGES, "--num-workers", "0"], "at least 1"),
+    "an unknown precision": ([*TRAIN, "--mixed-precision", "fp8"], "invalid choice: 'fp8'"),
+    "an unknown device": ([*TRAIN, "--device", "tpu"], "invalid choice: 'tpu'"),
+    "an unknown schedule": ([*TRAIN, "--lr-scheduler", "cosine"], "invalid choice: 'cosine'"),
+}
+SETTINGS = {
+    "a config that is not there": ([*TRAIN, "--config", "{files}/none.yaml"], "cannot read the config file"),
+    "a config that is a folder": ([*TRAIN, "--config", "{files}"], "cannot read the config file"),
+    "a config that is no YAML": ([*TRAIN, "--config", "{files}/broken.yaml"], "cannot read the config file"),
+    "a config that is a list": ([*TRAIN, "--config", "{files}/list.yaml"], "must hold `name: value` lines"),
+    "a config that is binary": ([*TRAIN, "--config", "{files}/binary"], "cannot read the config file"),
+    "a config with an unknown name": ([*TRAIN, "--config", "{files}/unknown.yaml"], "unknown name 'stpes'"),
+    "a config with code": ([*TRAIN, "--config", "{files}/code.yaml"], "cannot read the config file"),
+    "a number that is a text": ([*TRAIN, "--config", "{files}/text.yaml"], "`seed` must be int, got 'x'"),
+    "a number that is a list": ([*TRAIN, "--config", "{files}/listed.yaml"], "`seed` must be int"),
+    "a truth for a number": ([*TRAIN, "--config", "{files}/truth.yaml"], "`seed` must be int, got True"),
+    "a choice that is none": ([*TRAIN, "--config", "{files}/choice.yaml"], "must be no or bf16, got 'fp8'"),
+    "a list of numbers for texts": (
+        [*EVALUATE, "--config", "{files}/numbers.yaml"],
+        "must be a text or a list of texts",
+    ),
+    "resume and overwrite": ([*TRAIN, "--resume", "--overwrite"], "give one of them"),
+    "mask and density": ([*TRAIN, "--mask", "m", "--mask-density", "0.5"], "leave `--mask-density` out"),
+    "processes without DeepSpeed": ([*TRAIN, "--num-processes", "2"], "needs `--deepspeed FILE`"),
+}
+CONCEPTS = {
+    "an empty concept": (["train", "--forget", " ", "--output", "{new}"], "`--forget` is empty"),
+    "a concept the world lacks": (["train", "--forget", "dog", "--output", "{new}"], "does not know the concept 'dog'"),
+    "an unknown method": ([*TRAIN, "--method", "erase"], "unknown method 'erase'"),
+    "an anchor that is the concept": ([*TRAIN, "--anchor", "STAR"], "leaves the forget prompt"),
+    "an anchor for a method without": ([*TRAIN, "--method", "neggrad", "--anchor", "ring"], "takes no `--anchor`"),
+    "a selector of nothing": ([*TRAIN, "--trainable", "attn9"], "selects no parameter"),
+    "an empty selector": ([*TRAIN, "--trainable", ","], "selects no parameter"),
+    "a forget prompt that is kept": ([*TRAIN, "--retain-prompts", "a star;a ring"], "are also retain prompts"),
+    "a prompt of nothing": ([*TRAIN, "--retain-prompts", ";;"], "holds no prompt"),
+    "a prompt without a shape": ([*TRAIN, "--retain-prompts", "\u200b"], "holds no prompt"),
+    "a prompt that is too long": ([*TRAIN, "--forget-prompts", "star " * 40], "tokens and the model reads 14"),
+    "a prompt of marks alone": ([*TRAIN, "--forget-prompts", "<|endoftext|>"], "turns the forget prompt"),
+}
+PROMPTS = {
+    "a prompt file that is not there": ([*TRAIN, "--retain-prompts", "none.txt"], "does not exist"),
+    "a JSON file that is not there": ([*TRAIN, "--retain-prompts", "none.jsonl"], "does not exist"),
+    "a path that is not there": ([*TRAIN, "--retain-prompts", "data/none"], "does not exist"),
+    "a prompt file that is a folder": ([*TRAIN, "--retain-prompts", "{files}"], "is a folder"),
+    "an empty prompt file": ([*TRAIN, "--retain-prompts", "{files}/empty.txt"], "holds no prompt"),
+    "a prompt file of blank lines": ([*TRAIN, "--retain-prompts", "{files}/blank.txt"], "holds no prompt"),
+    "a prompt file in another encoding": ([*TRAIN, "--retain-prompts", "{files}/latin.txt"], "is not UTF-8 text"),
+    "a prompt file of another kind": ([*TRAIN, "--retain-prompts", "{files}/table.parquet"], "a kind that is not read"),
+    "a prompt file that is binary": ([*TRAIN, "--retain-prompts", "{files}/binary"], "binary data|not UTF-8"),
+    "a CSV without prompts": ([*TRAIN, "--retain-prompts", "{files}/words.csv"], "no column named `prompt`"),
+    "cells too many": ([*TRAIN, "--retain-prompts", "{files}/cells.csv"], "3 cells in line 2 and 2 columns"),
+    "an open quote": ([*TRAIN, "--retain-prompts", "{files}/quote.csv"], "no proper CSV"),
+    "a prompt in two groups": ([*EVALUATE, "--prompts", "{files}/groups.csv"], "is in two groups"),
+    "a seed that is none": ([*EVALUATE, "--prompts", "{files}/seed.csv"], "the seed of row 2"),
+    "seeds for some": ([*EVALUATE, "--prompts", "{files}/seeds.csv"], "none for 'b'"),
+    "broken JSON": ([*TRAIN, "--retain-prompts", "{files}/broken.json"], "is no JSON"),
+    "broken JSON lines": ([*TRAIN, "--retain-prompts", "{files}/broken.jsonl"], "no JSON in line 2"),
+    "JSON of a number": ([*TRAIN, "--retain-prompts", "{files}/number.json"], "must hold a list of prompts"),
+    "JSON of deep objects": ([*TRAIN, "--retain-prompts", "{files}/deep.json"], "must be a list of prompts"),
+    "one prompt to keep": ([*EVALUATE, "--prompts", "a red ring"], "at least 2 retain prompts"),
+    "only prompts to forget": ([*EVALUATE, "--prompts", "{files}/forget.csv"], "at least 2 retain prompts"),
+}
+MODELS = {
+    "an unknown model": ([*TRAIN, "--model", "sd99"], "unknown model 'sd99'"),
+    "a model folder that is not there": ([*TRAIN, "--model", "./none"], "unknown model './none'"),
+    "a model that is a file": ([*TRAIN, "--model", "{files}/empty.txt"], "it is no folder"),
+    "a folder that is no model": ([*TRAIN, "--model", "{files}"], "no model_index.json"),
+    "a hub id without a network": ([*TRAIN, "--model", "nobody/nothing"], "cannot fetch the model"),
+    "a model with a damaged index": ([*TRAIN, "--model", "{model:index}"], r"model_index\.json is damaged"),
+    "a model of another family": ([*TRAIN, "--model", "{model:family}"], "a family not supported"),
+    "a model with cut weights": ([*TRAIN, "--model", "{model:cut}"], "truncated or damaged"),
+    "a model without weights": ([*TRAIN, "--model", "{model:none}"], "cannot load the model"),
+    "a model of a pickle": ([*TRAIN, "--model", "{model:pickle}"], "is pickled"),
+    "a model with too few tensors": ([*TRAIN, "--model", "{model:few}"], "is incomplete"),
+    "a model with a link that leads out": ([*MASK, "--model", "{model:link}"], "outside the model's folder"),
+    "a model whose index leads out": ([*TRAIN, "--model", "{model:part}"], "no name of a folder in it"),
+    "another sampler": ([*EVALUATE, "--unlearned", "{model:sampler}", "--forget", "star"], "another sampler"),
+    "a sampler that draws": ([*TRAIN, "--model", "{model:ancestral}"], "adds noise at every step"),
+    "more steps than the sampler has": ([*EVALUATE, "--num-inference-steps", "1001"], "1000"),
+    "an original that is none": ([*EVALUATE, "--original", "sd99"], "unknown model 'sd99'"),
+    "an unlearned model that is none": ([*EVALUATE, "--unlearned", "sd99"], "unknown model 'sd99'"),
+    "runs of different concepts": ([*EVALUATE, "--unlearned", "{other}"], "forgot different things"),
+    "no word of the concept": (
+        ["evaluate", "--original", "shapes", "--unlearned", "shapes", "--output", "{new}"],
+        "Name it with `--forget`",
+    ),
+    "an unknown distance": ([*EVALUATE, "--metric", "psnr"], "psnr"),
+    "an unknown metric": ([*EVALUATE, "--metrics", "psnr"], "psnr"),
+    "a metric twice": ([*EVALUATE, "--metrics", "ssim,ssim"], "twice"),
+    "trunk weights that are not there": (
+        [*EVALUATE, "--metric", "lpips-alex", "--trunk-weights", "none.safetensors"],
+        "cannot read the trunk weights",
+    ),
+    "trunk weights of another kind": (
+        [*EVALUATE, "--metric", "lpips-alex", "--trunk-weights", "{files}/empty.txt"],
+        "cannot read the trunk weights",
+    ),
+}
+WEIGHTS = {
+    "a mask that is not there": ([*TRAIN, "--mask", "none.safetensors"], "the mask none.safetensors does not exist"),
+    "a mask that is no mask": ([*TRAIN, "--mask", "{files}/tensors.safetensors"], "is no mask"),
+    "a mask that is a text": ([*TRAIN, "--mask", "{files}/empty.txt"], "is no mask"),
+    "a mask that was cut": ([*TRAIN, "--mask", "{files}/cut.mask.safetensors"], "is no mask|damaged"),
+    "a mask of other weights": (
+        [*TRAIN, "--mask", "{files}/star.mask.safetensors", "--model", "{model:changed}"],
+        "is of other weights",
+    ),
+    "a mask over a folder": (["mask", "--forget", "star", "--output", "{files}"], "is a folder"),
+    "a mask over a file": (["mask", "--forget", "star", "--output", "{files}/empty.txt"], "exists"),
+    "a mask into no folder": (
+        ["mask", "--forget", "star", "--output", "{new}/deep/m"],
+        "does not exist. Make it first",
+    ),
+    "a delta that is not there": ([*APPLY, "--delta", "none.safetensors"], "does not exist"),
+    "a delta that is no delta": ([*APPLY, "--delta", "{files}/tensors.safetensors"], "is no delta"),
+    "a delta that is a mask": ([*APPLY, "--delta", "{files}/star.mask.safetensors"], "is no delta"),
+    "a delta of another original": (
+        ["apply", "--model", "{model:changed}", "--delta", "{run}/delta.safetensors", "--output", "{new}"],
+        "belongs to another original",
+    ),
+    "a delta over its original": (
+        ["apply", "--model", "{model:whole}", "--delta", "{run}/delta.safetensors", "--output", "{model:whole}"],
+        "is the original itself",
+    ),
+    "a delta into a used folder": ([*APPLY[:-1], "{files}", "--delta", "{run}/delta.safetensors"], "is not empty"),
+}
+IMAGE_FOLDERS = {
+    "a folder that is not there": ([*IMAGES, "--original-images", "none"], "is no folder"),
+    "a folder without images": ([*IMAGES, "--original-images", "{files}"], "holds no image"),
+    "a missing partner": ([*IMAGES, "--unlearned-images", "{images:missing}"], "partners are missing"),
+    "one pair": (
+        [*IMAGES, "--original-images", "{images:one}", "--unlearned-images", "{images:one}"],
+        "at least 2 pairs",
+    ),
+    "another size": ([*IMAGES, "--unlearned-images", "{images:size}"], "distances of different sizes do not compare"),
+    "a cut image": ([*IMAGES, "--unlearned-images", "{images:cut}"], "cannot read the image"),
+    "an empty image": ([*IMAGES, "--unlearned-images", "{images:empty}"], "it is empty"),
+    "a text for an image": ([*IMAGES, "--unlearned-images", "{images:text}"], "no image of a kind that is read"),
+    "a transparent image": ([*IMAGES, "--unlearned-images", "{images:alpha}"], "transparent pixels"),
+    "an animation": ([*IMAGES, "--unlearned-images", "{images:animation}"], "is an animation"),
+    "16 bits per channel": ([*IMAGES, "--unlearned-images", "{images:deep}"], "more than 8 bits per channel"),
+    "CMYK": ([*IMAGES, "--unlearned-images", "{images:cmyk}"], "color mode CMYK"),
+    "two images of one name": ([*IMAGES, "--original-images", "{images:twice}"], "holds two images named"),
+    "a prompt file without files": ([*IMAGES, "--prompts", "{files}/groups.csv"], "no column named `file`"),
+    "a prompt file of other images": ([*IMAGES, "--prompts", "{files}/images.csv"], "does not fit the folders"),
+    "clip-score without prompts": ([*IMAGES, "--metrics", "clip-score"], "needs the prompts"),
+}
+FOLDERS = {
+    "an output that is a file": ([*TRAIN[:4], "{files}/empty.txt"], "is a file"),
+    "an output that is used": ([*TRAIN[:4], "{files}"], "is not empty"),
+    "overwriting what is not ours": ([*TRAIN[:4], "{files}", "--overwrite"], "no run of fastunlearn"),
+    "resuming what is not ours": ([*TRAIN[:4], "{files}", "--resume"], "no run of fastunlearn"),
+    "resuming nothing": ([*TRAIN, "--resume"], "holds no run"),
+    "resuming with other settings": ([*TRAIN[:4], "{run}", "--resume", "--seed", "7"], "seed"),
+    "training into an evaluation": ([*TRAIN[:4], "{evaluation}", "--resume"], "output of `fastunlearn evaluate`"),
+    "evaluating into a run": (
+        ["evaluate", "--original", "shapes", "--unlearned", "{run}", "--output", "{run}"],
+        "is not empty",
+    ),
+    "a demo into a used folder": (["demo", "--output", "{files}"], "is not empty"),
+    "images into a used folder": ([*IMAGES[:-1], "{files}"], "is not empty"),
+    "comparing nothing": ([*COMPARE, "none", "{evaluation}"], "holds no evaluation"),
+    "comparing a run with itself": ([*COMPARE, "{evaluation}", "{evaluation}"], "is given twice"),
+    "comparing a folder of prompts": ([*COMPARE, "{files}", "{evaluation}"], "holds no evaluation"),
+    "comparing into a used folder": (
+        ["compare", "--output", "{files}", "{evaluation}", "{evaluation2}"],
+        "is not empty",
+    ),
+}
+DEEPSPEED = {
+    "a DeepSpeed file that is not there": ([*TRAIN, "--deepspeed", "none.json"], "cannot read the DeepSpeed file"),
+    "a DeepSpeed file that is no JSON": ([*TRAIN, "--deepspeed", "{files}/broken.json"], "is not JSON"),
+    "a DeepSpeed file of a list": ([*TRAIN, "--deepspeed", "{files}/list.json"], "must hold one JSON object"),
+    "an optimizer of its own": ([*TRAIN, "--deepspeed", "{files}/ds-optimizer.json"], "take `optimizer` out"),
+    "an unknown key": ([*TRAIN, "--deepspeed", "{files}/ds-unknown.json"], "unknown key 'zero_optimisation'"),
+    "a stage that is none": ([*TRAIN, "--deepspeed", "{files}/ds-stage.json"], "must be 0, 1, 2 or 3, got 4"),
+    "batch sizes that disagree": ([*TRAIN, "--deepspeed", "{files}/ds-batch.json"], "the batch sizes disagree"),
+    "fp16": ([*TRAIN, "--deepspeed", "{files}/ds-fp16.json"], "fp16 with its loss scaling is not supported"),
+}
+TABLE = COMMANDS | NUMBERS | SETTINGS | CONCEPTS | PROMPTS | MODELS | WEIGHTS | IMAGE_FOLDERS | FOLDERS | DEEPSPEED
+
+FILES = {
+    "empty.txt": "",
+    "blank.txt": "\n \n\t\n",
+    "table.parquet": "PAR1",
+    "latin.txt": b"caf\xe9 \xff",
+    "binary": b"\x00\xff\x00",
+    "broken.yaml": "a: [",
+    "list.yaml": "- a",
+    "unknown.yaml": "stpes: 3",
+    "text.yaml": "seed: x",
+    "truth.yaml": "seed: true",
+    "code.yaml": "seed: !!python/object/apply:os.getpid []",
+    "listed.yaml": "seed: [1]",
+    "choice.yaml": "mixed_precision: fp8",
+    "numbers.yaml": "unlearned: [1, 2]",
+    "words.csv": "words\na\n",
+    "cells.csv": "prompt,group\na,b,c\n",
+    "quote.csv": 'prompt\n"a\n',
+    "groups.csv": "prompt,group\na,near\na,far\nb,far\n",
+    "seed.csv": "prompt,seed\na,x\n",
+    "seeds.csv": "prompt,seed\na,1\nb,\n",
+    "broken.json": '["a"',
+    "broken.jsonl": '"a"\n{"b"\n',
+    "number.json": "5",
+    "deep.json": '{"a": {"b": ["c"]}}',
+    "forget.csv": "prompt,group\na,forget\nb,Forget\n",
+    "list.json": "[]",
+    "images.csv": "file,prompt\nnone.png,a\n",
+    "ds-optimizer.json": '{"optimizer": {"type": "Adam"}}',
+    "ds-unknown.json": '{"zero_optimisation": {}}',
+    "ds-stage.json": '{"zero_optimization": {"stage": 4}}',
+    "ds-batch.json": '{"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}',
+    "ds-fp16.json": '{"fp16": {"enabled": true}}',
+}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def fewer(path):
+    save_file(dict(list(load_file(path).items())[:10]), path)
+
+
+def nudged(path):
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] + 1}, path)
+
+
+def pickled(folder):
+    (folder / UNET).unlink()
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def linked(folder, outside):
+    outside.write_text("{}")
+    (folder / "unet" / "notes.json").symlink_to(outside)
+
+
+MODEL_DAMAGE = {
+    "whole": lambda f: None,
+    "index": lambda f: (f / "model_index.json").write_text("{"),
+    "family": lambda f: change_json(f / "model_index.json", _class_name="KandinskyPipeline"),
+    "cut": lambda f: cut(f / UNET),
+    "none": lambda f: (f / UNET).unlink(),
+    "pickle": pickled,
+    "few": lambda f: fewer(f / UNET),
+    "link": lambda f: linked(f, f.with_name("outside.json")),
+    "part": lambda f: change_json(f / "model_index.json", **{"../../x": ["diffusers", "DDIMScheduler"]}),
+    "sampler": lambda f: change_json(f / "scheduler" / "scheduler_config.json", beta_end=0.02),
+    "ancestral": lambda f: (
+        change_json(f / "model_index.json", scheduler=["diffusers", "EulerAncestralDiscreteScheduler"]),
+        change_json(f / "scheduler" / "scheduler_config.json", _class_name="EulerAncestralDiscreteScheduler"),
+    ),
+    "changed": lambda f: nudged(f / UNET),
+}
+
+
+def image(seed, size=(64, 64), mode="RGB"):
+    return Image.effect_noise(size, 20 + 20 * seed).convert(mode)
+
+
+IMAGE_DAMAGE = {
+    "missing": lambda f: (f / "1.png").unlink(),
+    "one": lambda f: [(f / f"{n}.png").unlink() for n in (1, 2)],
+    "size": lambda f: image(1, (32, 64)).save(f / "1.png"),
+    "cut": lambda f: cut(f / "1.png"),
+    "empty": lambda f: (f / "1.png").write_bytes(b""),
+    "text": lambda f: (f / "1.png").write_text("hello"),
+    "alpha": lambda f: image(1).convert("RGBA").putalpha(128) or Image.new("RGBA", (64, 64)).save(f / "1.png"),
+    "animation": lambda f: (
+        (f / "1.png").unlink(),
+        image(1).save(f / "1.gif", save_all=True, append_images=[image(2)]),
+    ),
+    "deep": lambda f: Image.new("I;16", (64, 64), 999).save(f / "1.png"),
+    "cmyk": lambda f: ((f / "1.png").unlink(), image(1).convert("CMYK").save(f / "1.jpg")),
+    "twice": lambda f: image(1).save(f / "1.bmp"),
+}
+
+
+@pytest.fixture(scope="session")
+def workbench(tmp_path_factory):
+    """Whatever the table names: files, damaged models and images, a finished run, two evaluations."""
+    from fastunlearn.cli.main import main
+
+    root = tmp_path_factory.mktemp("workbench")
+    for name, content in FILES.items():
+        path = root / "files" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    save_file({"x": torch.zeros(3)}, root / "files" / "tensors.safetensors")
+    for name, damage in MODEL_DAMAGE.items():
+        damage(Path(shutil.copytree(pipeline_folder("shapes"), root / f"model-{name}")))
+    for side in ("before", "after"):
+        (root / side).mkdir()
+        for number in range(3):
+            image(number).save(root / side / f"{number}.png")
+    for name, damage in IMAGE_DAMAGE.items():
+        damage(Path(shutil.copytree(root / "before", root / f"images-{name}")))
+    tiny = ["--trajectories", "1", "--trajectory-steps", "2", "--steps", "1", "--evaluation-prompts", "none"]
+    mask = root / "files" / "star.mask.safetensors"
+    evaluate = ["evaluate", "--original", "shapes", "--unlearned", "shapes", "--forget", "star", "--device", "cpu"]
+    evaluate += ["--prompts", "a red ring;a blue ring", "--num-inference-steps", "1", "--control-pairs", "1"]
+    for words in (
+        ["train", "--forget", "star", "--output", root / "run", *tiny],
+        ["train", "--forget", "star", "--output", root / "delta", "--save", "delta", *tiny],
+        ["train", "--forget", "ring", "--output", root / "other", *tiny],
+        ["mask", "--forget", "star", "--output", mask, "--trajectories", "1", "--trajectory-steps", "2"],
+        [*evaluate, "--output", root / "evaluation"],
+        [*evaluate, "--output", root / "evaluation2"],
+    ):
+        assert main([str(word) for word in words]) == 0
+    shutil.copy(root / "delta" / "delta.safetensors", root / "files" / "star.delta.safetensors")
+    shutil.copy(mask, root / "files" / "cut.mask.safetensors")
+    cut(root / "files" / "cut.mask.safetensors")
+    return root
+
+
+def placed(word, root):
+    names = {"new": root / "new", "run": root / "run", "files": root / "files", "other": root / "other"}
+    names |= {name: root / name for name in ("before", "after", "evaluation", "evaluation2")}
+    word = word.replace("{run}/delta.safetensors", str(root / "files" / "star.delta.safetensors"))
+    word = re.sub(r"\{(model|images):(\w+)\}", lambda found: str(root / f"{found[1]}-{found[2]}"), word)
+    return re.sub(r"\{(\w+)\}", lambda found: str(names[found[1]]), word)
+
+
+def state(root):
+    return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(("words", "said"), TABLE.values(), ids=TABLE)
+def test_bad_input_is_one_line_and_changes_nothing(words, said, workbench, refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = state(workbench)
+    line = refused(*(placed(word, workbench) for word in words))
+    assert re.search(said, line), line
+    assert state(workbench) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_is_as_long_as_it_says():
+    assert len(TABLE) >= 120
+    assert len(TABLE) == sum(map(len, (COMMANDS, NUMBERS, SETTINGS, CONCEPTS, PROMPTS, MODELS, WEIGHTS))) + sum(
+        map(len, (IMAGE_FOLDERS, FOLDERS, DEEPSPEED))
+    )
