@@ -1,0 +1,333 @@
+"""The result files, typed: evaluation.json, run.json, compare.json, demo.json.
+
+How they are written and read, and what every one of them begins with, is in ``record.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .errors import UserError
+from .record import FREE, OMITTED, Record, Share, read_json
+
+Interval = tuple[float, float]
+Shares = tuple[Share, Share]
+
+
+# ---- evaluation.json of `evaluate` -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeRecord:
+    """Who said what an image shows.  ``valid_threshold``: None for a judge that cannot tell a valid image."""
+
+    name: str
+    threshold: float
+    valid_threshold: float | None
+    attributes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changed:
+    """The share of retain pairs whose distance is above that of a control."""
+
+    threshold: float
+    source: str
+    share: Share
+    ci95: Shares
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    mean: float
+    ci95: Interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Integrity:
+    """Distances of the retain pairs, and retention R: their place between the floor (1) and the ceiling (0)."""
+
+    mean: float
+    ci95: Interval
+    floor: float
+    ceiling: float
+    retention: float
+    retention_ci95: Interval
+    n_pairs: int
+    n_prompts: int
+    interval: str
+    quantiles: dict[str, float]
+    changed: dict[str, Changed]
+    metric: str
+    minus_placebo: Difference | None = dataclasses.field(default=None, metadata=OMITTED)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Erasure:
+    """Shares of the images that were asked for with the concept.
+
+    ``shown``: the judge sees the concept, in a valid image.  ``valid``: None where the judge cannot tell.
+    ``unlearning_accuracy``: UA of the field, which garbage earns too; ``unlearning_accuracy_valid``: which it cannot.
+    """
+
+    concept: str
+    n_images: int
+    shown: Share
+    shown_ci95: Shares
+    shown_original: Share
+    valid: Share | None
+    valid_original: Share | None
+    unlearning_accuracy: Share
+    unlearning_accuracy_valid: Share | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """What the judge says of one attribute of the retain images.
+
+    ``accuracy``, ``original``: the share that shows the word that the prompt asks for, after and before; None where no
+    prompt asks.  ``n_asked``: images whose prompt asks.  ``agreement``: the share with one word before and after.
+    """
+
+    accuracy: Share | None
+    original: Share | None
+    agreement: Share
+    n_asked: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retain:
+    """``agreement``: the share of retain images of which the judge says the same before and after, in all attributes
+    and in being valid; None for a judge without attributes."""
+
+    n_images: int
+    attributes: dict[str, Attribute]
+    agreement: Share | None
+    valid: Share | None
+    valid_original: Share | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """One group of prompts.  Groups to forget have shares of the judge, the others have a retention."""
+
+    n_pairs: int
+    n_prompts: int
+    mean: float
+    ci95: Interval | None
+    quantiles: dict[str, float]
+    shown: Share | None = dataclasses.field(default=None, metadata=OMITTED)
+    shown_ci95: Shares | None = dataclasses.field(default=None, metadata=OMITTED)
+    valid: Share | None = dataclasses.field(default=None, metadata=OMITTED)
+    changed: dict[str, Share] | None = dataclasses.field(default=None, metadata=OMITTED)
+    ceiling: float | None = dataclasses.field(default=None, metadata=OMITTED)
+    retention: float | None = dataclasses.field(default=None, metadata=OMITTED)
+    retention_ci95: Interval | None = dataclasses.field(default=None, metadata=OMITTED)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlRecord:
+    """Distances of the original to itself, made as ``what`` says."""
+
+    what: str
+    n_pairs: int
+    mean: float
+    q99: float
+    max: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceboRecord:
+    name: str
+    mean: float
+    ci95: Interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controls:
+    repeat: float
+    numeric: ControlRecord
+    precision: ControlRecord | None
+    placebo: PlaceboRecord | None
+    redrawn: float
+    redrawn_ci95: Interval
+
+
+# ---- evaluation.json of `evaluate-images` ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderDistances:
+    """Distances of pairs of image files; ``unchanged`` is the share that is 0."""
+
+    mean: float
+    ci95: Interval | None
+    interval: str
+    quantiles: dict[str, float]
+    unchanged: Share
+    n_pairs: int
+    n_prompts: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderIntegrity(FolderDistances):
+    """``clusters``: what counts as independent, ``prompts`` or ``pairs``."""
+
+    metric: str
+    clusters: str
+
+
+# ---- compare.json ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """``retention``, ``shown``, ``valid``: None where they were not measured."""
+
+    name: str
+    folder: str
+    mean: float
+    hash: str
+    method: str | None = None
+    retention: float | None = None
+    retention_ci95: Interval | None = None
+    shown: Share | None = None
+    valid: Share | None = None
+    judge: JudgeRecord | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GapRecord:
+    """How much more a keeps than b.  Without a margin nothing is said of equivalence."""
+
+    difference: float
+    ci95: Interval
+    p_value: Share
+    ci90: Interval
+    equivalence_p_value: Share | None
+    equivalent: bool | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedPair(GapRecord):
+    a: str
+    b: str
+    p_value_holm: Share
+    groups: dict[str, GapRecord]
+    verdict: str
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(Record):
+    """evaluation.json of ``evaluate``: one unlearned model beside its original.
+
+    ``judge``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
+    ``is_reconstruction``: the method is made after a paper whose full text was not at hand.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    command: ClassVar[str] = "evaluate"
+
+    name: str
+    method: str
+    concept: str
+    model: str
+    is_reconstruction: bool = False
+    integrity: Integrity
+    judge: JudgeRecord | None
+    erasure: Erasure | None
+    retain: Retain | None
+    groups: dict[str, Group]
+    controls: Controls
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        _check_hashes(self.spec, "original", "unlearned")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldersEvaluation(Record):
+    """evaluation.json of ``evaluate-images``.  ``notes``: sentences about the images that a reader must know."""
+
+    kind: ClassVar[str] = "images"
+    command: ClassVar[str] = "evaluate-images"
+
+    integrity: FolderIntegrity
+    groups: dict[str, FolderDistances]
+    notes: tuple[str, ...] = ()
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        _check_hashes(self.spec, "original_images", "unlearned_images")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """run.json: what a training was of, with what it was made, and what it made."""
+
+    kind: ClassVar[str] = "run"
+    command: ClassVar[str] = "train"
+
+    method: str
+    concept: str
+    model: str
+    is_reconstruction: bool = False
+    versions: dict[str, str]
+    device: str
+    threads: int
+    hashes: dict[str, str]
+    trainable_parameters: int
+    total_parameters: int
+    rows: int
+    unet_evaluations: dict[str, int]
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(Record):
+    """compare.json.  ``margin``: the largest harmless difference, in ``unit``; None where none was given."""
+
+    kind: ClassVar[str] = "comparison"
+    command: ClassVar[str] = "compare"
+
+    margin: float | None
+    unit: str
+    interval: str
+    n_pairs: int
+    n_prompts: int
+    runs: tuple[ComparedRun, ...]
+    comparisons: tuple[ComparedPair, ...]
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(Record):
+    """demo.json: the evaluation of each method's model, in order."""
+
+    kind: ClassVar[str] = "demo"
+    command: ClassVar[str] = "demo"
+
+    seconds: float
+    evaluations: tuple[Evaluation, ...]
+
+
+def read_evaluation(path: Path) -> Evaluation | FoldersEvaluation:
+    """An evaluation.json, of ``evaluate`` or of ``evaluate-images``.  Raises UserError like ``Record.read``."""
+    content = read_json(path, Evaluation.command)
+    is_of_folders = isinstance(content, dict) and content.get("kind") == FoldersEvaluation.kind
+    return (FoldersEvaluation if is_of_folders else Evaluation).from_dict(content, str(path))
+
+
+def _check_hashes(spec: Mapping[str, Any], *names: str) -> None:
+    hashes = spec.get("hashes")
+    for name in names:
+        if not isinstance(hashes, Mapping) or not isinstance(hashes.get(name), str):
+            raise UserError(f"spec.hashes.{name} is missing")
