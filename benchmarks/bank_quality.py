@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastunlearn.evaluation.evaluator import evaluate_models, world_groups
+from fastunlearn.evaluation.evaluator import evaluate_models
+from fastunlearn.evaluation.plan import world_groups
 from fastunlearn.files.atomic import write_json
 from fastunlearn.methods import get_method
 from fastunlearn.metrics.lpips import load_perceptual
@@ -70,10 +71,11 @@ def compare(method: str, trajectories: list[int], seeds: int) -> list[dict]:
         group = [by_name[f"{count}-{seed}"] for seed in range(seeds)]
         row: dict[str, Any] = {
             "trajectories": count,
-            "forget_accuracy": float(np.mean([r.summary["erasure"]["forget_accuracy"] for r in group])),
-            "retention": [round(r.summary["integrity"]["retention"], 4) for r in group],
-            "retention_ci95": [r.summary["integrity"]["retention_ci95"] for r in group],
-            "distance": float(np.mean([r.summary["integrity"]["mean"] for r in group])),
+            "shown": float(np.mean([r.evaluation.erasure.shown for r in group if r.evaluation.erasure])),
+            "valid": float(np.mean([r.evaluation.erasure.valid for r in group if r.evaluation.erasure])),
+            "retention": [round(r.evaluation.integrity.retention, 4) for r in group],
+            "retention_ci95": [r.evaluation.integrity.retention_ci95 for r in group],
+            "distance": float(np.mean([r.evaluation.integrity.mean for r in group])),
         }
         if count != "fresh":
             ours, theirs = (

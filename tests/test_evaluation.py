@@ -14,19 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from toys import NOISE, PROMPTS, SETTINGS, Brightness, MeanDifference, deaf, draw, names_in, shifted
+from toys import NOISE, PROMPTS, SETTINGS, Brightness, MeanDifference, Reader, deaf, draw, names_in, run_record, shifted
 
 from fastunlearn import EvaluateConfig, evaluate
-from fastunlearn.config import to_yaml
 from fastunlearn.distributed import Failure, World
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.evaluate import _record, config_of_run
-from fastunlearn.evaluation.evaluator import Evaluator, Plan, PromptGroups
+from fastunlearn.evaluation.evaluate import _record
+from fastunlearn.evaluation.evaluator import Evaluator
+from fastunlearn.evaluation.inputs import run_of
+from fastunlearn.evaluation.plan import Plan, PromptGroups
 from fastunlearn.evaluation.generators import as_source
 from fastunlearn.evaluation.image_cache import ImageCache
-from fastunlearn.evaluation.journal import Batch, Journal
+from fastunlearn.evaluation.journal import Journal, PairScores
 from fastunlearn.evaluation.ranks import Ranks
-from fastunlearn.files.run_folder import RECORD, claimed, prepare_output
+from fastunlearn.files.run_folder import RECORD, claimed, own, prepare_output
 from fastunlearn.models.generate import SamplerSpec
 
 GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") for index, prompt in enumerate(PROMPTS)]
@@ -95,7 +96,7 @@ def by_ranks(folder, world_size, order):
             _record(plan, evaluator, journals[rank], Ranks(World(rank, world_size), True))
     Ranks(World(0, world_size), True).wait(journals[0].folder)
     with Evaluator(plan) as evaluator:
-        result = evaluator.conclude(Batch.merge(list(journals[0].batches())), {}).results[0]
+        result = evaluator.conclude(PairScores.merge(list(journals[0].batches())), {}).results[0]
     for journal in journals.values():
         journal.close()
     return result.summary, result.pairs
@@ -542,13 +543,32 @@ def test_launched_and_started_ranks_exclude_each_other(tmp_path, monkeypatch):
         evaluate("shapes", "shapes", forget="star", output=tmp_path / "run", overwrite=True)
 
 
-def test_a_run_is_known_by_its_config(tmp_path):
-    from fastunlearn.training.config import TrainConfig
-
+def test_a_run_is_known_by_its_record(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "model_index.json").write_text("{}")
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(TrainConfig(forget="star", method="esd", output="run")))
+    record = run_record(method="esd", concept="a [red] star")
+    record.write(tmp_path / "run" / "run.json")
     for given in (tmp_path / "run", str(tmp_path / "run" / "model")):
-        assert config_of_run(given).method == "esd"
-    assert config_of_run(tmp_path) is None
-    assert config_of_run("shapes") is None
+        assert run_of(given) == record
+    assert run_of(tmp_path) is None
+    assert run_of("shapes") is None
+
+
+def test_a_run_of_another_version_is_told_and_another_programs_record_is_not_read(tmp_path):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "model_index.json").write_text("{}")
+    path = tmp_path / "run" / "run.json"
+    for foreign in ("", "[1]", '{"id": "abc", "schema": 7}', "{"):
+        path.write_text(foreign)
+        assert run_of(model) is None
+    path.write_text('{"fastunlearn": "0.1.0", "method": "esd", "concept": "star"}')
+    with pytest.raises(UserError, match=r"run\.json is of version 0\.1 or older.*`fastunlearn train`"):
+        run_of(model)
+    path.write_text(run_record().to_json().replace('"schema": 1', '"schema": 9'))
+    with pytest.raises(UserError, match="has schema 9.* Update fastunlearn"):
+        run_of(model)
+    path.write_text("{")
+    own(tmp_path / "run", "train")
+    with pytest.raises(UserError, match="is damaged"):
+        run_of(model)

@@ -1,13 +1,17 @@
 """The evaluator: exact where it must be, calibrated at both ends, and refusing what cannot be compared."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+from toys import run_record
+
 from fastunlearn import evaluate
-from fastunlearn.evaluation.evaluator import PromptGroups, evaluate_models, file_groups, world_groups
+from fastunlearn.evaluation.evaluator import evaluate_models
+from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.generators import PipelineSource, as_source, check_comparable
 from fastunlearn.evaluation.results import EvaluationReport, write_results
 from fastunlearn.metrics.lpips import load_perceptual
@@ -78,12 +82,17 @@ def test_summary_has_the_promised_fields(result):
     summary = result.results[0].summary
     for section, names in {
         "integrity": "mean ci95 ceiling retention n_pairs n_prompts metric",
-        "erasure": "forget_accuracy forget_accuracy_original",
-        "retain": "shape_accuracy color_accuracy background_accuracy",
+        "judge": "name threshold valid_threshold attributes",
+        "erasure": "shown shown_ci95 shown_original valid valid_original unlearning_accuracy",
+        "retain": "attributes agreement valid valid_original",
         "controls": "repeat",
         "spec": "sampler steps guidance_scale dtype hashes",
     }.items():
         assert set(names.split()) <= summary[section].keys()
+    assert list(summary["retain"]["attributes"]) == summary["judge"]["attributes"] == ["shape", "color", "background"]
+    for attribute in summary["retain"]["attributes"].values():
+        assert attribute.keys() == {"accuracy", "original", "agreement", "n_asked"}
+    assert re.fullmatch(r"shapes@[0-9a-f]{12}", summary["judge"]["name"])
     assert summary["controls"]["repeat"] == 0.0
     assert summary["integrity"]["n_pairs"] == summary["integrity"]["n_prompts"] == 4
     assert summary["integrity"]["mean"] > 0
@@ -95,8 +104,15 @@ def test_summary_is_the_mean_of_the_records(result):
     distances = [record["distance"] for record in evaluation.pairs if record["group"] == "retain"]
     assert evaluation.summary["integrity"]["mean"] == pytest.approx(sum(distances) / len(distances))
     assert len(evaluation.pairs) == 6
-    shown = [record["shape"] == "star" for record in evaluation.pairs if record["group"] == "forget"]
-    assert evaluation.summary["erasure"]["forget_accuracy"] == sum(shown) / 2
+    forget = [record for record in evaluation.pairs if record["group"] == "forget"]
+    erasure = evaluation.summary["erasure"]
+    assert erasure["shown"] == sum(record["shown"] and record["valid"] for record in forget) / 2
+    assert erasure["valid"] == sum(record["valid"] for record in forget) / 2
+    before = [record["original"]["shown"] and record["original"]["valid"] for record in forget]
+    assert erasure["shown_original"] == sum(before) / 2
+    for record in evaluation.pairs:
+        # The word that the classifier names is the concept just where the score says so.
+        assert record["shown"] == (record["attributes"]["shape"] == "star") == (record["score"] >= 0.5)
 
 
 def test_the_order_of_prompts_changes_no_bit(bundled, damaged, metric, result):
@@ -192,7 +208,7 @@ def test_results_are_written_whole(tmp_path, result):
 
 def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):
     shutil.copytree(bundled.source, tmp_path / "run" / "model")
-    (tmp_path / "run" / "config.yaml").write_text("forget: star\noutput: run\nmethod: identity\n")
+    run_record(method="identity", concept="star").write(tmp_path / "run" / "run.json")
     result = evaluate(
         "shapes",
         tmp_path / "run",

@@ -17,7 +17,7 @@ from PIL import Image
 from toys import names_in
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
-from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize
+from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize_folders
 from fastunlearn.files.atomic import write_lines
 from fastunlearn.files.images import find_images, read_image
 from fastunlearn.metrics.field import load_metric

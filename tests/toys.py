@@ -5,7 +5,10 @@ import hashlib
 import numpy as np
 import torch
 
+from fastunlearn.errors import UserError
 from fastunlearn.files.run_folder import RECORD
+from fastunlearn.judges import Verdicts
+from fastunlearn.schema import RunRecord
 
 NOISE = (3, 8, 8)
 
@@ -51,6 +54,7 @@ class Brightness:
     """A metric of two features a pair."""
 
     name = "brightness"
+    needs_prompts = False
 
     def measure(self, original, unlearned, prompts):
         assert len(original) == len(unlearned) == len(prompts)
@@ -59,6 +63,49 @@ class Brightness:
     def summarize(self, values, prompts):
         assert len(values) == len(prompts)
         return {"original": float(np.mean(values[:, 0])), "unlearned": float(np.mean(values[:, 1]))}
+
+
+class Reader:
+    """A judge of toy images: sees the concept in bright ones, and nothing valid in what has no noise."""
+
+    name = "reader@0"
+    threshold = 0.6
+    valid_threshold = 0.5
+    vocabulary = {"tint": ("red", "green", "blue")}  # noqa: RUF012
+
+    def check(self, concept):
+        if concept == "unknown":
+            raise UserError("the reader does not know 'unknown'.")
+
+    def asked(self, prompt):
+        return {"tint": "red"} if "xx" in prompt else {}
+
+    def judge(self, images, concept):
+        mean = images.float().mean(dim=(2, 3))
+        return Verdicts(
+            shown=mean.mean(1) / 255,
+            valid=(images.float().std(dim=(1, 2, 3)) > 1).float(),
+            attributes={"tint": [self.vocabulary["tint"][index] for index in mean.argmax(1).tolist()]},
+        )
+
+
+def run_record(**changes):
+    """The record of a run that never was."""
+    content = {
+        "method": "esd",
+        "concept": "star",
+        "model": "shapes",
+        "versions": {"torch": "2"},
+        "device": "cpu",
+        "threads": 1,
+        "hashes": {"original": "a", "unlearned": "b"},
+        "trainable_parameters": 1,
+        "total_parameters": 2,
+        "rows": 3,
+        "unet_evaluations": {"bank": 4, "loop": 5},
+        "seconds": {"training_s": 1.5},
+    }
+    return RunRecord(**content | changes)
 
 
 SETTINGS = {"metric": MeanDifference(), "noise_shape": NOISE, "batch_size": 4}

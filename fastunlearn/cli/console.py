@@ -8,31 +8,34 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..evaluation.results import EvaluationReport
 from ..progress import Reporter
+from ..schema import Comparison, Evaluation, FoldersEvaluation
+
+if TYPE_CHECKING:
+    from ..evaluation.results import EvaluationReport
 
 
 class Console(Reporter):
     """Prints plans to stdout and draws bars on stderr, where it is a terminal."""
 
     def __init__(self, *, plans: bool = True, quiet: bool = False) -> None:
-        self.out = Terminal(highlight=False, soft_wrap=True)
+        self.out = terminal(soft_wrap=True)
         self.plans = plans
-        terminal = Terminal(stderr=True)
+        error = terminal(stderr=True)
         self.bars = Progress(
-            TextColumn("{task.description:10}"),
+            TextColumn("{task.description:10}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(compact=True),
-            console=terminal,
-            disable=quiet or not terminal.is_terminal,
+            console=error,
+            disable=quiet or not error.is_terminal,
         )
         self.task: TaskID | None = None
         self.begun = 0.0  # the scoring
@@ -54,7 +57,7 @@ class Console(Reporter):
         self.name = name
         if self.plans:
             for line in lines:
-                self.out.print(line, markup=False)
+                self.out.print(line)
 
     def stage(self, name: str) -> None:
         self.task, self.begun = None, time.monotonic()
@@ -71,7 +74,7 @@ class Console(Reporter):
         self._advance("compare", done, total, "pairs")
 
     def note(self, text: str) -> None:
-        self.bars.console.print(f"note: {text}", highlight=False)
+        self.bars.console.print(f"note: {text}")
 
     def _advance(self, name: str, done: int, total: int, note: str) -> None:
         if self.task is None:
@@ -80,15 +83,13 @@ class Console(Reporter):
 
     def result(self, folder: Path, model: Path | None = None) -> None:
         """Say where things are, and the verdict if there was an evaluation."""
-        import json
+        from ..reports.sentences import verdict
 
-        from ..reports.html import verdict
-
-        evaluation = folder / "evaluation.json"
-        if evaluation.is_file():
-            summary = json.loads(evaluation.read_text(encoding="utf-8"))
-            table([summary])
-            self.out.print(verdict(summary))
+        path = folder / "evaluation.json"
+        if path.is_file():
+            evaluation = Evaluation.read(path)
+            table([evaluation])
+            self.out.print(verdict(evaluation))
             self.out.print(f"report: {folder / 'report.html'}")
         if model is not None and model.suffix == ".safetensors":
             self.out.print(f"delta:  {model}  (rebuild the model with `fastunlearn apply`)")
@@ -97,78 +98,88 @@ class Console(Reporter):
 
     def evaluated(self, report: EvaluationReport, folder: Path) -> None:
         """Say what an evaluation found and where it is."""
-        from ..reports.html import verdict
+        from ..reports.sentences import verdict
 
-        table([result.summary for result in report.results])
+        table([result.evaluation for result in report.results])
         for result in report.results:
             if result.name != report.placebo:
                 name = f"{result.name}: " if len(report.results) > 1 else ""
-                self.out.print(name + verdict(result.summary))
+                self.out.print(name + verdict(result.evaluation))
         self.out.print(f"report: {folder / 'report.html'}")
 
 
-def table(summaries: Sequence[dict[str, Any]]) -> None:
+def terminal(**options: Any) -> Terminal:
+    """A terminal that shows texts as they are: what a user wrote in brackets or between colons is no markup."""
+    return Terminal(markup=False, emoji=False, highlight=False, **options)
+
+
+def table(evaluations: Sequence[Evaluation]) -> None:
     """The models of an evaluation side by side."""
-    grid = Table(title=None)
-    first = summaries[0]
-    grid.add_column("model")
-    if first["erasure"]:
-        grid.add_column(f"{first['erasure']['concept']} shown", justify="right")
-    if first["retain"]:
-        for name in ("shape", "color", "background"):
-            grid.add_column(f"{name} kept", justify="right")
-    grid.add_column("retention R", justify="right")
-    grid.add_column("95 % interval", justify="right")
-    grid.add_column("distance", justify="right")
-    for summary in summaries:
-        integrity = summary["integrity"]
-        cells = [summary["name"]]
-        if first["erasure"]:
-            cells.append(f"{summary['erasure']['forget_accuracy']:.1%}")
-        if first["retain"]:
-            for name in ("shape", "color", "background"):
-                value = summary["retain"][f"{name}_accuracy"]
-                cells.append("-" if value is None else f"{value:.1%}")
-        low, high = integrity["retention_ci95"]
-        cells += [f"{integrity['retention']:.3f}", f"{low:.3f} to {high:.3f}", f"{integrity['mean']:.4f}"]
+    first = evaluations[0]
+    attributes = list(first.retain.attributes) if first.retain else []
+    columns = ["model"]
+    if first.erasure:
+        columns += [f"{first.erasure.concept} shown", "valid"]
+    columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
+    grid = Table()
+    for name in (*columns, "retention R", "95 % interval", "distance"):
+        grid.add_column(name, justify="left" if name == "model" else "right")
+    for evaluation in evaluations:
+        integrity, erasure, retain = evaluation.integrity, evaluation.erasure, evaluation.retain
+        cells = [evaluation.name]
+        if first.erasure:
+            cells += [_share(one) for one in ((erasure.shown, erasure.valid) if erasure else (None, None))]
+        if attributes:
+            accuracies = retain.attributes if retain else {}
+            cells += [_share(accuracies[name].accuracy if name in accuracies else None) for name in attributes]
+            cells.append(_share(retain.agreement if retain else None))
+        low, high = integrity.retention_ci95
+        cells += [f"{integrity.retention:.3f}", f"{low:.3f} to {high:.3f}", f"{integrity.mean:.4f}"]
         grid.add_row(*cells)
-    Terminal(width=110).print(grid)
+    out = terminal(width=110)
+    out.print(grid)
+    if first.judge:
+        out.print(f"judge: {first.judge.name}, shown from a score of {first.judge.threshold:g} on")
 
 
-def comparison_table(result: dict[str, Any]) -> None:
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def comparison_table(result: Comparison) -> None:
     """What `compare` found, one line per pair of runs."""
-    grid = Table(title=None)
-    grid.add_column("difference in R")
+    grid = Table()
+    grid.add_column("difference in distance" if result.runs[0].retention is None else "difference in R")
     grid.add_column("", justify="right")
     grid.add_column("95 % interval", justify="right")
     grid.add_column("p (Holm)", justify="right")
     grid.add_column("verdict")
-    for row in result["comparisons"]:
-        low, high = row["ci95"]
-        difference, interval = f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"
-        grid.add_row(f"{row['a']} - {row['b']}", difference, interval, f"{row['p_value_holm']:.3g}", row["verdict"])
-    Terminal().print(grid)
+    for row in result.comparisons:
+        low, high = row.ci95
+        difference, interval = f"{row.difference:+.3f}", f"{low:+.3f} to {high:+.3f}"
+        grid.add_row(f"{row.a} - {row.b}", difference, interval, f"{row.p_value_holm:.3g}", row.verdict)
+    terminal().print(grid)
 
 
-def images_table(summary: dict[str, Any], folder: Path) -> None:
+def images_table(evaluation: FoldersEvaluation, folder: Path) -> None:
     """What a comparison of two folders found."""
-    from ..reports.images import image_sentence
+    from ..reports.sentences import folders_sentence
 
     grid = Table()
     for name in ("group", "pairs", "distance", "95 % interval", "q50", "q95", "unchanged"):
         grid.add_column(name, justify="left" if name == "group" else "right")
-    for name, group in summary["groups"].items():
-        interval = "-" if group["ci95"] is None else " to ".join(f"{value:.4f}" for value in group["ci95"])
-        spread = [f"{group['quantiles'][level]:.4f}" for level in ("q50", "q95")]
-        grid.add_row(
-            name, str(group["n_pairs"]), f"{group['mean']:.4f}", interval, *spread, f"{group['unchanged']:.1%}"
-        )
-    out = Terminal(width=110, highlight=False)
+    for name, group in evaluation.groups.items():
+        interval = "-" if group.ci95 is None else " to ".join(f"{value:.4f}" for value in group.ci95)
+        spread = [f"{group.quantiles[level]:.4f}" for level in ("q50", "q95")]
+        grid.add_row(name, str(group.n_pairs), f"{group.mean:.4f}", interval, *spread, f"{group.unchanged:.1%}")
+    out = terminal(width=110)
     out.print(grid)
-    for name, result in summary["metrics"].items():
+    for name, result in evaluation.metrics.items():
         out.print(f"{name}: {result['value']:.4f}  ({result['of']})")
-    plain = Terminal(highlight=False, soft_wrap=True)
-    plain.print(image_sentence(summary))
+    plain = terminal(soft_wrap=True)
+    plain.print(folders_sentence(evaluation))
+    for note in evaluation.notes:
+        plain.print(f"note: {note}")
     plain.print(f"report: {folder / 'report.html'}")
 
 
@@ -184,20 +195,22 @@ def methods_table() -> None:
         selector = method.defaults["stable-diffusion"].trainable
         changes = "nothing" if method.name == "identity" else f"{selector}: {GROUPS.get(selector, selector)}"
         grid.add_row(method.name, method.paper, method.needs, method.summary, changes)
-    out = Terminal()
+    out = terminal()
     out.print(grid)
     for name, why in broken_methods().items():
-        out.print(f"{name}: cannot be loaded ({why})", markup=False, highlight=False)
+        out.print(f"{name}: cannot be loaded ({why})")
 
 
 def info() -> None:
-    """Versions, devices, and which kernels and metrics can run here."""
+    """Versions, devices, and which kernels, metrics and judges can run here."""
     import torch
 
+    from ..judges import all_judges, broken_judges
     from ..methods import all_methods
     from ..models.loading import import_diffusers
+    from ..worlds import all_worlds
 
-    out = Terminal(highlight=False, soft_wrap=True)
+    out = terminal(soft_wrap=True)
     out.print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("fastunlearn", "torch", "triton", "diffusers", "transformers", "lpips", "deepspeed", "xformers"):
         out.print(f"{name:13} {_version(name)}")
@@ -216,11 +229,14 @@ def info() -> None:
         if _version("lpips") != "not installed"
         else "no: pip install lpips"
     )
-    out.print("metric        shapes: yes")
+    out.print(f"metric        {', '.join(all_worlds())}: yes")
     out.print(f"metric        lpips-alex, lpips-vgg, lpips-squeeze: {lpips}")
     libraries = ("clean-fid", "torchmetrics", "open_clip_torch", "dreamsim")
     out.print("metrics       " + ", ".join(f"{name} {_version(name)}" for name in libraries))
     out.print(f"methods       {', '.join(all_methods())}")
+    out.print(f"judges        {', '.join(all_judges())}")
+    for name, why in broken_judges().items():
+        out.print(f"judges        {name}: cannot be loaded ({why})")
 
 
 def _version(name: str) -> str:

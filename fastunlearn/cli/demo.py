@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..config import at_least, setting
 from ..progress import Reporter
+
+if TYPE_CHECKING:
+    from ..schema import Evaluation
 
 CONCEPT = "star"
 METHODS = ("esd", "ovw", "placebo")
@@ -29,15 +32,16 @@ class DemoConfig:
         at_least(self, 0, "seed")
 
 
-def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[dict[str, Any]]:
-    """Run the demonstration and return the content of each method's evaluation.json, in order."""
-    from ..evaluation.evaluator import evaluate_models, world_groups
+def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluation]:
+    """Run the demonstration and return each method's evaluation, in order."""
+    from ..evaluation.evaluator import evaluate_models
+    from ..evaluation.plan import world_groups
     from ..evaluation.results import EvaluationReport, write_results
-    from ..files.atomic import write_json
     from ..files.run_folder import check_output, claimed, own, prepare_output
     from ..metrics.lpips import load_perceptual
     from ..models.generate import SamplerSpec
     from ..models.loading import load_model
+    from ..schema import Demo
     from ..training.config import TrainConfig
     from ..training.unlearn import describe_run, unlearn
 
@@ -60,7 +64,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[dict[str,
         original = load_model("shapes")
         assert original.world is not None
         groups = world_groups(original.world, CONCEPT)
-        results = evaluate_models(
+        result = evaluate_models(
             original,
             {method: load_model(str(folder / method / "model")) for method in METHODS},
             groups,
@@ -70,7 +74,8 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[dict[str,
             describe={method: describe_run(run) for method, run in runs.items()},
             on_progress=reporter.scoring,
         )
-        write_results(folder, EvaluationReport(results, groups, placebo="placebo", unseen=True))
-        summaries = [result.summary for result in results.results]
-        write_json(folder / "demo.json", {"seconds": round(time.monotonic() - started, 1), "evaluations": summaries})
-    return summaries
+        write_results(folder, EvaluationReport(result, groups, placebo="placebo", unseen=True))
+        evaluations = [model.evaluation for model in result.results]
+        seconds = round(time.monotonic() - started, 1)
+        Demo(seconds=seconds, evaluations=tuple(evaluations)).write(folder / "demo.json")
+    return evaluations

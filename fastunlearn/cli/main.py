@@ -217,7 +217,7 @@ def _evaluate(flags: dict[str, Any]) -> int:
             return _fail(
                 f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet."
             )
-    if report.evaluations is not None:
+    if report.result is not None:
         console.evaluated(report, Path(config.output))
     return 0
 
@@ -238,8 +238,8 @@ def _evaluate_images(flags: dict[str, Any]) -> int:
     from .console import Console, images_table
 
     with Console() as console:
-        summary = evaluate_images(config, console.comparing)
-    images_table(summary, Path(config.output))
+        evaluation = evaluate_images(config, console.comparing)
+    images_table(evaluation, Path(config.output))
     return 0
 
 
@@ -252,10 +252,10 @@ def _demo(flags: dict[str, Any]) -> int:
     started = time.monotonic()
     with Console(plans=False) as console:
         try:
-            summaries = demo(config, console)
+            evaluations = demo(config, console)
         except Interrupted:
             raise KeyboardInterrupt from None  # a demo is too short to be continued
-    table(summaries)
+    table(evaluations)
     print(f"{time.monotonic() - started:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
     return 0
 

@@ -1,6 +1,7 @@
 """Compares evaluated models pair by pair: paired differences with intervals, and whether two count as equal.
 
 It reads what evaluations wrote, so runs of different days can be compared, if they asked the same of the same original.
+Of two folders of images the distances are compared: there is no redrawn original that would give retention its scale.
 """
 
 from __future__ import annotations
@@ -15,40 +16,63 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..files.atomic import whole_file, write_json, write_text
+from ..errors import UserError, one_line
 from ..files.run_folder import check_output, claimed, prepare_output
-from ..metrics.statistics import Comparison, compare, holm
-from ..reports.html import templates
+from ..metrics import statistics
+from ..metrics.statistics import holm
+from ..prompts import is_forget
+from ..schema import ComparedPair, ComparedRun, Comparison, Evaluation, FoldersEvaluation, GapRecord, read_evaluation
 from .config import CompareConfig
-from .summary import is_forget
 
 # What may differ between two evaluations whose pairs are compared: that their originals agree is checked by bits.
 _FREE = ("hashes", "control_pairs", "threads", "versions", "device", "cpu", "gpu")
+_FREE_OF_FOLDERS = (*_FREE, "original_images", "unlearned_images", "prompts")
+
+_MARGIN = 0.05  # of retention
+_UNIT = "difference in retention R: the distance, as a share of that of the original redrawn from other noise"
+_UNIT_OF_FOLDERS = "difference in distance: how much closer the first is to the original's images"
+_UNTESTED = 1.0  # a margin where none was given: what follows from it is not used
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An evaluation as written: ``summary`` and, in key order, the pairs that are to be kept."""
+    """An evaluation as written, and, in key order, the pairs that are to be kept.
+
+    ``keys``: what tells pairs apart.  ``redrawn``: None of folders of images.
+    """
 
     name: str
     folder: Path
-    summary: dict[str, Any]
+    evaluation: Evaluation | FoldersEvaluation
     keys: list[tuple[str, int]]
+    prompts: list[str]
     groups: list[str]
     distances: npt.NDArray[np.float64]
-    redrawn: npt.NDArray[np.float64]
+    redrawn: npt.NDArray[np.float64] | None
 
     @property
-    def prompts(self) -> list[str]:
-        return [prompt for prompt, _ in self.keys]
+    def hash_of_original(self) -> str:
+        of_folders = isinstance(self.evaluation, FoldersEvaluation)
+        result: str = self.evaluation.spec["hashes"]["original_images" if of_folders else "original"]
+        return result
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be alike in two runs that are compared."""
+        free = _FREE_OF_FOLDERS if isinstance(self.evaluation, FoldersEvaluation) else _FREE
+        settings = {key: value for key, value in self.evaluation.spec.items() if key not in free}
+        if isinstance(self.evaluation, FoldersEvaluation):
+            settings["clusters"] = self.evaluation.integrity.clusters
+        return settings | {"metric": self.evaluation.integrity.metric}
 
 
-def compare_runs(config: CompareConfig) -> dict[str, Any]:
+def compare_runs(config: CompareConfig) -> Comparison:
     """Compare every two of ``config.runs`` and write compare.json, compare.png and compare.html; returns the former.
 
     Raises UserError for runs that cannot be read and for runs whose original, settings, metric or pairs differ.
     """
+    from ..reports.compare import write_page, write_plot
+
     folder = Path(config.output)
     check_output(folder, "compare", overwrite=config.overwrite)
     runs = _named([read_run(Path(run)) for run in config.runs])
@@ -57,51 +81,70 @@ def compare_runs(config: CompareConfig) -> dict[str, Any]:
     result = comparison(runs, config.margin)
     with claimed(folder):
         prepare_output(folder, "compare", overwrite=config.overwrite)
-        write_json(folder / "compare.json", result)
-        _write_plot(folder / "compare.png", result)
-        _write_page(folder / "compare.html", result)
+        result.write(folder / "compare.json")
+        write_plot(folder / "compare.png", result)
+        write_page(folder / "compare.html", result)
     return result
 
 
 def read_run(folder: Path) -> Run:
-    """The evaluation in ``folder``.  ValueError, in one line, where there is none or it is damaged."""
+    """The evaluation in ``folder``.  UserError where there is none, and where it is damaged or of another version."""
     folder = folder.expanduser()
     try:
-        summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        with (folder / "pairs.jsonl").open(encoding="utf-8") as lines:
-            records = [json.loads(line) for line in lines]
-        records = sorted(
-            (record for record in records if not is_forget(record["group"])),
-            key=lambda record: (record["prompt"], record["seed"]),
-        )
-        run = Run(
-            str(summary["name"]),
-            folder,
-            summary,
-            [(record["prompt"], record["seed"]) for record in records],
-            [record["group"] for record in records],
-            np.array([record["distance"] for record in records], dtype=np.float64),
-            np.array([record["redrawn"] for record in records], dtype=np.float64),
-        )
-        _ = summary["integrity"]["metric"], summary["integrity"]["retention"], summary["spec"]["hashes"]["original"]
+        evaluation = read_evaluation(folder / "evaluation.json")
+        with (folder / "pairs.jsonl").open(encoding="utf-8") as stream:
+            lines = [json.loads(line) for line in stream]
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no evaluation: {Path(str(error.filename)).name} is missing. Evaluate first, or name the "
             "folder of one of the models that were evaluated together."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the evaluation in {folder} is damaged or of another version ({error!r}).") from None
-    if not run.keys or len(set(run.keys)) < len(run.keys):
-        raise UserError(f"the evaluation in {folder} is damaged: it has no pairs, or a pair twice.")
+    except UserError:
+        raise
+    except ValueError as error:
+        raise _damaged(folder, f"pairs.jsonl: {one_line(error)}") from None
+    of_folders = isinstance(evaluation, FoldersEvaluation)
+    try:
+        kept = sorted((line for line in lines if not is_forget(line["group"])), key=_file if of_folders else _key)
+        run = Run(
+            folder.resolve().name if isinstance(evaluation, FoldersEvaluation) else evaluation.name,
+            folder,
+            evaluation,
+            [(_file if of_folders else _key)(line) for line in kept],
+            [str(line["prompt"]) for line in kept],
+            [str(line["group"]) for line in kept],
+            np.array([line["distance"] for line in kept], dtype=np.float64),
+            None if of_folders else np.array([line["redrawn"] for line in kept], dtype=np.float64),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder, f"a line of pairs.jsonl has no proper {one_line(error)}") from None
+    if len(run.keys) != evaluation.integrity.n_pairs or len(set(run.keys)) < len(run.keys):
+        raise _damaged(folder, "pairs.jsonl has no pairs, too few of them, or a pair twice")
     return run
 
 
-def comparison(runs: Sequence[Run], margin: float) -> dict[str, Any]:
-    """Every two runs' difference in retention, in all and by group; ``margin`` in units of retention.
+def _key(line: dict[str, Any]) -> tuple[str, int]:
+    return line["prompt"], line["seed"]
 
-    Positive means that the first of the two keeps more.  P values of the differences are adjusted for their number
+
+def _file(line: dict[str, Any]) -> tuple[str, int]:
+    return line["file"], 0
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"the evaluation in {folder} is damaged: {what}. Evaluate again.")
+
+
+def comparison(runs: Sequence[Run], margin: float | None = None) -> Comparison:
+    """Every two runs' difference, in all and by group; positive means that the first of the two keeps more.
+
+    ``margin``: the largest harmless difference in retention, 0.05 where it is None; of folders of images in distance,
+    and where it is None nothing is said of equivalence.  P values of the differences are adjusted for their number
     (Holm).
     """
+    of_folders = runs[0].redrawn is None
+    if margin is None and not of_folders:
+        margin = _MARGIN
     pairs = list(itertools.combinations(runs, 2))
     everything = np.ones(len(runs[0].keys), dtype=bool)
     overall = [_difference(a, b, everything, margin) for a, b in pairs]
@@ -112,63 +155,69 @@ def comparison(runs: Sequence[Run], margin: float) -> dict[str, Any]:
         for group in sorted(set(a.groups)):
             where = np.array([name == group for name in a.groups])
             if len({prompt for prompt, wanted in zip(a.prompts, where, strict=True) if wanted}) > 1:
-                by_group[group] = _row(_difference(a, b, where, margin))
-        rows.append({"a": a.name, "b": b.name, "p_value_holm": p_value} | _row(one) | {"groups": by_group})
-        rows[-1]["verdict"] = _verdict(a.name, b.name, one, p_value)
-    return {
-        "margin": margin,
-        "unit": "difference in retention R: the distance, as a share of that of the original redrawn from other noise",
-        "interval": overall[0].difference.method,
-        "n_pairs": len(runs[0].keys),
-        "n_prompts": len(set(runs[0].prompts)),
-        "runs": [
-            {
-                "name": run.name,
-                "folder": str(run.folder),
-                "method": run.summary["method"],
-                "retention": run.summary["integrity"]["retention"],
-                "retention_ci95": run.summary["integrity"]["retention_ci95"],
-                "mean": run.summary["integrity"]["mean"],
-                "forget_accuracy": (run.summary["erasure"] or {}).get("forget_accuracy"),
-                "hash": run.summary["spec"]["hashes"]["unlearned"],
-            }
-            for run in runs
-        ],
-        "comparisons": rows,
-        "spec": {
-            "metric": runs[0].summary["integrity"]["metric"],
-            "original": runs[0].summary["spec"]["hashes"]["original"],
-        }
-        | {key: value for key, value in runs[0].summary["spec"].items() if key not in _FREE},
-    }
+                by_group[group] = GapRecord(**_gap(_difference(a, b, where, margin), margin))
+        verdict = _verdict(a.name, b.name, one, margin, p_value)
+        row = _gap(one, margin)
+        rows.append(ComparedPair(a=a.name, b=b.name, p_value_holm=p_value, groups=by_group, verdict=verdict, **row))
+    return Comparison(
+        margin=margin,
+        unit=_UNIT_OF_FOLDERS if of_folders else _UNIT,
+        interval=overall[0].difference.method,
+        n_pairs=len(runs[0].keys),
+        n_prompts=len(set(runs[0].prompts)),
+        runs=tuple(_compared(run) for run in runs),
+        comparisons=tuple(rows),
+        spec={"original": runs[0].hash_of_original, **runs[0].settings},
+    )
 
 
-def _difference(a: Run, b: Run, where: npt.NDArray[np.bool_], margin: float) -> Comparison:
-    """How much more a keeps than b, in retention: the gap of their distances over the distance of redrawn images."""
+def _compared(run: Run) -> ComparedRun:
+    one = run.evaluation
+    if isinstance(one, FoldersEvaluation):
+        made_by = one.spec["hashes"]["unlearned_images"]
+        return ComparedRun(name=run.name, folder=str(run.folder), mean=one.integrity.mean, hash=made_by)
+    return ComparedRun(
+        name=run.name,
+        folder=str(run.folder),
+        mean=one.integrity.mean,
+        hash=one.spec["hashes"]["unlearned"],
+        method=one.method,
+        retention=one.integrity.retention,
+        retention_ci95=one.integrity.retention_ci95,
+        shown=one.erasure.shown if one.erasure else None,
+        valid=one.erasure.valid if one.erasure else None,
+        judge=one.judge,
+    )
+
+
+def _difference(a: Run, b: Run, where: npt.NDArray[np.bool_], margin: float | None) -> statistics.Comparison:
+    """How much more a keeps than b: the gap of their distances, over the distance of redrawn images if it is known."""
     prompts = [prompt for prompt, wanted in zip(a.prompts, where, strict=True) if wanted]
-    return compare(b.distances[where], a.distances[where], prompts, margin, scale=a.redrawn[where])
+    scale = None if a.redrawn is None else a.redrawn[where]
+    return statistics.compare(b.distances[where], a.distances[where], prompts, margin or _UNTESTED, scale=scale)
 
 
-def _row(one: Comparison) -> dict[str, Any]:
+def _gap(one: statistics.Comparison, margin: float | None) -> dict[str, Any]:
     return {
         "difference": one.difference.mean,
-        "ci95": [one.difference.low, one.difference.high],
+        "ci95": (one.difference.low, one.difference.high),
         "p_value": one.p_value,
-        "ci90": list(one.inner),
-        "equivalence_p_value": one.equivalence_p_value,
-        "equivalent": one.equivalent,
+        "ci90": one.inner,
+        "equivalence_p_value": one.equivalence_p_value if margin is not None else None,
+        "equivalent": one.equivalent if margin is not None else None,
     }
 
 
-def _verdict(a: str, b: str, one: Comparison, p_value: float) -> str:
+def _verdict(a: str, b: str, one: statistics.Comparison, margin: float | None, p_value: float) -> str:
     better, worse = (a, b) if one.difference.mean > 0 else (b, a)
-    if one.equivalent and p_value < 0.05:
+    equivalent = one.equivalent and margin is not None
+    if equivalent and p_value < 0.05:
         return f"{better} keeps more, but by less than the margin: equivalent"
-    if one.equivalent:
+    if equivalent:
         return f"{a} and {b} are equivalent within the margin"
     if p_value < 0.05:
         return f"{better} keeps more than {worse}"
-    return "undecided: neither a difference nor equivalence is shown"
+    return "undecided: no difference is shown" + (" and no equivalence" if margin is not None else "")
 
 
 def _named(runs: list[Run]) -> list[Run]:
@@ -178,62 +227,31 @@ def _named(runs: list[Run]) -> list[Run]:
 
 
 def _check_comparable(one: Run, other: Run) -> None:
-    """ValueError unless both were measured alike: the same original, sampler, settings, metric, prompts and seeds."""
+    """UserError unless both were measured alike: the same original, sampler, settings, metric, prompts and seeds."""
     between = f"{one.folder} and {other.folder} cannot be compared"
     if one.folder.resolve() == other.folder.resolve():
         raise UserError(f"{one.folder} is given twice. Name two runs.")
-    ours, theirs = ({**run.summary["spec"], "metric": run.summary["integrity"]["metric"]} for run in (one, other))
-    if ours["hashes"]["original"] != theirs["hashes"]["original"]:
+    if one.evaluation.kind != other.evaluation.kind:
+        raise UserError(
+            f"{between}: one is a result of `fastunlearn {one.evaluation.command}`, the other of `fastunlearn "
+            f"{other.evaluation.command}`. Name results of one command."
+        )
+    if one.hash_of_original != other.hash_of_original:
         raise UserError(f"{between}: they are of different originals.")
-    keys = [key for key in dict.fromkeys([*ours, *theirs]) if key not in _FREE]
-    differing = [key for key in keys if ours.get(key) != theirs.get(key)]
+    ours, theirs = one.settings, other.settings
+    differing = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
     if differing:
         key = differing[0]
         raise UserError(f"{between}: {key} is {_short(ours.get(key))} and {_short(theirs.get(key))}.")
     if one.keys != other.keys:
         only = set(one.keys) ^ set(other.keys)
         raise UserError(f"{between}: {len(only)} pairs are in one of them only, such as {min(only)!r}.")
-    if not np.array_equal(one.redrawn, other.redrawn):
+    if one.prompts != other.prompts or one.groups != other.groups:
+        raise UserError(f"{between}: their prompt files name other prompts or groups for the same images.")
+    if one.redrawn is not None and not np.array_equal(one.redrawn, np.asarray(other.redrawn)):
         raise UserError(f"{between}: their originals drew different images, on different machines or versions.")
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _write_plot(path: Path, result: dict[str, Any]) -> None:
-    """Each comparison's difference with its 95 % interval (thin) and 90 % interval (thick) against the margins."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = result["comparisons"]
-    figure = Figure(figsize=(8, 1.6 + 0.5 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    with matplotlib.rc_context({"font.size": 10}):
-        axes = figure.add_subplot()
-        axes.axvspan(-result["margin"], result["margin"], color="#dbe7f7", label="within the margin")
-        axes.axvline(0, color="#6b7280", linewidth=1)
-        for index, row in enumerate(reversed(rows)):
-            axes.plot(row["ci95"], [index, index], color="#1d5fc4", linewidth=1.5)
-            axes.plot(row["ci90"], [index, index], color="#1d5fc4", linewidth=4, alpha=0.5)
-            axes.plot([row["difference"]], [index], "o", color="#1d5fc4")
-        axes.set_yticks(range(len(rows)), [f"{row['a']} − {row['b']}" for row in reversed(rows)])
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel("difference in retention R: to the right the first keeps more (95 %, thick: 90 %)")
-        axes.legend(loc="best", frameon=False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        with whole_file(path) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
-
-
-def _write_page(path: Path, result: dict[str, Any]) -> None:
-    reach = max(
-        [2 * result["margin"]]
-        + [abs(end) * 1.05 for row in result["comparisons"] for end in (*row["ci95"], *row["ci90"])]
-    )
-    # Where a difference stands on a rail that is `reach` wide to both sides of 0.
-    places = {"at": lambda value: f"{50 + 50 * value / reach:.2f}%", "width": f"{100 * result['margin'] / reach:.2f}%"}
-    write_text(path, templates().get_template("compare.html.j2").render(found=result, **places))

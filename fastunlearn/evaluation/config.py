@@ -18,9 +18,16 @@ class EvaluateConfig:
         "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times"
     )
     output: str = setting("folder for the records and the report")
-    prompts: str = setting("`shapes`, or FILE or TEXT;TEXT; a CSV may have the columns prompt and group", "shapes")
+    prompts: str | None = setting(
+        "FILE or TEXT;TEXT; a CSV may have the columns prompt and group; default: the bundled model's own", None
+    )
     placebo: str | None = setting("the pipeline of the same training without the forgetting part, as a control", None)
-    forget: str | None = setting("the forgotten concept; default: what the unlearned run's config says", None)
+    forget: str | None = setting("the forgotten concept; default: what the unlearned run's record says", None)
+    judge: str | None = setting(
+        "who says whether an image shows the concept: NAME or NAME:OPTION, or none; default: the bundled model's, and "
+        "none for other models",
+        None,
+    )
     metric: str | None = setting(
         "shapes (default for the bundled model), lpips-alex (else), lpips-vgg, lpips-squeeze", None
     )
@@ -84,7 +91,11 @@ class CompareConfig:
 
     runs: tuple[str, ...] = setting("folders with the evaluation.json and pairs.jsonl to compare", positional=True)
     output: str = setting("folder for the table and the plot")
-    margin: float = setting("largest harmless difference, as a share of the distance of redrawn images", 0.05)
+    margin: float | None = setting(
+        "largest harmless difference, as a share of the distance of redrawn images (default 0.05); of results of "
+        "`evaluate-images` as a distance, and without it nothing is said of equivalence",
+        None,
+    )
     overwrite: bool = setting("replace an earlier comparison in the output folder", False)
 
     def __post_init__(self) -> None:

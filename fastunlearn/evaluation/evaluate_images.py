@@ -7,13 +7,13 @@ kept, and nothing is written before all of it is known.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,24 @@ import numpy.typing as npt
 import torch
 
 from ..errors import UserError
-from ..files.atomic import write_json, write_lines
+from ..files.atomic import write_lines
 from ..files.images import ImageFile, find_images, read_image
 from ..files.run_folder import check_output, claimed, prepare_output
 from ..metrics.field import Metric, load_metric
 from ..metrics.lpips import PerceptualDistance, load_perceptual
 from ..metrics.statistics import clustered_mean, quantiles
 from ..models.loading import resolve_device, versions
-from ..reports.html import Gallery, GalleryRow
-from ..reports.images import ImagesReport, write_images_report
+from ..prompts import is_forget
+from ..reports.gallery import Gallery, GalleryRow
+from ..reports.images import FoldersReport, write_folders_report
+from ..schema import FolderDistances, FolderIntegrity, FoldersEvaluation
 from .config import EvaluateImagesConfig
+from .summary import distance_interval
 
 _SHOWN = 4  # pairs of each kind in the report
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Pair:
     """Two files of one name; ``prompt`` is the name where no prompt file says more."""
 
@@ -48,22 +51,26 @@ class Pair:
 
     @property
     def is_to_forget(self) -> bool:
-        return self.group.startswith("forget")
+        return is_forget(self.group)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of N pairs: ``distances`` (N,) float32, each metric's rows (N, F) float32, the folders' digests, the size."""
+    """Of N pairs: ``distances`` (N,) float32, each metric's rows (N, F) float32, the folders' digests, the size.
+
+    ``plain``: (2, N) bool, which images of each side are of one color.
+    """
 
     distances: npt.NDArray[np.float32]
     rows: dict[str, npt.NDArray[np.float32]]
     digests: tuple[str, str]
     size: tuple[int, int]
+    plain: npt.NDArray[np.bool_]
 
 
 def evaluate_images(
     config: EvaluateImagesConfig, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
+) -> FoldersEvaluation:
     """Compare two folders of images and write pairs.jsonl, evaluation.json and report.html.
 
     Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises UserError, in one line,
@@ -79,13 +86,13 @@ def evaluate_images(
     )
     with claimed(output):
         scores = score(pairs, distance, further, config.num_workers or os.cpu_count() or 1, on_progress)
-        summary = summarize(pairs, scores, distance, further, config)
+        evaluation = summarize_folders(pairs, scores, distance, further, config)
         galleries = _galleries(pairs, scores.distances)
         prepare_output(output, "evaluate-images", overwrite=config.overwrite)
         write_lines(output / "pairs.jsonl", _records(pairs, scores))
-        write_json(output / "evaluation.json", summary)
-        write_images_report(output / "report.html", ImagesReport(summary, galleries))
-    return summary
+        evaluation.write(output / "evaluation.json")
+        write_folders_report(output / "report.html", FoldersReport(evaluation, galleries))
+    return evaluation
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -175,17 +182,20 @@ def score(
     distances = np.empty(len(pairs), dtype=np.float32)
     rows: dict[str, list[torch.Tensor]] = {metric.name: [] for metric in metrics}
     digests = hashlib.sha256(), hashlib.sha256()
+    plain = np.zeros((2, len(pairs)), dtype=bool)
     size: tuple[int, int] | None = None
     done = 0
     # Where the distance itself takes every core, decoding beside it only disturbs.
     ahead = 0 if distance.device.type == "cpu" else 1 + -(-2 * num_workers // distance.micro_batch_size)
     for batch, decoded in _decoded(pairs, distance.micro_batch_size, num_workers, ahead):
         for pair, images in zip(batch, decoded, strict=True):
-            size = size or images[0].pixels.shape[:2]
+            size = size or (images[0].pixels.shape[0], images[0].pixels.shape[1])
             _check_size(pair, images, size)
             for digest, image in zip(digests, images, strict=True):
                 digest.update(pair.name.encode() + b"\0" + image.digest)
         before, after = (_stack([images[side] for images in decoded]) for side in (0, 1))
+        for side in (0, 1):
+            plain[side, done : done + len(batch)] = [_is_plain(images[side]) for images in decoded]
         try:
             result = distance.distance(before, after)
         except RuntimeError as error:
@@ -200,7 +210,7 @@ def score(
         raise UserError(f"the distance of {len(bad)} pairs is no number, for example {pairs[bad[0]].name}.")
     assert size is not None
     stacked = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), (size[0], size[1]))
+    return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), size, plain)
 
 
 def _decoded(
@@ -227,6 +237,14 @@ def _decoded(
 def _stack(images: Sequence[ImageFile]) -> torch.Tensor:
     """(B, 3, H, W) uint8, which lies in memory as it was decoded: channels last."""
     return torch.from_numpy(np.stack([image.pixels for image in images])).permute(0, 3, 1, 2)
+
+
+def _is_plain(image: ImageFile) -> bool:
+    """Whether the image is of one color."""
+    pixels = image.pixels
+    if (pixels[0] != pixels[0, 0]).any():
+        return False
+    return bool((pixels == pixels[0, 0]).all())
 
 
 def _check_size(pair: Pair, images: tuple[ImageFile, ImageFile], size: tuple[int, ...]) -> None:
@@ -260,28 +278,32 @@ def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def summarize(
+def summarize_folders(
     pairs: Sequence[Pair],
     scores: Scores,
     distance: PerceptualDistance,
     metrics: Sequence[Metric],
     config: EvaluateImagesConfig,
-) -> dict[str, Any]:
+) -> FoldersEvaluation:
     """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics."""
     kept = [index for index, pair in enumerate(pairs) if not pair.is_to_forget]
-    overall = _integrity(pairs, scores.distances, kept)
+    overall = _distances(pairs, scores.distances, kept)
     groups = {}
     for group in _groups(pairs):
         indices = [index for index, pair in enumerate(pairs) if pair.group == group]
-        groups[group] = overall if indices == kept else _integrity(pairs, scores.distances, indices)
-    return {
-        "integrity": overall | {"metric": distance.metric, "clusters": "prompts" if config.prompts else "pairs"},
-        "groups": groups,
-        "metrics": {
+        groups[group] = overall if indices == kept else _distances(pairs, scores.distances, indices)
+    fields = {field.name: getattr(overall, field.name) for field in dataclasses.fields(overall)}
+    return FoldersEvaluation(
+        integrity=FolderIntegrity(
+            **fields, metric=distance.metric, clusters="prompts" if config.prompts is not None else "pairs"
+        ),
+        groups=groups,
+        notes=tuple(_notes(scores.plain)),
+        metrics={
             metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[index].prompt for index in kept])
             for metric in metrics
         },
-        "spec": {
+        spec={
             "original_images": config.original_images,
             "unlearned_images": config.unlearned_images,
             "prompts": config.prompts,
@@ -292,25 +314,37 @@ def summarize(
             "hashes": {"original_images": scores.digests[0], "unlearned_images": scores.digests[1]},
             "versions": versions(),
         },
-    }
+    )
 
 
-def _integrity(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], indices: list[int]) -> dict[str, Any]:
+def _distances(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], indices: list[int]) -> FolderDistances:
     values, prompts = distances[indices].astype(np.float64), [pairs[index].prompt for index in indices]
-    count = len(set(prompts))
-    result: dict[str, Any] = {
-        "mean": float(values.mean()),
-        "ci95": None,
-        "interval": "none: one prompt",
-        "quantiles": quantiles(values),
-        "unchanged": float((values == 0).mean()),
-        "n_pairs": len(values),
-        "n_prompts": count,
-    }
-    if count > 1:
-        mean = clustered_mean(values, prompts)
-        result |= {"mean": mean.mean, "ci95": [mean.low, mean.high], "interval": mean.method}
-    return result
+    mean = clustered_mean(values, prompts) if len(set(prompts)) > 1 else None
+    return FolderDistances(
+        mean=mean.mean if mean else float(values.mean()),
+        ci95=distance_interval(mean) if mean else None,
+        interval=mean.method if mean else "none: one prompt",
+        quantiles=quantiles(values),
+        unchanged=float((values == 0).mean()),
+        n_pairs=len(values),
+        n_prompts=len(set(prompts)),
+    )
+
+
+def _notes(plain: npt.NDArray[np.bool_]) -> list[str]:
+    """What a reader must know of images that are of one color: a safety checker leaves such behind."""
+    notes, total = [], plain.shape[1]
+    if both := int(plain.all(axis=0).sum()):
+        pairs = "pair is" if both == 1 else "pairs are"
+        notes.append(
+            f"{both} of {total} {pairs} of one color on both sides, as a safety checker leaves them: they count as "
+            "hardly changed. Generate them without it, or take them out of both folders."
+        )
+    for side, folder in enumerate(("original", "unlearned")):
+        if alone := int((plain[side] & ~plain[1 - side]).sum()):
+            images = "image is" if alone == 1 else "images are"
+            notes.append(f"{alone} of {total} {images} of one color in the {folder} folder alone: look at them.")
+    return notes
 
 
 def _groups(pairs: Sequence[Pair]) -> list[str]:

@@ -20,6 +20,7 @@ from ..methods.recipe import EMPTY
 from ..models.generate import SamplerSpec, decode, denoise
 from ..models.loading import Model, content_of, load_model, sampler_config, versions, wrap_pipeline
 from ..models.sampling import check_deterministic, initial_noise
+from ..record import plain
 from ..worlds import World
 
 #: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to images (B, 3, H, W) uint8.
@@ -108,7 +109,7 @@ class PipelineSource(Source):
         sampler = sampler_config(self.model)
         return {
             "sampler": sampler["_class_name"],
-            "sampler_config": sampler,
+            "sampler_config": plain(sampler),  # in which a limit may be infinite
             "steps": self.spec.num_inference_steps,
             "guidance_scale": self.spec.guidance_scale,
             "dtype": "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32",

@@ -26,48 +26,47 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from ..files.atomic import write_json, write_text
+from ..judges.base import Judged
+from ..record import plain
 
 FOLDER = "journal"
+#: Of the lines.  A journal of another format cannot be continued.
+FORMAT = 2
 
 Key = tuple[str, int]
 Floats = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass
-class Batch:
+class PairScores:
     """The results of some keys, or of all.
 
     ``redrawn``: (N,) distance of the original to itself from other noise, NaN where it was not asked.  ``distances``:
-    (M, N), one row a model.  ``labels``: (1 + M, N, H) uint8 places in the classifier's heads, the original's first, or
-    None.  ``rows``: a metric's rows, (M, N, F), by its name.
+    (M, N), one row a model.  ``judged``: what the judge says of 1 + M sides, the original's first, or None without a
+    judge.  ``rows``: a metric's rows, (M, N, F), by its name.
     """
 
     keys: list[Key]
     redrawn: Floats
     distances: Floats
-    labels: npt.NDArray[np.uint8] | None = None
+    judged: Judged | None = None
     rows: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def merge(cls, batches: Sequence[Batch]) -> Batch:
+    def merge(cls, parts: Sequence[PairScores]) -> PairScores:
         """All of them, sorted by key.  Raises UserError for a key that is there twice."""
-        keys = [key for batch in batches for key in batch.keys]
+        keys = [key for part in parts for key in part.keys]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         for one, following in itertools.pairwise(order):
             if keys[one] == keys[following]:
                 raise UserError(f"the pair {keys[one]} was recorded twice: delete the output folder and start again.")
-        labels = None
-        if batches[0].labels is not None:
-            labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None], axis=1)[:, order]
+        judged = [part.judged for part in parts if part.judged is not None]
         return cls(
             [keys[index] for index in order],
-            np.concatenate([batch.redrawn for batch in batches])[order],
-            np.concatenate([batch.distances for batch in batches], axis=1)[:, order],
-            labels,
-            {
-                name: np.concatenate([batch.rows[name] for batch in batches], axis=1)[:, order]
-                for name in batches[0].rows
-            },
+            np.concatenate([part.redrawn for part in parts])[order],
+            np.concatenate([part.distances for part in parts], axis=1)[:, order],
+            Judged.joined(judged, axis=1).taken(order) if judged else None,
+            {name: np.concatenate([part.rows[name] for part in parts], axis=1)[:, order] for name in parts[0].rows},
         )
 
 
@@ -97,7 +96,7 @@ class Journal:
             csv.writer(text, lineterminator="\n").writerows([("prompt", "group"), *prompts])
             write_text(self.folder / "prompts.csv", text.getvalue())
             write_text(self.folder / "evaluate.yaml", config)
-            write_json(self.folder / "spec.json", spec)  # last: the other ranks wait for it
+            write_json(self.folder / "spec.json", _spec(spec))  # last: the other ranks wait for it
         self._open()
 
     def join(self, spec: Mapping[str, Any], timeout_s: float = 600) -> None:
@@ -113,11 +112,17 @@ class Journal:
     def _check_same(self, spec: Mapping[str, Any]) -> None:
         try:
             before = json.loads((self.folder / "spec.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            written = before.get("format", 1)
+        except (OSError, ValueError, AttributeError):
             raise UserError(
                 f"`--resume`: {self.folder.parent} holds no unfinished evaluation. Leave the flag out to start one."
             ) from None
-        now = json.loads(json.dumps(spec))
+        now = _spec(spec)
+        if written != FORMAT:
+            raise UserError(
+                f"the evaluation in {self.folder.parent} was begun by another version of fastunlearn: its journal has "
+                f"format {_short(written)}, this version continues format {FORMAT}. Start it anew with `--overwrite`."
+            )
         differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
         if differing:
             name = differing[0]
@@ -142,10 +147,10 @@ class Journal:
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
-    def append(self, batch: Batch) -> None:
+    def append(self, scores: PairScores) -> None:
         """Add the results of a batch.  Rows of metrics go first, so that no line is without them."""
         assert self._stream is not None
-        for name, rows in batch.rows.items():
+        for name, rows in scores.rows.items():
             stream = self._rows.get(name)
             if stream is None:
                 stream = self._rows[name] = self._row_path(self.rank, name).open("ab")
@@ -154,11 +159,10 @@ class Journal:
             stream.write(np.ascontiguousarray(rows.transpose(1, 0, 2), dtype="<f4").tobytes())
             stream.flush()
         lines = []
-        for index, (prompt, seed) in enumerate(batch.keys):
-            redrawn = float(batch.redrawn[index])
-            labels = None if batch.labels is None else batch.labels[:, index].tolist()
-            distances = batch.distances[:, index].tolist()
-            lines.append(json.dumps([prompt, seed, None if np.isnan(redrawn) else redrawn, distances, labels]) + "\n")
+        for index, (prompt, seed) in enumerate(scores.keys):
+            redrawn = float(scores.redrawn[index])
+            line = [prompt, seed, _or_none(redrawn), scores.distances[:, index].tolist(), _sides(scores.judged, index)]
+            lines.append(json.dumps(line) + "\n")
         self._stream.write("".join(lines).encode())
         self._stream.flush()
 
@@ -168,25 +172,23 @@ class Journal:
         """The keys that are done, by any rank."""
         return {(line[0], line[1]) for path in self._files() for line in map(json.loads, _whole_lines(path))}
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[PairScores]:
         """What every rank wrote."""
         for path in self._files():
             lines = [json.loads(line) for line in _whole_lines(path)]
             if not lines:
                 continue
-            labels = None
-            if lines[0][4] is not None:
-                labels = np.array([line[4] for line in lines], dtype=np.uint8).transpose(1, 0, 2)
+            judged = _columns([line[4] for line in lines]) if lines[0][4] is not None else None
             rows = {}
             for name, file in self._row_files(int(path.stem)).items():
                 width, models = _HEADER.unpack(file.read_bytes()[: _HEADER.size])
                 content = np.fromfile(file, dtype="<f4", offset=_HEADER.size, count=width * len(lines))
                 rows[name] = content.reshape(len(lines), models, width // models).transpose(1, 0, 2)
-            yield Batch(
+            yield PairScores(
                 [(sys.intern(line[0]), line[1]) for line in lines],
                 np.array([np.nan if line[2] is None else line[2] for line in lines], dtype=np.float32),
                 np.array([line[3] for line in lines], dtype=np.float32).T,
-                labels,
+                judged,
                 rows,
             )
 
@@ -226,6 +228,33 @@ def _width(path: Path) -> int:
 def _whole_lines(path: Path) -> list[bytes]:
     """The lines of a journal; one that was being written when its process was killed is left out."""
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """As it stands in spec.json."""
+    return {"format": FORMAT, **plain(spec)}
+
+
+def _sides(judged: Judged | None, index: int) -> list[list[Any]] | None:
+    """One image's verdicts: per side [shown, valid, indices of words]."""
+    if judged is None:
+        return None
+    columns = judged.shown[:, index].tolist(), judged.valid[:, index].tolist(), judged.words[:, index].tolist()
+    return [[shown, _or_none(valid), words] for shown, valid, words in zip(*columns, strict=True)]
+
+
+def _columns(lines: Sequence[Sequence[Sequence[Any]]]) -> Judged:
+    """The other way round, from all lines."""
+
+    def column(which: int) -> list[list[Any]]:
+        return [[line[side][which] for line in lines] for side in range(len(lines[0]))]
+
+    shown, valid = (np.array(column(which), dtype=np.float32) for which in (0, 1))
+    return Judged(shown, valid, np.array(column(2), dtype=np.int32))
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 def _short(value: Any) -> str:

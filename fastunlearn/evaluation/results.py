@@ -3,38 +3,110 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..errors import UserError
-from ..files.atomic import write_json, write_lines
-from ..reports.html import Gallery, GalleryRow, Report, write_grid, write_report
-from .evaluator import Evaluation, Evaluations, Shown
-from .summary import PromptGroups, is_forget
+from ..files.atomic import write_lines
+from ..judges.base import Judge
+from ..prompts import PromptGroups, is_forget
+from ..schema import Evaluation
+from .journal import PairScores
+from .summary import verdict_of
+
+if TYPE_CHECKING:
+    from ..reports.gallery import Gallery, GalleryRow
+    from ..reports.html import HtmlReport
+
+#: With what a cell of a table may not begin: a spreadsheet would take it for a formula.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownPair:
+    """A pair kept for the report.  Images are (3, H, W) uint8; ``unlearned`` has one per model."""
+
+    group: str
+    prompt: str
+    original: torch.Tensor
+    unlearned: tuple[torch.Tensor, ...]
+    distances: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelResult:
+    """The result for one unlearned model: ``evaluation`` is evaluation.json, ``pairs`` the lines of pairs.jsonl.
+
+    ``index``: of the model in ``scores``.
+    """
+
+    name: str
+    evaluation: Evaluation
+    scores: PairScores
+    index: int
+    group_of: Mapping[str, str]
+    judge: Judge | None = None
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of evaluation.json."""
+        return self.evaluation.to_dict()
+
+    @property
+    def pairs(self) -> list[dict[str, Any]]:
+        return list(self.lines())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """One record per pair, in key order: group, prompt, seed, distance, for what is to be kept ``redrawn``, the
+        original's distance to itself from other noise, and what the judge says of the unlearned model's image and,
+        under ``original``, of the original's."""
+        for row, (prompt, seed) in enumerate(self.scores.keys):
+            record: dict[str, Any] = {"group": self.group_of[prompt], "prompt": prompt, "seed": seed}
+            record["distance"] = float(self.scores.distances[self.index, row])
+            redrawn = float(self.scores.redrawn[row])
+            if redrawn == redrawn:
+                record["redrawn"] = redrawn
+            if self.judge is not None and self.scores.judged is not None:
+                record |= verdict_of(self.judge, self.scores.judged, self.index + 1, row)
+                record["original"] = verdict_of(self.judge, self.scores.judged, 0, row)
+            yield record
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """The results for all models, in order, and the images that a report shows: some of each group, and for each
+    model the retain pairs that changed most, middling and least."""
+
+    results: list[ModelResult]
+    gallery: list[ShownPair]
+    most_changed: list[list[ShownPair]]
+    median_changed: list[list[ShownPair]]
+    least_changed: list[list[ShownPair]]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationReport:
     """The result of an evaluation of one or several models.
 
-    ``evaluations``: None in a process that only took part in it.  ``unseen``: the retain prompts took part in no
+    ``result``: None in a process that only took part in it.  ``unseen``: the retain prompts took part in no
     training, which the report then says.  ``placebo``: which model is a control only.
     """
 
-    evaluations: Evaluations | None
+    result: EvaluationResult | None
     groups: PromptGroups
     placebo: str | None = None
     unseen: bool = False
 
     @property
-    def results(self) -> list[Evaluation]:
-        """One a model, in order, a placebo last."""
-        return self.evaluations.results if self.evaluations else []
+    def results(self) -> list[ModelResult]:
+        """One per model, in order, a placebo last."""
+        return self.result.results if self.result else []
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -51,28 +123,37 @@ class EvaluationReport:
         return json.dumps({result.name: result.summary for result in self.results}, ensure_ascii=False, indent=2)
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with one row a pair and model, the model's name in the column ``model``."""
+        """A pandas DataFrame with one row per pair and model, the model's name in the column ``model``.
+
+        What the judge says stands in columns such as ``original.shown``.  A text that a spreadsheet would take for a
+        formula gets an apostrophe in front.
+        """
         try:
             import pandas
         except ImportError as error:
             raise UserError("`to_dataframe` needs the package pandas: pip install pandas, or use `pairs`.") from error
-        return pandas.DataFrame([{"model": result.name, **line} for result in self.results for line in result.lines()])
+        return pandas.DataFrame(
+            [_flat({"model": result.name, **line}) for result in self.results for line in result.lines()]
+        )
 
     def html(self, path: str | Path) -> None:
         """Write the report for people, one self-contained file."""
+        from ..reports.html import write_report
+
         write_report(path, _report(self))
 
 
-def write_results(folder: Path, found: EvaluationReport) -> None:
+def write_results(folder: Path, report: EvaluationReport) -> None:
     """Write grid and report, and each model's records: into ``folder`` where one was evaluated, else, and for a
     placebo, into a folder of the model's name."""
-    evaluations = found.evaluations
-    assert evaluations is not None
-    judged = [result.name for result in found.results if result.name != found.placebo]
-    for result in found.results:
-        write_records(folder if [result.name] == judged else folder / result.name, result)
-    shown = _by_group(evaluations)
-    names = [result.name for result in found.results]
+    from ..reports.grid import write_grid
+
+    assert report.result is not None
+    attempts = [result.name for result in report.results if result.name != report.placebo]
+    for result in report.results:
+        write_records(folder if [result.name] == attempts else folder / result.name, result)
+    shown = sorted(report.result.gallery, key=lambda pair: not is_forget(pair.group))
+    names = [result.name for result in report.results]
     write_grid(
         folder / "grid.png",
         rows=["before", *(f"after {name}" for name in names)],
@@ -81,67 +162,82 @@ def write_results(folder: Path, found: EvaluationReport) -> None:
             [_pixels(pair.original) for pair in shown],
             *([_pixels(pair.unlearned[index]) for pair in shown] for index in range(len(names))),
         ],
-        groups=[_heading(pair.group, found.groups.concept) for pair in shown],
+        groups=[_heading(pair.group, report.groups.concept) for pair in shown],
     )
-    found.html(folder / "report.html")
+    report.html(folder / "report.html")
 
 
-def write_records(folder: Path, evaluation: Evaluation) -> None:
+def write_records(folder: Path, result: ModelResult) -> None:
     """pairs.jsonl, one line per pair, and evaluation.json."""
     folder.mkdir(exist_ok=True)
-    write_lines(folder / "pairs.jsonl", evaluation.lines())
-    write_json(folder / "evaluation.json", evaluation.summary)
+    write_lines(folder / "pairs.jsonl", result.lines())
+    result.evaluation.write(folder / "evaluation.json")
 
 
-def _report(found: EvaluationReport) -> Report:
-    assert found.evaluations is not None
-    concept = found.summary["concept"]
-    return Report(
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level of columns, without formulas."""
+    cells: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            cells |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value.startswith(_FORMULAS):
+            cells[prefix + name] = "'" + value
+        else:
+            cells[prefix + name] = value
+    return cells
+
+
+def _report(report: EvaluationReport) -> HtmlReport:
+    from ..reports.html import HtmlReport
+
+    assert report.result is not None
+    redrawn = report.results[0].scores.redrawn
+    concept = report.results[0].evaluation.concept
+    return HtmlReport(
         title=f"Unlearning “{concept}”",
         concept=concept,
-        evaluations=[result.summary for result in found.results],
-        galleries=_galleries(found.evaluations, found.groups.concept),
-        retain_prompts="prompts that no loss has seen" if found.unseen else "prompts about other things",
-        distances={result.name: _retained(result) for result in found.results},
-        redrawn=found.results[0].records.redrawn[np.isfinite(found.results[0].records.redrawn)],
+        evaluations=[result.evaluation for result in report.results],
+        galleries=_galleries(report.result, report.groups.concept),
+        retain_prompts="prompts that no loss has seen" if report.unseen else "prompts about other things",
+        distances={result.name: _retained(result) for result in report.results},
+        redrawn=redrawn[np.isfinite(redrawn)],
     )
 
 
-def _retained(result: Evaluation) -> np.ndarray:
+def _retained(result: ModelResult) -> np.ndarray:
     """The distances of the pairs that are to be kept."""
-    records = result.records
-    kept: np.ndarray = records.distances[result.index][np.isfinite(records.redrawn)]
+    kept: np.ndarray = result.scores.distances[result.index][np.isfinite(result.scores.redrawn)]
     return kept
 
 
-def _by_group(evaluations: Evaluations) -> list[Shown]:
-    return sorted(evaluations.gallery, key=lambda pair: not is_forget(pair.group))
+def _galleries(result: EvaluationResult, concept: str | None) -> list[Gallery]:
+    from ..reports.gallery import Gallery
 
-
-def _galleries(evaluations: Evaluations, concept: str | None) -> list[Gallery]:
-    names = [result.name for result in evaluations.results]
+    names = [model.name for model in result.results]
     columns = ["original", *names]
     galleries = []
     for forget, caption in (
         (True, "Prompts that name the concept, before and after, from the same noise."),
         (False, "Prompts about other things, before and after, from the same noise: they should not change."),
     ):
-        pairs = [pair for pair in evaluations.gallery if is_forget(pair.group) == forget]
+        pairs = [pair for pair in result.gallery if is_forget(pair.group) == forget]
         if pairs:
             rows = [_row(pair, range(len(names))) for pair in pairs]
             galleries.append(Gallery(_heading(pairs[0].group, concept), caption, columns, rows))
     for index, name in enumerate(names):
         for title, caption, chosen in (
-            ("the most changed", "Retain pairs of the largest distance.", evaluations.most_changed),
-            ("in the middle", "Retain pairs around the median distance.", evaluations.median_changed),
-            ("the least changed", "Retain pairs of the smallest distance.", evaluations.least_changed),
+            ("the most changed", "Retain pairs of the largest distance.", result.most_changed),
+            ("in the middle", "Retain pairs around the median distance.", result.median_changed),
+            ("the least changed", "Retain pairs of the smallest distance.", result.least_changed),
         ):
             rows = [_row(pair, [index]) for pair in chosen[index]]
             galleries.append(Gallery(f"{name}: {title}", caption, ["original", name], rows))
     return galleries
 
 
-def _row(pair: Shown, indices: Sequence[int]) -> GalleryRow:
+def _row(pair: ShownPair, indices: Sequence[int]) -> GalleryRow:
+    from ..reports.gallery import GalleryRow
+
     images = [_pixels(pair.original), *(_pixels(pair.unlearned[index]) for index in indices)]
     return GalleryRow(pair.prompt, images, ["", *(f"distance {pair.distances[index]:.3f}" for index in indices)])
 

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import schema
+from ..judges.base import Judge, Judged, record_of
 from ..metrics.statistics import Estimate, clustered_mean, difference, quantiles, retention, wilson
 from ..prompts import PromptGroups, is_forget
-from ..worlds.shapes import SHAPES_WORLD
-from ..worlds.shapes.classifier import HEADS
-from .journal import Batch
+from .journal import PairScores
 
 Mask = npt.NDArray[np.bool_]
-
-#: Order of the classifier's heads in ``Batch.labels``.
-LABELS = tuple(HEADS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +26,19 @@ class Control:
     keys: Sequence[tuple[str, int]]
     distances: npt.NDArray[np.float32]
 
-    def summary(self) -> dict[str, Any]:
-        return {
-            "what": self.what,
-            "n_pairs": len(self.keys),
-            "mean": _mean(self.distances, self.keys),
-            "q99": float(np.quantile(self.distances.astype(np.float64), 0.99)),
-            "max": float(self.distances.max()),
-        }
+    def record(self) -> schema.ControlRecord:
+        return schema.ControlRecord(
+            what=self.what,
+            n_pairs=len(self.keys),
+            mean=_mean(self.distances, self.keys),
+            q99=float(np.quantile(self.distances.astype(np.float64), 0.99)),
+            max=float(self.distances.max()),
+        )
+
+    def threshold(self) -> tuple[float, str]:
+        """The distance above which an image counts as changed, and in words where it is from."""
+        source = f"q99 of {len(self.keys)} pairs, {self.what}"
+        return float(np.quantile(self.distances.astype(np.float64), 0.99)), source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,209 +51,176 @@ class Ladder:
     placebo: str | None = None
 
 
-def summarize(records: Batch, model: int, groups: PromptGroups, ladder: Ladder, placebo: int | None) -> dict[str, Any]:
-    """The sections integrity, erasure, retain, controls and groups of evaluation.json for one model of ``records``.
+def summarize_model(
+    scores: PairScores,
+    model: int,
+    groups: PromptGroups,
+    ladder: Ladder,
+    placebo: int | None,
+    judge: Judge | None,
+    *,
+    metric: str,
+    metrics: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    described: Mapping[str, Any],
+) -> schema.Evaluation:
+    """evaluation.json for one model of ``scores``, everything from the scores in key order.
 
-    ``placebo``: which of the models is the placebo.  Everything is computed from the records in key order.
+    ``placebo``: which of the models is the placebo.  ``metric``: the name of the distance.  ``metrics``: results of the
+    further ones.  ``described``: ``name``, ``method``, ``concept``, ``model``, perhaps ``is_reconstruction``.
     """
     names = dict(groups.grouped())
-    group_of = np.array([names[prompt] for prompt, _ in records.keys])
-    kept = np.array([not is_forget(names[prompt]) for prompt, _ in records.keys])
-    thresholds = _thresholds(records, kept, ladder, placebo)
-    integrity = _integrity(records, model, kept, ladder, thresholds)
-    if placebo is not None and placebo != model:
-        beyond = difference(
-            records.distances[model][kept], records.distances[placebo][kept], _prompts_of(records, kept)
-        )
-        integrity["minus_placebo"] = {"mean": beyond.mean, "ci95": [beyond.low, beyond.high]}
-    judge = groups.concept if records.labels is not None else None
-    redrawn = clustered_mean(records.redrawn[kept], _prompts_of(records, kept))
-    return {
-        "integrity": integrity,
-        "erasure": _erasure(records, model, ~kept, judge) if judge and not kept.all() else None,
-        "retain": _retained(records, model, kept) if judge else None,
-        "groups": {
-            str(name): _group(records, model, group_of == name, ladder, thresholds, judge)
+    group_of = np.array([names[prompt] for prompt, _ in scores.keys])
+    kept = np.array([not is_forget(names[prompt]) for prompt, _ in scores.keys])
+    thresholds = _thresholds(scores, kept, ladder, placebo)
+    sides = _Sides(judge, scores.judged, model) if judge is not None and scores.judged is not None else None
+    redrawn = clustered_mean(scores.redrawn[kept], _prompts_of(scores, kept))
+    return schema.Evaluation(
+        **described,
+        integrity=_integrity(scores, model, kept, ladder, thresholds, placebo, metric),
+        judge=record_of(judge) if judge is not None else None,
+        erasure=_erasure(sides, ~kept, groups.concept) if sides and groups.concept and not kept.all() else None,
+        retain=_retain(sides, kept, [prompt for prompt, _ in scores.keys]) if sides else None,
+        groups={
+            str(name): _group(scores, model, group_of == name, ladder, thresholds, sides)
             for name in sorted(set(group_of.tolist()), key=lambda name: (not is_forget(name), name))
         },
-        "controls": {
-            "repeat": ladder.repeat,
-            "numeric": ladder.numeric.summary(),
-            "precision": ladder.precision.summary() if ladder.precision else None,
-            "placebo": _placebo(records, kept, ladder, placebo),
-            "redrawn": redrawn.mean,
-            "redrawn_ci95": _interval(redrawn),
-        },
-    }
+        controls=schema.Controls(
+            repeat=ladder.repeat,
+            numeric=ladder.numeric.record(),
+            precision=ladder.precision.record() if ladder.precision else None,
+            placebo=_placebo(scores, kept, ladder, placebo),
+            redrawn=redrawn.mean,
+            redrawn_ci95=distance_interval(redrawn),
+        ),
+        metrics=dict(metrics),
+        spec=dict(spec),
+    )
+
+
+# ---- distances -------------------------------------------------------------------------------------------------------
+
+
+def distance_interval(distance: Estimate) -> schema.Interval:
+    """The interval of a mean distance: one of t can leave what a distance can be."""
+    return max(0.0, distance.low), distance.high
 
 
 def _integrity(
-    records: Batch, model: int, where: Mask, ladder: Ladder, thresholds: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    distances, clusters = records.distances[model][where], _prompts_of(records, where)
-    mean = clustered_mean(distances, clusters)
-    floor = _floor(records, where, ladder)
-    kept = retention(distances, clusters, records.redrawn[where], clusters, floor)
-    return {
-        "mean": mean.mean,
-        "ci95": _interval(mean),
-        "floor": float(np.mean(floor)),
-        "ceiling": clustered_mean(records.redrawn[where], clusters).mean,
-        "retention": kept.mean,
-        "retention_ci95": [kept.low, kept.high],
-        "n_pairs": int(where.sum()),
-        "n_prompts": mean.n_clusters,
-        "interval": mean.method,
-        "quantiles": quantiles(distances),
-        "changed": {
-            name: dict(threshold) | _share(distances > threshold["threshold"], clusters)
-            for name, threshold in thresholds.items()
-        },
-    }
-
-
-def judged(labels: npt.NDArray[np.uint8]) -> dict[str, Any]:
-    """What labels (heads,) say of one image, in words."""
-    words = {head: HEADS[head][int(label)] for head, label in zip(LABELS, labels, strict=True)}
-    return words | {"valid": words["valid"] == "yes"}
-
-
-def _group(
-    records: Batch,
+    scores: PairScores,
     model: int,
     where: Mask,
     ladder: Ladder,
-    thresholds: Mapping[str, Mapping[str, Any]],
-    judge: str | None,
-) -> dict[str, Any]:
+    thresholds: Mapping[str, tuple[float, str]],
+    placebo: int | None,
+    metric: str,
+) -> schema.Integrity:
+    distances, clusters = scores.distances[model][where], _prompts_of(scores, where)
+    mean = clustered_mean(distances, clusters)
+    floor = _floor(scores, where, ladder)
+    kept = retention(distances, clusters, scores.redrawn[where], clusters, floor)
+    beyond = None
+    if placebo is not None and placebo != model:
+        gap = difference(distances, scores.distances[placebo][where], clusters)
+        beyond = schema.Difference(mean=gap.mean, ci95=(gap.low, gap.high))
+    return schema.Integrity(
+        mean=mean.mean,
+        ci95=distance_interval(mean),
+        floor=float(np.mean(floor)),
+        ceiling=clustered_mean(scores.redrawn[where], clusters).mean,
+        retention=kept.mean,
+        retention_ci95=(kept.low, kept.high),
+        n_pairs=int(where.sum()),
+        n_prompts=mean.n_clusters,
+        interval=mean.method,
+        quantiles=quantiles(distances),
+        changed={
+            name: _changed(distances > threshold, clusters, threshold, source)
+            for name, (threshold, source) in thresholds.items()
+        },
+        metric=metric,
+        minus_placebo=beyond,
+    )
+
+
+def _group(
+    scores: PairScores,
+    model: int,
+    where: Mask,
+    ladder: Ladder,
+    thresholds: Mapping[str, tuple[float, str]],
+    sides: _Sides | None,
+) -> schema.Group:
     """What one group of prompts shows; for a single prompt without intervals over prompts, for ``forget`` without R."""
-    distances, clusters = records.distances[model][where], _prompts_of(records, where)
+    distances, clusters = scores.distances[model][where], _prompts_of(scores, where)
     several = len(set(clusters)) > 1
     mean = clustered_mean(distances, clusters) if several else None
-    result: dict[str, Any] = {
-        "n_pairs": int(where.sum()),
-        "n_prompts": len(set(clusters)),
-        "mean": mean.mean if mean else _mean(distances, [records.keys[i] for i in np.flatnonzero(where)]),
-        "ci95": _interval(mean) if mean else None,
-        "quantiles": quantiles(distances),
-    }
-    redrawn = records.redrawn[where]
+    group = schema.Group(
+        n_pairs=int(where.sum()),
+        n_prompts=len(set(clusters)),
+        mean=mean.mean if mean else _mean(distances, [scores.keys[i] for i in np.flatnonzero(where)]),
+        ci95=distance_interval(mean) if mean else None,
+        quantiles=quantiles(distances),
+    )
+    redrawn = scores.redrawn[where]
     if np.isnan(redrawn).any():
-        if judge:
-            shown = _shows(records, model + 1, where, judge)
-            share = wilson(int(shown.sum()), len(shown))
-            result |= {"forget_accuracy": share.mean, "forget_accuracy_ci95": [share.low, share.high]}
-        return result
-    result["changed"] = {
-        name: float((distances > threshold["threshold"]).mean()) for name, threshold in thresholds.items()
-    }
-    floor = float(np.mean(_floor(records, where, ladder)))
+        if sides is None:
+            return group
+        shown = sides.shown(1)[where]
+        share = wilson(int(shown.sum()), len(shown))
+        valid = _share_of(sides.valid(1), where)
+        return dataclasses.replace(group, shown=share.mean, shown_ci95=(share.low, share.high), valid=valid)
+    floor = float(np.mean(_floor(scores, where, ladder)))
     ceiling = clustered_mean(redrawn, clusters).mean if several else float(redrawn.astype(np.float64).mean())
     kept: Estimate | None = None
     if several and ceiling > floor:
         try:
-            kept = retention(distances, clusters, redrawn, clusters, _floor(records, where, ladder))
+            kept = retention(distances, clusters, redrawn, clusters, _floor(scores, where, ladder))
         except ValueError:  # too few prompts vary with the seed for an interval
             kept = None
-    value = kept.mean if kept else 1 - max(result["mean"] - floor, 0) / (ceiling - floor) if ceiling > floor else None
-    return result | {
-        "ceiling": ceiling,
-        "retention": value,
-        "retention_ci95": [kept.low, kept.high] if kept else None,
-    }
+    value = kept.mean if kept else 1 - max(group.mean - floor, 0) / (ceiling - floor) if ceiling > floor else None
+    return dataclasses.replace(
+        group,
+        changed={name: float((distances > threshold).mean()) for name, (threshold, _) in thresholds.items()},
+        ceiling=ceiling,
+        retention=value,
+        retention_ci95=(kept.low, kept.high) if kept else None,
+    )
 
 
-def _floor(records: Batch, where: Mask, ladder: Ladder) -> float | npt.NDArray[np.float32]:
+def _floor(scores: PairScores, where: Mask, ladder: Ladder) -> float | npt.NDArray[np.float32]:
     """What numerics alone change: pair by pair where the control was measured on all of these, else its mean."""
     measured = dict(zip(ladder.numeric.keys, ladder.numeric.distances.tolist(), strict=True))
-    keys = [records.keys[index] for index in np.flatnonzero(where)]
+    keys = [scores.keys[index] for index in np.flatnonzero(where)]
     if all(key in measured for key in keys):
         return np.array([measured[key] for key in keys], dtype=np.float32)
     return _mean(ladder.numeric.distances, ladder.numeric.keys)
 
 
-def _thresholds(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) -> dict[str, dict[str, Any]]:
+def _thresholds(scores: PairScores, kept: Mask, ladder: Ladder, placebo: int | None) -> dict[str, tuple[float, str]]:
     """Distances above which an image counts as changed, each named after the control that it comes from."""
-
-    def of(control: Control) -> dict[str, Any]:
-        source = f"q99 of {len(control.keys)} pairs, {control.what}"
-        return {"threshold": float(np.quantile(control.distances.astype(np.float64), 0.99)), "source": source}
-
-    result = {"numeric": of(ladder.numeric)}
+    result = {"numeric": ladder.numeric.threshold()}
     if ladder.precision is not None:
-        result["precision"] = of(ladder.precision)
+        result["precision"] = ladder.precision.threshold()
     if placebo is not None:
-        values = records.distances[placebo][kept].astype(np.float64)
-        result["placebo"] = {"threshold": float(np.quantile(values, 0.95)), "source": "q95 of the placebo"}
-    redrawn = float(np.median(records.redrawn[kept].astype(np.float64)))
-    source = "median of the original redrawn from other noise"
-    return result | {"redrawn": {"threshold": redrawn, "source": source}}
+        values = scores.distances[placebo][kept].astype(np.float64)
+        result["placebo"] = float(np.quantile(values, 0.95)), "q95 of the placebo"
+    redrawn = float(np.median(scores.redrawn[kept].astype(np.float64)))
+    return result | {"redrawn": (redrawn, "median of the original redrawn from other noise")}
 
 
-def _placebo(records: Batch, kept: Mask, ladder: Ladder, placebo: int | None) -> dict[str, Any] | None:
+def _placebo(scores: PairScores, kept: Mask, ladder: Ladder, placebo: int | None) -> schema.PlaceboRecord | None:
     if placebo is None:
         return None
-    mean = clustered_mean(records.distances[placebo][kept], _prompts_of(records, kept))
-    return {"name": ladder.placebo, "mean": mean.mean, "ci95": _interval(mean)}
+    mean = clustered_mean(scores.distances[placebo][kept], _prompts_of(scores, kept))
+    return schema.PlaceboRecord(name=ladder.placebo or "", mean=mean.mean, ci95=distance_interval(mean))
 
 
-def _erasure(records: Batch, model: int, where: Mask, concept: str) -> dict[str, Any]:
-    """How often a prompt that names the concept still gives it.  An image that is no valid one shows nothing."""
-    shown, before = _shows(records, model + 1, where, concept), _shows(records, 0, where, concept)
-    valid = _column(records, model + 1, "valid")[where] == HEADS["valid"].index("yes")
-    share = wilson(int(shown.sum()), len(shown))
-    return {
-        "concept": SHAPES_WORLD.find(concept)[1],
-        "forget_accuracy": share.mean,
-        "forget_accuracy_ci95": [share.low, share.high],
-        "forget_accuracy_original": float(before.mean()),
-        "forget_valid": float(valid.mean()),
-        # UA of the field, and UA that garbage cannot earn.
-        "unlearning_accuracy": 1 - share.mean,
-        "unlearning_accuracy_valid": float((valid & ~shown).sum() / len(shown)),
-        "n_images": len(shown),
-    }
-
-
-def _retained(records: Batch, model: int, where: Mask) -> dict[str, Any]:
-    """Shares of retain images that show what their prompt names (IRA within the concept's attribute, CRA across)."""
-    named = {prompt: SHAPES_WORLD.attributes(prompt) for prompt in {prompt for prompt, _ in records.keys}}
-    prompts = [prompt for prompt, _ in records.keys]
-    result: dict[str, Any] = {"n_images": int(where.sum())}
-    for attribute in ("shape", "color", "background"):
-        words = [named[prompt].get(attribute) for prompt in prompts]
-        asked = where & np.array([word is not None for word in words])
-        wanted = np.array([HEADS[attribute].index(word) if word is not None else 255 for word in words])
-        for suffix, side in (("", model + 1), ("_original", 0)):
-            right = _column(records, side, attribute)[asked] == wanted[asked]
-            result[f"{attribute}_accuracy{suffix}"] = float(right.mean()) if asked.any() else None
-    for suffix, side in (("", model + 1), ("_original", 0)):
-        valid = _column(records, side, "valid")[where] == HEADS["valid"].index("yes")
-        result[f"valid{suffix}"] = float(valid.mean())
-    return result
-
-
-def _shows(records: Batch, side: int, where: Mask, concept: str) -> Mask:
-    domain, word = SHAPES_WORLD.find(concept)
-    result: Mask = _column(records, side, domain)[where] == HEADS[domain].index(word)
-    return result
-
-
-def _column(records: Batch, side: int, head: str) -> npt.NDArray[np.uint8]:
-    assert records.labels is not None
-    column: npt.NDArray[np.uint8] = records.labels[side, :, LABELS.index(head)]
-    return column
-
-
-def _interval(distance: Estimate) -> list[float]:
-    """The interval of a mean distance: one of t can leave what a distance can be."""
-    return [max(0.0, distance.low), distance.high]
-
-
-def _share(changed: Mask, clusters: Sequence[str]) -> dict[str, Any]:
+def _changed(changed: Mask, clusters: Sequence[str], threshold: float, source: str) -> schema.Changed:
     share = clustered_mean(changed.astype(np.float64), clusters)
     # A t interval can leave what a share can be.
-    return {"share": share.mean, "ci95": [max(0.0, share.low), min(1.0, share.high)]}
+    low, high = max(0.0, share.low), min(1.0, share.high)
+    return schema.Changed(threshold=threshold, source=source, share=share.mean, ci95=(low, high))
 
 
 def _mean(distances: npt.NDArray[np.float32], keys: Sequence[tuple[str, int]]) -> float:
@@ -261,5 +230,108 @@ def _mean(distances: npt.NDArray[np.float32], keys: Sequence[tuple[str, int]]) -
     return float(np.sort(distances.astype(np.float64)).mean())
 
 
-def _prompts_of(records: Batch, where: Mask) -> list[str]:
-    return [records.keys[index][0] for index in np.flatnonzero(where)]
+def _prompts_of(scores: PairScores, where: Mask) -> list[str]:
+    return [scores.keys[index][0] for index in np.flatnonzero(where)]
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+
+class _Sides:
+    """What the judge says of the original (0) and of one model (1), as truth values."""
+
+    def __init__(self, judge: Judge, judged: Judged, model: int) -> None:
+        self.judge = judge
+        self._columns = [0, model + 1]
+        self._judged = judged
+
+    def valid(self, side: int) -> Mask | None:
+        """(N,), None where the judge cannot tell."""
+        if self.judge.valid_threshold is None:
+            return None
+        result: Mask = self._judged.valid[self._columns[side]] >= self.judge.valid_threshold
+        return result
+
+    def seen(self, side: int) -> Mask:
+        """(N,) whether the judge sees the concept, in whatever image."""
+        result: Mask = self._judged.shown[self._columns[side]] >= self.judge.threshold
+        return result
+
+    def shown(self, side: int) -> Mask:
+        """(N,) whether an image shows the concept: one that is not valid shows nothing."""
+        valid = self.valid(side)
+        return self.seen(side) if valid is None else self.seen(side) & valid
+
+    def words(self, side: int) -> npt.NDArray[np.int32]:
+        """(N, A) indices of the words that the images show."""
+        return self._judged.words[self._columns[side]]
+
+
+def verdict_of(judge: Judge, judged: Judged, side: int, index: int) -> dict[str, Any]:
+    """What the judge says of one image: whether it sees the concept, with its score; is it valid; which words."""
+    score, valid = float(judged.shown[side, index]), float(judged.valid[side, index])
+    result: dict[str, Any] = {"shown": score >= judge.threshold, "score": score}
+    if judge.valid_threshold is not None:
+        result |= {"valid": valid >= judge.valid_threshold, "valid_score": valid}
+    if judge.vocabulary:
+        indices = judged.words[side, index].tolist()
+        result["attributes"] = {
+            attribute: words[word] if word >= 0 else None
+            for (attribute, words), word in zip(judge.vocabulary.items(), indices, strict=True)
+        }
+    return result
+
+
+def _erasure(sides: _Sides, where: Mask, concept: str) -> schema.Erasure:
+    """How often a prompt that names the concept still gives it.  An image that is not valid shows nothing."""
+    seen, shown = sides.seen(1)[where], sides.shown(1)[where]
+    share = wilson(int(shown.sum()), len(shown))
+    valid = sides.valid(1)
+    return schema.Erasure(
+        concept=concept.strip(),
+        n_images=len(shown),
+        shown=share.mean,
+        shown_ci95=(share.low, share.high),
+        shown_original=float(sides.shown(0)[where].mean()),
+        valid=_share_of(valid, where),
+        valid_original=_share_of(sides.valid(0), where),
+        unlearning_accuracy=float((~seen).mean()),
+        unlearning_accuracy_valid=None if valid is None else float((valid[where] & ~seen).mean()),
+    )
+
+
+def _retain(sides: _Sides, where: Mask, prompts: Sequence[str]) -> schema.Retain:
+    """What the retain images show, and whether they still show it."""
+    judge = sides.judge
+    asked_for = {prompt: judge.asked(prompt) for prompt in set(prompts)}
+    before, after = sides.words(0), sides.words(1)
+    attributes = {}
+    for column, (attribute, words) in enumerate(judge.vocabulary.items()):
+        wanted = [asked_for[prompt].get(attribute) for prompt in prompts]
+        # A word that the judge cannot see is never right.
+        index = np.array([words.index(word) if word in words else -2 for word in wanted])
+        asked = where & np.array([word is not None for word in wanted])
+        right = [
+            float((side[asked, column] == index[asked]).mean()) if asked.any() else None for side in (before, after)
+        ]
+        attributes[attribute] = schema.Attribute(
+            accuracy=right[1],
+            original=right[0],
+            agreement=float((before[where, column] == after[where, column]).mean()),
+            n_asked=int(asked.sum()),
+        )
+    valid_before, valid = sides.valid(0), sides.valid(1)
+    same = (before == after).all(axis=1)
+    if valid is not None and valid_before is not None:
+        same &= valid == valid_before
+    return schema.Retain(
+        n_images=int(where.sum()),
+        attributes=attributes,
+        agreement=float(same[where].mean()) if attributes else None,
+        valid=_share_of(valid, where),
+        valid_original=_share_of(valid_before, where),
+    )
+
+
+def _share_of(values: Mask | None, where: Mask) -> float | None:
+    return None if values is None else float(values[where].mean())

@@ -30,6 +30,7 @@ class Method:
     concept_alone: bool = False  # unless told otherwise, trains on the bare concept, as its authors do
     needs_retain: bool = False
     is_control: bool = False
+    is_reconstruction: bool = False  # of a paper whose full text was not at hand
 
     def defaults_for(self, key: str) -> Defaults:
         """The defaults of a family or a bundled world; those of ``stable-diffusion`` where it has none of its own."""

@@ -32,4 +32,5 @@ OVW = Method(
         "stable-diffusion": Defaults(200, 1e-5, 4, 32, "cross-attention"),
     },
     needs_retain=True,
+    is_reconstruction=True,
 )

@@ -38,4 +38,5 @@ SADDLE = Method(
         "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention", kappa=3.0),
     },
     needs_retain=True,
+    is_reconstruction=True,
 )

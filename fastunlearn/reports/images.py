@@ -8,42 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_text
-from .html import Gallery, distance_text, percent, templates
+from ..schema import FoldersEvaluation
+from .gallery import Gallery
+from .pages import templates
+from .sentences import folders_sentence
 
 
 @dataclass(frozen=True)
-class ImagesReport:
-    """``summary``: the content of evaluation.json; ``galleries``: pairs of images to show."""
+class FoldersReport:
+    """``evaluation``: the content of evaluation.json; ``galleries``: pairs of images to show."""
 
-    summary: Mapping[str, Any]
+    evaluation: FoldersEvaluation
     galleries: Sequence[Gallery]
 
 
-def write_images_report(path: Path, report: ImagesReport) -> None:
+def write_folders_report(path: Path, report: FoldersReport) -> None:
     """Write one HTML file that loads nothing from elsewhere; the same report gives the same bytes."""
     template = templates().get_template("images.html.j2")
     write_text(
         path,
         template.render(
-            summary=report.summary,
+            evaluation=report.evaluation,
             galleries=report.galleries,
-            sentence=image_sentence(report.summary),
-            spec=_spec(report.summary["spec"]),
+            sentence=folders_sentence(report.evaluation),
+            spec=_spec(report.evaluation.to_dict()["spec"]),
         ),
-    )
-
-
-def image_sentence(summary: Mapping[str, Any]) -> str:
-    """What was found, in words."""
-    integrity = summary["integrity"]
-    interval = ""
-    if integrity["ci95"] is not None:
-        low, high = (distance_text(value) for value in integrity["ci95"])
-        interval = f", 95\u00a0% interval {low} to {high}"
-    return (
-        f"On {integrity['n_pairs']:,} pairs the images are on average {distance_text(integrity['mean'])} apart "
-        f"({integrity['metric']}{interval}), where 0 is the same image; {percent(integrity['unchanged'])} did not "
-        "change. This is about what was kept: whether the concept is gone has to be shown on other images."
     )
 
 

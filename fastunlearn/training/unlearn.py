@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__, prompts
+from .. import prompts
 from ..config import from_yaml, to_yaml
 from ..distributed import ALONE, World, join, world_of_environment
 from ..errors import UserError
-from ..evaluation.evaluator import default_metric, evaluate_models, file_groups, world_groups
+from ..evaluation.evaluator import evaluate_models
+from ..evaluation.plan import default_metric, file_groups, world_groups
 from ..evaluation.results import EvaluationReport, write_results
-from ..files.atomic import whole_folder, write_json, write_text
+from ..files.atomic import whole_folder, write_text
 from ..files.run_folder import check_output, claimed, claimed_file, files_below, own, prepare_output
 from ..files.weights import hash_pipeline, pipeline_files
 from ..methods import Method, get_method
@@ -34,6 +35,7 @@ from ..models.loading import Model, load_model, resolve_device, resolve_source, 
 from ..models.sampling import check_deterministic
 from ..progress import Reporter
 from ..prompts import PromptGroups
+from ..schema import RunRecord
 from ..worlds import get_world
 from .bank import Bank, BankPlan, build_bank, plan_bank
 from .config import ApplyConfig, MaskConfig, TrainConfig
@@ -117,7 +119,7 @@ def _unlearn(config: TrainConfig, world: World, folder: Path, reporter: Reporter
         if config.save == "delta":
             unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
             apply_delta(model.source, exported, unlearned)
-        write_json(folder / "run.json", _run_record(config, plan, model, unlearned, seconds))
+        _run_record(config, plan, model, unlearned, seconds).write(folder / "run.json")
         _evaluate_run(config, plan, groups, metric, unlearned, folder, reporter)
     return exported
 
@@ -486,21 +488,28 @@ def _check_same_run(config: TrainConfig, folder: Path) -> None:
             )
 
 
-def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, exported: Path, seconds: dict[str, float]) -> dict:
-    return {
-        "fastunlearn": __version__,
-        "versions": versions(),
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
-        "hashes": {"original": hash_pipeline(model.source), "unlearned": hash_pipeline(exported)},
-        "trainable_parameters": plan.trainable_parameters,
-        "total_parameters": plan.total_parameters,
-        "rows": plan.bank.rows,
-        "unet_evaluations": {"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
-        "seconds": seconds,
-    } | describe_run(config)
+def _run_record(
+    config: TrainConfig, plan: TrainPlan, model: Model, exported: Path, seconds: dict[str, float]
+) -> RunRecord:
+    return RunRecord(
+        **describe_run(config),
+        versions=versions(),
+        device=model.device.type,
+        threads=torch.get_num_threads(),
+        hashes={"original": hash_pipeline(model.source), "unlearned": hash_pipeline(exported)},
+        trainable_parameters=plan.trainable_parameters,
+        total_parameters=plan.total_parameters,
+        rows=plan.bank.rows,
+        unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
+        seconds=seconds,
+    )
 
 
 def describe_run(config: TrainConfig) -> dict[str, Any]:
     """What a run's evaluation says of the run."""
-    return {"method": config.method, "concept": config.forget, "model": config.model}
+    return {
+        "method": config.method,
+        "concept": config.forget,
+        "model": config.model,
+        "is_reconstruction": get_method(config.method).is_reconstruction,
+    }

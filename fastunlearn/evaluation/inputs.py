@@ -1,0 +1,192 @@
+"""From what a caller of :func:`evaluate` has to what a plan needs: models by name, their runs, prompts, measures."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import prompts as prompt_lists
+from ..errors import UserError
+from ..files.run_folder import RECORD
+from ..judges import Judge, as_judge, load_judge
+from ..metrics.lpips import PerceptualDistance, load_perceptual
+from ..prompts import PromptGroups
+from ..record import read_json
+from ..schema import RunRecord
+from ..worlds import World, get_world, world_with_model
+from .generators import Source
+from .image_cache import ImageCache
+from .journal import FOLDER as JOURNAL
+from .plan import default_judge, default_metric, file_groups, world_groups
+
+#: Names in an output folder that are ours, so that no model's folder may have them.
+_TAKEN = (JOURNAL, "pairs.jsonl", "evaluation.json", "grid.png", "report.html")
+_LONGEST = 48  # characters of a folder's name, which may have 255 bytes
+
+
+def is_name(one: Any) -> bool:
+    return one is None or isinstance(one, str | Path)
+
+
+def named_models(unlearned: Any, placebo: Any = None) -> tuple[dict[str, Any], str | None]:
+    """The models to evaluate, each by a short name of its own that can be a folder's, and the placebo's name.
+
+    No two get one name, and none gets that of a file of ours: what comes later has ``-again`` or ``-model`` added.
+    """
+    if isinstance(unlearned, Mapping):
+        labels, models = [str(name) for name in unlearned], list(unlearned.values())
+    else:
+        models = list(unlearned) if isinstance(unlearned, list | tuple) else [unlearned]
+        labels = [_label(model) for model in models]
+        for index, (model, label) in enumerate(zip(models, list(labels), strict=True)):
+            if labels.count(label) > 1 and is_name(model):
+                path = Path(model).expanduser().resolve()
+                labels[index] = (path.parent if path.name == "model" else path).name
+    if not models:
+        raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
+    if placebo is not None:
+        labels, models = [*labels, "placebo"], [*models, placebo]
+    names = _different(labels)
+    return dict(zip(names, models, strict=True)), names[-1] if placebo is not None else None
+
+
+def _different(labels: Iterable[str]) -> list[str]:
+    """A folder's name for each label, no two alike; file systems may not tell capitals apart."""
+    names: list[str] = []
+    taken = {name.casefold() for name in _TAKEN}
+    for label in labels:
+        name = re.sub(r"[^\w.-]+", "-", label).strip(".-")[:_LONGEST].strip(".-") or "model"
+        if name.casefold() in _TAKEN:
+            name += "-model"
+        while name.casefold() in taken:
+            name += "-again"
+        names.append(name)
+        taken.add(name.casefold())
+    return names
+
+
+def _label(model: Any) -> str:
+    """The method of a run, else the folder's or the function's name."""
+    if is_name(model):
+        run = run_of(model)
+        return run.method if run else _gold(model) or Path(str(model)).expanduser().resolve().name
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+def _gold(model: Any) -> str | None:
+    """A bundled model that was trained anew without a concept."""
+    return "gold" if world_with_model(str(model)) and "-gold" in str(model) else None
+
+
+def pipeline_of(model: Any) -> Any:
+    """A run's folder stands for the pipeline in it."""
+    if not isinstance(model, str | Path):
+        return model
+    folder = Path(model).expanduser()
+    if (folder / "model" / "model_index.json").is_file():
+        return str(folder / "model")
+    return str(folder) if folder.is_dir() else str(model)
+
+
+def run_of(model: Any) -> RunRecord | None:
+    """The record of the run that a folder, or the model folder in it, is of; None where there is none of ours.
+
+    Raises UserError for a record of ours that is damaged or of another version.
+    """
+    if not isinstance(model, str | Path):
+        return None
+    path = Path(pipeline_of(model)).parent / "run.json"
+    if not path.is_file():
+        return None
+    is_ours = (path.parent / RECORD).is_file()
+    try:
+        content = read_json(path, RunRecord.command)
+    except UserError:
+        if is_ours:
+            raise
+        return None  # another program's
+    if not is_ours and not (isinstance(content, dict) and "fastunlearn" in content):
+        return None
+    return RunRecord.from_dict(content, str(path))
+
+
+def description(
+    name: str, model: Any, run: RunRecord | None, groups: PromptGroups, placebo: str | None
+) -> dict[str, Any]:
+    """What a model's result says of how it was made."""
+    method = "placebo" if name == placebo else run.method if run else _gold(model) or name
+    known = {"method": method, "is_reconstruction": run is not None and name != placebo and run.is_reconstruction}
+    return known | {"concept": groups.concept or "the concept"}
+
+
+def prompt_groups(
+    given: Any,
+    forget: str | None,
+    models: Mapping[str, Any],
+    runs: Mapping[str, RunRecord | None],
+    world: World | None,
+) -> PromptGroups:
+    """The prompts and the concept: ``forget``, or what the runs say that they forgot."""
+    forgotten = sorted({run.concept for run in runs.values() if run})
+    if forget is None and len(forgotten) > 1:
+        raise UserError(f"the runs forgot different things ({', '.join(forgotten)}). Evaluate each alone.")
+    concept = forget or next(iter(forgotten), None)
+    if given is not None and not isinstance(given, str | Path):
+        return PromptGroups.of(prompt_lists.check_grouped_prompts(given), concept)
+    asked = world if given is None else get_world(str(given))
+    if given is None and world is None:
+        raise UserError("`--prompts` is missing: only the bundled model has prompts of its own. Name a prompt file.")
+    if asked is None:
+        return file_groups(str(given), concept)
+    if asked is not world:
+        raise UserError(f"`--prompts {given}` are the bundled model's. Give a prompt file for other models.")
+    if concept is None:
+        raise UserError(f"{next(iter(models))} does not say what was forgotten. Name it with `--forget`.")
+    return world_groups(asked, concept)
+
+
+def judge_of(given: Any, source: Source, concept: str | None) -> Judge | None:
+    """The judge that was asked for: a name, ``none``, an object or a function; by default that of a bundled world."""
+    if given is None:
+        return default_judge(source, concept)
+    if given == "none":
+        return None
+    return load_judge(given, source.device) if isinstance(given, str) else as_judge(given)
+
+
+def perceptual(
+    metric: str | PerceptualDistance | None, source: Source, trunk_weights: str | Path | None
+) -> PerceptualDistance:
+    if metric is not None and not isinstance(metric, str):
+        if trunk_weights is not None:
+            raise UserError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
+        return metric
+    return load_perceptual(metric or default_metric(source), source.device, trunk_weights=trunk_weights)
+
+
+def further_metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:
+    if not given:
+        return []
+    asked: list[Any] = given.split(",") if isinstance(given, str) else list(given)
+    result = []
+    for one in asked:
+        if isinstance(one, str):
+            metrics = importlib.import_module("..metrics.field", __package__)
+            result.append(metrics.load_metric(one.strip(), source.device, bundled=source.world is not None))
+        else:
+            result.append(one)
+    names = [one.name for one in result]
+    if len(set(names)) < len(names):
+        raise UserError(f"`--metrics` names {max(names, key=names.count)} twice.")
+    return result
+
+
+def image_cache(folder: str | Path | None, limit_gib: float, source: Source) -> ImageCache | None:
+    if folder is None:
+        return None
+    if source.state() is None:
+        raise UserError("`cache` names images by a hash of what makes them, which a function has not: leave it out.")
+    return ImageCache(Path(folder).expanduser(), int(limit_gib * 2**30))

@@ -1,0 +1,132 @@
+"""What is to be evaluated: the models, the prompts, the measures, and the order of the keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..judges import load_judge, record_of
+from ..judges.base import Judge
+from ..metrics.lpips import PerceptualDistance
+from ..models.loading import Model
+from ..prompts import PromptGroups, is_forget, parse_grouped_prompts
+from ..worlds import World
+from .generators import Key, PipelineSource, Source, check_comparable, environment
+
+if TYPE_CHECKING:
+    from ..metrics.field import Metric
+
+CONTROL_PAIRS = 8  # on which the numeric controls are measured unless the caller says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the result, in the order of its keys.
+
+    ``placebo`` names the one of ``unlearned`` that is the placebo.  ``judge`` says what the images show of the concept
+    of ``groups``; without one, erasure is not measured.
+    """
+
+    original: Source
+    unlearned: Mapping[str, Source]
+    groups: PromptGroups
+    metric: PerceptualDistance
+    seeds_per_prompt: int = 1
+    placebo: str | None = None
+    metrics: Sequence[Metric] = ()
+    control_pairs: int = CONTROL_PAIRS
+    judge: Judge | None = None
+
+    def __post_init__(self) -> None:
+        for name, source in self.unlearned.items():
+            check_comparable(self.original, source, name)
+            if isinstance(source, PipelineSource) and isinstance(self.original, PipelineSource):
+                source.share_text(self.original)
+        if isinstance(self.original, PipelineSource):
+            self.original.check_sampler()
+        if self.judge is not None:
+            if self.groups.concept is None:
+                raise UserError(f"the judge {self.judge.name} looks for a concept: name it with `--forget`.")
+            self.judge.check(self.groups.concept)
+
+    @functools.cached_property
+    def grouped(self) -> list[tuple[str, str]]:
+        return self.groups.grouped()
+
+    def keys(self) -> list[Key]:
+        return [(prompt, seed) for prompt, _ in self.grouped for seed in range(self.seeds_per_prompt)]
+
+    def keys_of(self, rank: int, world_size: int) -> list[Key]:
+        """A rank's share: all seeds of every n-th prompt."""
+        mine = {prompt for prompt, _ in self.grouped[rank::world_size]}
+        return [key for key in self.keys() if key[0] in mine]
+
+    def retained(self) -> set[str]:
+        return {prompt for prompt, group in self.grouped if not is_forget(group)}
+
+    def other_seed(self, key: Key) -> Key:
+        """The same prompt from other noise: the next seed, or past the last where there is but one."""
+        prompt, seed = key
+        return prompt, seed + 1 if self.seeds_per_prompt == 1 else (seed + 1) % self.seeds_per_prompt
+
+    def control_keys(self) -> list[Key]:
+        kept = self.retained()
+        keys = [key for key in self.keys() if key[0] in kept]
+        return spread(keys, self.control_pairs)
+
+    def spec(self) -> dict[str, Any]:
+        """What must be the same for two parts of one evaluation."""
+        return {
+            "original": self.original.content(),
+            "unlearned": {name: source.content() for name, source in self.unlearned.items()},
+            "placebo": self.placebo,
+            "prompts": self.grouped,
+            "concept": self.groups.concept,
+            "seeds_per_prompt": self.seeds_per_prompt,
+            "metric": self.metric.metric,
+            "metrics": [metric.name for metric in self.metrics],
+            "judge": dataclasses.asdict(record_of(self.judge)) if self.judge is not None else None,
+            **self.original.settings(),
+            **environment(self.original.device),
+        }
+
+    def record(self, unlearned: Source) -> dict[str, Any]:
+        """The settings that a model's result states."""
+        return {
+            **self.original.settings(),
+            "seeds_per_prompt": self.seeds_per_prompt,
+            "control_pairs": self.control_pairs,
+            "hashes": {"original": self.original.content(), "unlearned": unlearned.content()},
+            **environment(self.original.device),
+        }
+
+
+def world_groups(world: World, concept: str) -> PromptGroups:
+    """A bundled world's evaluation prompts for a concept; no training of ours sees them."""
+    return PromptGroups.of(world.prompts_to_evaluate(concept), concept)
+
+
+def file_groups(value: str, concept: str | None) -> PromptGroups:
+    """Prompts from a file or text; groups named ``forget...`` ask for the concept, all others are to be kept."""
+    return PromptGroups.of(parse_grouped_prompts(value), concept)
+
+
+def default_metric(model: Model | Source) -> str:
+    """The name of the perceptual distance of a bundled world, or of that of the field."""
+    return model.world.name if model.world else "lpips-alex"
+
+
+def default_judge(source: Source, concept: str | None) -> Judge | None:
+    """The judge of a bundled world, which has the world's name; None elsewhere and without a concept."""
+    if concept is None or source.world is None:
+        return None
+    return load_judge(source.world.name, source.device)
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` items from all over the list."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
