@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from fastunlearn.files.atomic import whole_file, write_json, write_text
+from fastunlearn.judges import Judged, judged, load_judge, record_of
 from fastunlearn.metrics.field import load_metric
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.metrics.statistics import clustered_mean, retention, wilson
@@ -34,9 +36,9 @@ from fastunlearn.prompts import is_forget
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.selection import select_parameters
 from fastunlearn.training.unlearn import unlearn
-from fastunlearn.worlds.shapes import BACKGROUNDS, COLORS, SHAPES, SHAPES_WORLD, load_classifier
+from fastunlearn.worlds.shapes import BACKGROUNDS, COLORS, SHAPES, SHAPES_WORLD
 from fastunlearn.worlds.shapes.captions import full_caption, sample_captions
-from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values
+from fastunlearn.worlds.shapes.classifier import to_pixel_values
 from fastunlearn.worlds.shapes.world import render, sample_scenes
 
 CONCEPT = "star"
@@ -44,6 +46,7 @@ METHODS = ("identity", "placebo", "esd", "ovw", "saddle")
 DAMAGES = ("esd", "faded", "noise")
 DOSES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 RESAMPLES, LEVEL, POWER = 200, 0.95, 0.8
+JUDGED = 128  # images per batch of the judge
 SETS = ("fid", "kid")  # metrics of sets of images, on the same features
 PAIRED = ("dreamsim", "clip-score")
 
@@ -76,6 +79,7 @@ def main() -> None:
         "prompts": len(world.prompts),
         "seeds": 2,
         "metric": world.distance.metric,
+        "judge": dataclasses.asdict(record_of(world.judge)),
         "models": models,
         "doses": {"levels": list(DOSES), "power": POWER, "resamples": RESAMPLES, "damages": damages},
     }
@@ -99,7 +103,7 @@ class World:
         self.prompts = unseen[::2]  # two backgrounds of every shape and color
         self.forget = [p for p, group in SHAPES_WORLD.prompts_to_evaluate(CONCEPT) if is_forget(group)]
         self.distance = load_perceptual("shapes")
-        self.classifier = load_classifier()
+        self.judge = load_judge("shapes")
         self.metrics = {name: load_metric(name, bundled=True) for name in (*SETS, *PAIRED)}
         # A batch holds the same seed only, so that seeds can be drawn apart.
         self.original = [self.images("original", self.prompts, seed, lambda: load_model("shapes")) for seed in (0, 1)]
@@ -174,18 +178,23 @@ class World:
 
     def right(self, images: torch.Tensor) -> dict[str, np.ndarray]:
         """Which images show what their prompt names, by attribute; ``all`` of them; which are valid."""
-        predicted = self.classifier.predict(images)
-        named = [SHAPES_WORLD.attributes(prompt) for prompt in self.prompts]
+        verdicts = judged(self.judge, images, CONCEPT, JUDGED)
+        named = [self.judge.asked(prompt) for prompt in self.prompts]
         right = {
-            head: np.array(
-                [HEADS[head][i] == name[head] for i, name in zip(predicted[head].tolist(), named, strict=True)]
-            )
-            for head in ("shape", "color", "background")
+            attribute: verdicts.words[0, :, column] == [words.index(name[attribute]) for name in named]
+            for column, (attribute, words) in enumerate(self.judge.vocabulary.items())
         }
-        return right | {"all": np.all(list(right.values()), axis=0), "valid": predicted["valid"].numpy() == 1}
+        return right | {"all": np.all(list(right.values()), axis=0), "valid": self.valid(verdicts)}
 
-    def shows_concept(self, images: torch.Tensor) -> int:
-        return int((self.classifier.predict(images)["shape"] == SHAPES.index(CONCEPT)).sum())
+    def valid(self, verdicts: Judged) -> np.ndarray:
+        assert self.judge.valid_threshold is not None
+        return verdicts.valid[0] >= self.judge.valid_threshold
+
+    def shown(self, images: torch.Tensor) -> tuple[float, float]:
+        """The share of images that show the concept, in a valid image, and the share of valid ones."""
+        verdicts = judged(self.judge, images, CONCEPT, JUDGED)
+        valid = self.valid(verdicts)
+        return float(((verdicts.shown[0] >= self.judge.threshold) & valid).mean()), float(valid.mean())
 
 
 # ---- the models ------------------------------------------------------------------------------------------------------
@@ -196,7 +205,7 @@ def table(world: World) -> list[dict[str, Any]]:
     loaders: dict[str, Callable[[], Model]] = {method: partial(world.trained, method) for method in METHODS}
     loaders["ordinary training"] = world.ordinary
     loaders["gold"] = lambda: load_model("shapes-gold-star")
-    shown_before = world.shows_concept(world.images("original", world.forget, 0, lambda: load_model("shapes")))
+    shown_before = world.shown(world.images("original", world.forget, 0, lambda: load_model("shapes")))
     rows = [summary(world, "seeds permuted", world.original[::-1], None, shown_before)]
     for name, load in loaders.items():
         drawn = [world.images(name, world.prompts, seed, load) for seed in (0, 1)]
@@ -207,7 +216,7 @@ def table(world: World) -> list[dict[str, Any]]:
 
 
 def summary(
-    world: World, name: str, drawn: list[torch.Tensor], forget: torch.Tensor | None, shown_before: int
+    world: World, name: str, drawn: list[torch.Tensor], forget: torch.Tensor | None, shown_before: tuple[float, float]
 ) -> dict[str, Any]:
     """``forget`` is None for the original itself."""
     parts = [world.rows(name, seed, drawn[seed]) for seed in (0, 1)]
@@ -215,15 +224,17 @@ def summary(
     prompts = world.prompts * 2
     kept = retention(both["integrity"], prompts, both["ceiling"], prompts)
     distance = clustered_mean(both["integrity"], prompts)
+    shown, valid = shown_before if forget is None else world.shown(forget)
     row: dict[str, Any] = {
         "model": name,
-        "shown": (shown_before if forget is None else world.shows_concept(forget)) / len(world.forget),
+        "shown": shown,
+        "forget_valid": valid,
         "integrity": {"mean": distance.mean, "ci95": [distance.low, distance.high]},
         "retention": {"mean": kept.mean, "ci95": [kept.low, kept.high]},
         "n_pairs": len(prompts),
         "n_forget": len(world.forget),
     }
-    for what in ("shape", "color", "background", "all", "valid"):
+    for what in (*world.judge.vocabulary, "all", "valid"):
         right = both[f"{what}-after"]
         share = wilson(int(right.sum()), len(right))
         row[f"{what}_accuracy"] = {"mean": share.mean, "ci95": [share.low, share.high]}

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastunlearn.schema import Demo
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -49,7 +51,7 @@ def main() -> None:
 def render(text: str) -> str:
     """The README's text with every marked section made anew from its results file."""
     sections = {
-        "demo": lambda: demo_section(_read("demo.json")),
+        "demo": lambda: demo_section(Demo.read(RESULTS / "demo.json")),
         "bank": lambda: bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
         "metrics": lambda: metrics_section(_read("metrics_miss.json")),
         "evaluation": lambda: evaluation_section(_read("evaluation_cpu.json"), _read("second_model_cpu.json")),
@@ -62,29 +64,44 @@ def render(text: str) -> str:
     return text
 
 
-def demo_section(demo: dict[str, Any]) -> str:
+def demo_section(demo: Demo) -> str:
+    first = demo.evaluations[0]
+    assert first.erasure is not None
+    assert first.retain is not None
+    assert first.judge is not None
+    names = list(first.retain.attributes)
+    columns = [f"{first.concept} shown", "valid", *(f"{name} kept" for name in names), "judged the same"]
     lines = [
-        "| | star shown | shape kept | color kept | background kept | R (95 % interval) | distance |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {' | '.join(columns)} | R (95 % interval) | distance |",
+        "|---|" + "---|" * (len(columns) + 2),
     ]
-    first = demo["evaluations"][0]
-    kept = [f"{first['retain'][f'{name}_accuracy_original']:.1%}" for name in ("shape", "color", "background")]
-    lines.append(f"| original | {first['erasure']['forget_accuracy_original']:.1%} | {' | '.join(kept)} | 1 | 0 |")
-    for evaluation in demo["evaluations"]:
-        integrity, retain = evaluation["integrity"], evaluation["retain"]
-        low, high = integrity["retention_ci95"]
-        kept = [f"{retain[f'{name}_accuracy']:.1%}" for name in ("shape", "color", "background")]
+    before = [first.erasure.shown_original, first.erasure.valid_original]
+    before += [first.retain.attributes[name].original for name in names]
+    lines.append(f"| original | {' | '.join(map(_share, before))} |  | 1 | 0 |")
+    for evaluation in demo.evaluations:
+        integrity, erasure, retain = evaluation.integrity, evaluation.erasure, evaluation.retain
+        assert erasure is not None
+        assert retain is not None
+        low, high = integrity.retention_ci95
+        shares = [erasure.shown, erasure.valid]
+        shares += [retain.attributes[name].accuracy for name in names] + [retain.agreement]
         lines.append(
-            f"| `{evaluation['name']}` | {evaluation['erasure']['forget_accuracy']:.1%} | {' | '.join(kept)} "
-            f"| **{integrity['retention']:.3f}** ({low:.3f} to {high:.3f}) | {integrity['mean']:.4f} |"
+            f"| `{evaluation.name}` | {' | '.join(map(_share, shares))} "
+            f"| **{integrity.retention:.3f}** ({low:.3f} to {high:.3f}) | {integrity.mean:.4f} |"
         )
-    images = first["erasure"]["n_images"], first["integrity"]["n_pairs"]
+    threads = first.spec["threads"]
     lines += [
         "",
-        f"All from one run of `make demo`, {demo['seconds']:.0f} s on 2 CPU cores after installation, without "
-        f"a GPU or a network: {images[0]} images for prompts with the concept, {images[1]} without.",
+        f"All from one run of `make demo`, {demo.seconds:.0f} s on a CPU with {threads} "
+        f"thread{'s' * (threads != 1)} after installation, without a GPU or a network: {first.erasure.n_images} images "
+        f"for prompts with the concept, {first.integrity.n_pairs} without. Judge: `{first.judge.name}`, shown from a "
+        f"score of {first.judge.threshold:g} on.",
     ]
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "not judged" if value is None else f"{value:.1%}"
 
 
 def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
@@ -114,7 +131,8 @@ def bank_section(speed: dict[str, Any], quality: dict[str, Any]) -> str:
         for rows in quality["methods"].values():
             row = next(r for r in rows if r["trajectories"] == count)
             retention = sum(row["retention"]) / len(row["retention"])
-            cell = f"{row['forget_accuracy']:.1%}, {retention:.3f}"
+            # Results made before judges know no validity, and have another name for the share.
+            cell = f"{row['shown'] if 'shown' in row else row['forget_accuracy']:.1%}, {retention:.3f}"
             if gap := row.get("distance_minus_fresh"):
                 low, high = gap["ci95"]
                 cell += f", {gap['mean']:+.4f} ({low:+.4f} to {high:+.4f})"
@@ -155,16 +173,19 @@ def _seconds(row: dict[str, Any]) -> float:
 
 
 def metrics_section(result: dict[str, Any]) -> str:
+    has_valid = all("forget_valid" in row for row in result["models"])  # not in results made before judges
     lines = [
-        "| | star shown | prompt shown in full | CLIPScore-like, change | FID | R (95 % interval) |",
-        "|---|---|---|---|---|---|",
+        f"| | star shown |{' valid |' * has_valid} prompt shown in full | CLIPScore-like, change | FID "
+        "| R (95 % interval) |",
+        "|---|---|---|---|---|---|" + "---|" * has_valid,
     ]
     for row in result["models"]:
         kept, low, high = (
             _signed(value, plus=False) for value in (row["retention"]["mean"], *row["retention"]["ci95"])
         )
+        valid = f" {row['forget_valid']:.1%} |" if has_valid else ""
         lines.append(
-            f"| {row['model']} | {row['shown']:.1%} | {row['all_accuracy']['mean']:.1%} | "
+            f"| {row['model']} | {row['shown']:.1%} |{valid} {row['all_accuracy']['mean']:.1%} | "
             f"{_signed(row['clip-score']['change'])} | {_signed(row['fid']['value'], plus=False)} | "
             f"**{kept}** ({low} to {high}) |"
         )

@@ -199,7 +199,9 @@ def test_prompts_that_name_no_attribute_can_be_evaluated_on(cli, tmp_path):
     answer = cli(*EVALUATE, "--prompts", "something;anything", "--output", tmp_path / "evaluation")
     assert (answer.status, answer.err) == (0, "")
     retain = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["retain"]
-    assert {retain[f"{name}_accuracy"] for name in ("shape", "color", "background")} == {None}
+    assert list(retain["attributes"]) == ["shape", "color", "background"]
+    assert {(one["accuracy"], one["n_asked"]) for one in retain["attributes"].values()} == {(None, 0)}
+    assert {one["agreement"] for one in retain["attributes"].values()} == {1.0}
 
 
 def test_another_programs_config_beside_a_pipeline_is_not_read(cli, pipeline_copy, tmp_path):

@@ -21,11 +21,11 @@ from fastunlearn.distributed import Failure, World
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.evaluate import _record
 from fastunlearn.evaluation.evaluator import Evaluator
-from fastunlearn.evaluation.inputs import run_of
-from fastunlearn.evaluation.plan import Plan, PromptGroups
 from fastunlearn.evaluation.generators import as_source
 from fastunlearn.evaluation.image_cache import ImageCache
+from fastunlearn.evaluation.inputs import run_of
 from fastunlearn.evaluation.journal import Journal, PairScores
+from fastunlearn.evaluation.plan import Plan, PromptGroups
 from fastunlearn.evaluation.ranks import Ranks
 from fastunlearn.files.run_folder import RECORD, claimed, own, prepare_output
 from fastunlearn.models.generate import SamplerSpec
@@ -566,9 +566,88 @@ def test_a_run_of_another_version_is_told_and_another_programs_record_is_not_rea
     with pytest.raises(UserError, match=r"run\.json is of version 0\.1 or older.*`fastunlearn train`"):
         run_of(model)
     path.write_text(run_record().to_json().replace('"schema": 1', '"schema": 9'))
-    with pytest.raises(UserError, match="has schema 9.* Update fastunlearn"):
+    with pytest.raises(UserError, match=r"has schema 9.* Update fastunlearn"):
         run_of(model)
     path.write_text("{")
     own(tmp_path / "run", "train")
     with pytest.raises(UserError, match="is damaged"):
         run_of(model)
+
+
+# ---- names and texts of users ----------------------------------------------------------------------------------------
+
+
+def test_no_model_is_dropped_for_its_name(tmp_path):
+    """Names that fold to one, that are ours, that differ in capitals, that are nothing or too long for a folder."""
+    names = [
+        "a b",
+        "a-b",
+        "A b",
+        "journal",
+        "report.html",
+        "Evaluation.json",
+        "../up",
+        "  ",
+        "-",
+        "x" * 300,
+        "物" * 300,
+    ]
+    models = {name: shifted(index) for index, name in enumerate(names)}
+    result = evaluate(draw, models, PROMPTS, placebo=shifted(1), output=tmp_path / "run", **SETTINGS)
+    found = [one.name for one in result.results]
+    assert found[:3] == ["a-b", "a-b-again", "A-b-again-again"]
+    assert found[3:7] == ["journal-model", "report.html-model", "Evaluation.json-model", "up"]
+    assert found[-1] == result.placebo == "placebo"
+    assert len({name.casefold() for name in found}) == len(names) + 1
+    assert names_in(tmp_path / "run") == {*found, "grid.png", "report.html"}
+    means = [one.evaluation.integrity.mean for one in result.results[:-1]]
+    assert means == sorted(set(means)), "each has its own numbers"
+    for one in result.results:
+        assert json.loads((tmp_path / "run" / one.name / "evaluation.json").read_text()) == one.summary
+        assert len((tmp_path / "run" / one.name / "pairs.jsonl").read_text().splitlines()) == len(PROMPTS)
+    again = evaluate(draw, models, PROMPTS, placebo=shifted(1), output=tmp_path / "run", overwrite=True, **SETTINGS)
+    assert [one.name for one in again.results] == found
+
+
+def test_a_model_called_placebo_does_not_displace_the_placebo():
+    result = evaluate(draw, {"placebo": shifted(9)}, PROMPTS, placebo=shifted(1), **SETTINGS)
+    assert [one.name for one in result.results] == ["placebo", "placebo-again"]
+    assert result.placebo == "placebo-again"
+    assert [one.evaluation.method for one in result.results] == ["placebo", "placebo"]
+    assert result.results[0].evaluation.controls.placebo.mean == result.results[1].evaluation.integrity.mean
+
+
+def test_a_table_holds_no_formulas(monkeypatch):
+    evil = ["=HYPERLINK(1)", "+1", "-1+2", "@SUM(A1)", "a = b", "plain"]
+    groups = [(prompt, "=cmd|x" if index else "near") for index, prompt in enumerate(evil)]
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    result = evaluate(draw, {"m": shifted(2)}, groups, judge=Reader(), forget="x", **SETTINGS)
+    rows = result.to_dataframe()
+    assert sorted(row["prompt"] for row in rows) == sorted(["'" + text for text in evil[:4]] + evil[4:])
+    assert {row["group"] for row in rows} == {"near", "'=cmd|x"}
+    assert {line["prompt"] for line in result.pairs} == set(evil), "records stay as they are"
+    assert rows[0]["original.attributes.tint"] in Reader.vocabulary["tint"]
+    assert all(isinstance(row["distance"], float) for row in rows)
+
+
+def test_prompts_come_from_the_bundled_world_or_must_be_given():
+    with pytest.raises(UserError, match="`--prompts` is missing: only the bundled model has prompts of its own"):
+        evaluate(draw, draw, **SETTINGS)
+
+
+def test_a_sampler_with_an_infinite_setting_is_evaluated(pipeline_copy, tmp_path):
+    """DPM-Solver's config holds -inf, which is no JSON."""
+    path = pipeline_copy / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    keep = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"}
+    config = {key: value for key, value in config.items() if key in keep}
+    path.write_text(json.dumps(config | {"_class_name": "DPMSolverMultistepScheduler"}))
+    index = pipeline_copy / "model_index.json"
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps(parts | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}))
+    settings = SHAPES | {"num_inference_steps": 3}
+    result = evaluate(pipeline_copy, {"same": str(pipeline_copy)}, output=tmp_path / "out", **settings)
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written == result.summary
+    assert written["spec"]["sampler_config"]["lambda_min_clipped"] == "-inf"
+    assert written["integrity"]["retention"] == 1.0

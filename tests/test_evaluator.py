@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-
 from toys import run_record
 
 from fastunlearn import evaluate
 from fastunlearn.evaluation.evaluator import evaluate_models
-from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.generators import PipelineSource, as_source, check_comparable
+from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.results import EvaluationReport, write_results
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.models.generate import SamplerSpec

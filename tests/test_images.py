@@ -22,6 +22,7 @@ from fastunlearn.files.atomic import write_lines
 from fastunlearn.files.images import find_images, read_image
 from fastunlearn.metrics.field import load_metric
 from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.schema import FoldersEvaluation
 
 COUNT = 7
 
@@ -115,9 +116,57 @@ def test_a_folder_against_itself_is_exactly_zero(folders):
         output=str(folders / "out"),
         metric="shapes",
     )
-    integrity = evaluate_images(config)["integrity"]
-    assert (integrity["mean"], integrity["ci95"], integrity["unchanged"]) == (0, [0, 0], 1)
-    assert result(folders / "out")["integrity"] == integrity
+    evaluation = evaluate_images(config)
+    integrity = evaluation.integrity
+    assert (integrity.mean, integrity.ci95, integrity.unchanged) == (0, (0, 0), 1)
+    assert evaluation.notes == ()
+    assert result(folders / "out") == evaluation.to_dict()
+    assert FoldersEvaluation.read(folders / "out" / "evaluation.json") == evaluation
+
+
+def test_images_of_one_color_are_noted(command, folders):
+    """As a safety checker leaves them.  Black, white or any color; on one side alone too."""
+    for name, color in (("p1", (0, 0, 0)), ("p3", (255, 255, 255)), ("p5", (7, 99, 8))):
+        for side in ("before", "after"):
+            save(folders / side / f"{name}.png", np.full((64, 64, 3), color, np.uint8))
+    save(folders / "after" / "p2.png", np.zeros((64, 64, 3), np.uint8))
+    nearly = np.zeros((64, 64, 3), np.uint8)
+    nearly[63, 63] = 1
+    save(folders / "after" / "p4.png", nearly)
+    answer = command()
+    assert answer.status == 0
+    both, alone = result(folders / "out")["notes"]
+    assert both.startswith("3 of 7 pairs are of one color on both sides")
+    assert alone == "1 of 7 image is of one color in the unlearned folder alone: look at them."
+    assert f"note: {both}" in answer.out
+    assert both in (folders / "out" / "report.html").read_text()
+
+
+def test_no_interval_of_a_distance_begins_below_zero(command, folders):
+    """A t interval would: one pair of seven changed."""
+    for index in range(COUNT - 1):
+        save(folders / "after" / f"p{index}.png", pixels(index))
+    answer = command()
+    low, high = result(folders / "out")["integrity"]["ci95"]
+    assert low == result(folders / "out")["groups"]["retain"]["ci95"][0] == 0 < high
+    assert "-" not in answer.out.split("interval")[-1].split(")")[0]
+
+
+def test_texts_of_users_are_no_markup(command, folders):
+    """Brackets, tags and names of pictures stand in table, page and records as they were written."""
+    evil = ["near [/b]", "[red]far[/red]", "[/]", "a [link=x]", ":star: group", "$x^2$", "<b>"]
+    rows = [
+        [row[0], f"{group} {index // 2}", group]
+        for index, (row, group) in enumerate(zip(rows_of(folders), evil, strict=True))
+    ]
+    answer = command("--prompts", write_prompts(folders, rows))
+    assert (answer.status, answer.err) == (0, "")
+    for group in evil:
+        assert group in answer.out
+    assert list(result(folders / "out")["groups"]) == evil
+    page = (folders / "out" / "report.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
 
 
 def test_workers_and_company_change_no_bit(command, folders):
@@ -474,12 +523,12 @@ def test_a_hundred_thousand_pairs_stay_under_a_gigabyte(tmp_path):
         for index in range(count)
     ]
     drawn = np.random.default_rng(0).random((count, 1), dtype=np.float32)
-    scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512))
-    summary = summarize(pairs, scores, distance, [load_metric("dreamsim", bundled=True)], config)
+    scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512), np.zeros((2, count), dtype=bool))
+    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", bundled=True)], config)
     write_lines(tmp_path / "pairs.jsonl", _records(pairs, scores))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert summary["integrity"]["n_pairs"] == count
-    assert summary["integrity"]["n_prompts"] == 999
+    assert summary.integrity.n_pairs == count
+    assert summary.integrity.n_prompts == 999
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == count
     assert peak < 1e9

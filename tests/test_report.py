@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import dataclasses
 import html.parser
 import io
 import re
@@ -10,20 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastunlearn.reports.html import (
-    Gallery,
-    GalleryRow,
-    Report,
-    percent,
-    percent_range,
-    verdict,
-    write_grid,
-    write_report,
-)
+from fastunlearn.reports.gallery import Gallery, GalleryRow
+from fastunlearn.reports.grid import write_grid
+from fastunlearn.reports.html import HtmlReport, write_report
+from fastunlearn.reports.sentences import percent, percent_range, verdict
+from fastunlearn.schema import Evaluation
 
 
 def evaluation(name="ovw", method="ovw", **changes):
+    return Evaluation.from_dict(content(name, method, **changes))
+
+
+def content(name="ovw", method="ovw", **changes):
+    """What a file holds; ``part__key=value`` changes a key of a part."""
     content = {
+        "schema": 1,
+        "kind": "evaluation",
+        "fastunlearn": "0.1.0",
         "name": name,
         "method": method,
         "concept": "star",
@@ -52,8 +56,9 @@ def evaluation(name="ovw", method="ovw", **changes):
                 "mean": 0.31,
                 "ci95": [0.28, 0.35],
                 "quantiles": {"q50": 0.3, "q90": 0.4, "q95": 0.45, "q99": 0.5},
-                "forget_accuracy": 0.0,
-                "forget_accuracy_ci95": [0.0, 0.0876],
+                "shown": 0.0,
+                "shown_ci95": [0.0, 0.0876],
+                "valid": 0.975,
             },
             "near": {
                 "n_pairs": 4,
@@ -69,20 +74,30 @@ def evaluation(name="ovw", method="ovw", **changes):
         },
         "erasure": {
             "concept": "star",
-            "forget_accuracy": 0.0,
-            "forget_accuracy_ci95": [0.0, 0.0876],
-            "forget_accuracy_original": 1.0,
-            "forget_valid": 1.0,
+            "shown": 0.0,
+            "shown_ci95": [0.0, 0.0876],
+            "shown_original": 1.0,
+            "valid": 0.975,
+            "valid_original": 1.0,
+            "unlearning_accuracy": 1.0,
+            "unlearning_accuracy_valid": 0.975,
             "n_images": 40,
         },
         "retain": {
-            "shape_accuracy": 0.9955,
-            "color_accuracy": 0.97,
-            "background_accuracy": 0.96,
-            "shape_accuracy_original": 1.0,
-            "color_accuracy_original": 0.98,
-            "background_accuracy_original": 0.95,
             "n_images": 224,
+            "attributes": {
+                "species": {"accuracy": 0.9955, "original": 1.0, "agreement": 0.99, "n_asked": 224},
+                "mood": {"accuracy": 0.97, "original": 0.98, "agreement": 0.95, "n_asked": 200},
+            },
+            "agreement": 0.94,
+            "valid": 0.93,
+            "valid_original": 0.98,
+        },
+        "judge": {
+            "name": "zoo@0123456789ab",
+            "threshold": 0.7,
+            "valid_threshold": 0.4,
+            "attributes": ["species", "mood"],
         },
         "controls": {
             "repeat": 0.0,
@@ -90,6 +105,7 @@ def evaluation(name="ovw", method="ovw", **changes):
             "precision": {"what": "in bfloat16", "n_pairs": 8, "mean": 0.0003, "q99": 0.0006, "max": 0.0006},
             "placebo": None,
             "redrawn": 0.4127,
+            "redrawn_ci95": [0.39, 0.43],
         },
         "spec": {
             "sampler": "DDIMScheduler",
@@ -153,10 +169,12 @@ def page(tmp_path, report):
 
 def test_verdict_in_plain_words():
     assert verdict(evaluation(), "prompts that no loss has seen").replace("\xa0", " ") == (
-        "The model no longer generates “star”: 0 of 40 images show it (before: 40 of 40; 95 % interval now 0 to 9 %). "
+        "The model no longer generates “star”: 0 of 40 images show it (before: 40 of 40; 95 % interval now 0 to 9 %); "
+        "98 % of them are valid images. "
         "On 56 prompts that no loss has seen it keeps on average 94 % of each image (95 % interval 92 to 95 %), "
-        "where 100 % is the same image and 0 % one redrawn from other noise; the shape asked for is there in "
-        "99.6 % of 224 images (before: 100 %)."
+        "where 100 % is the same image and 0 % one redrawn from other noise; the species asked for is there in "
+        "99.6 % of 224 images (before: 100 %), the mood in 97 % (before: 98 %); the judge sees the same as before in "
+        "94 % of the images."
     )
 
 
@@ -170,19 +188,22 @@ def test_verdict_in_plain_words():
     ],
 )
 def test_verdict_follows_the_share(share, claim, count):
-    words = verdict(evaluation(erasure__forget_accuracy=share))
+    words = verdict(evaluation(erasure__shown=share))
     assert f"The model {claim} “star”: {count} images" in words
 
 
 def test_verdict_names_breakage_collapse_and_what_was_not_measured():
-    assert "Only 40\xa0% of them are sound images" in verdict(evaluation(erasure__forget_valid=0.4))
+    broken = verdict(evaluation(erasure__valid=0.4))
+    assert "Only 40\xa0% of them are valid images, so part of this is breakage, not forgetting." in broken
+    assert "Whether the images are valid was not judged" in verdict(evaluation(erasure__valid=None))
     collapsed = verdict(evaluation(integrity__retention=-0.12, integrity__retention_ci95=[-0.2, -0.05]))
     assert "further from the original's than" in collapsed
     assert "retention −12\xa0%" in collapsed
     unmeasured = verdict(evaluation(erasure=None, retain=None))
     assert "was not measured" in unmeasured
     assert "no longer" not in unmeasured
-    assert "shape" not in unmeasured
+    assert "species" not in unmeasured
+    assert "valid" not in unmeasured
 
 
 @pytest.mark.parametrize(
@@ -211,10 +232,10 @@ def test_report_holds_the_numbers(tmp_path):
         evaluation(
             "esd", "esd", integrity__retention=0.73, integrity__retention_ci95=[0.69, 0.76], integrity__mean=0.1114
         ),
-        evaluation("ovw", "ovw"),
-        evaluation("placebo", "placebo", integrity__retention=0.999, erasure__forget_accuracy=1.0),
+        evaluation("ovw", "ovw", is_reconstruction=True),
+        evaluation("placebo", "placebo", integrity__retention=0.999, erasure__shown=1.0),
     ]
-    markup, result = page(tmp_path, Report("Forgetting star", "star", models, notes=["Trained in 41 s."]))
+    markup, result = page(tmp_path, HtmlReport("Forgetting star", "star", models, notes=["Trained in 41 s."]))
     for expected in (
         "Forgetting star",
         "0 of 40",
@@ -223,14 +244,19 @@ def test_report_holds_the_numbers(tmp_path):
         "0.4127",
         "Trained in 41 s.",
         "guidance_scale",
-        "esd: near 4 (1) 0.0200 0.0777 95.0 % –",
+        "esd: near 4 (1) 0.0200 0.0777 95.0 % – –",
         "more than rounding (above 0)",
         "75.0 % 70.0 to 80.0 %",
         "a" * 64,
         "q99 0.2000",
-        "Counting right shapes hardly tells these models apart",
+        "Counting images with the right species and mood hardly tells these models apart (97.0 to 99.6 %)",
+        "images show “star”; 98 % are valid images",
+        "Right species Right mood Judged the same as before",
+        "100 % → 0 % 0 to 9 % 97.5 % was 100.0 % 99.6 % was 100.0 % 97.0 % was 98.0 % 94.0 % 93.0 % valid",
+        "judged by zoo@0123456789ab (shown from a score of 0.7 on, valid from 0.4 on)",
+        "esd: forget 40 (40) 0.3100 0.2800 to 0.3500 0.4500 – 0.0 % 0.0 to 8.8 % 97.5 %",
         "ovw keeps 94 % of each image, esd only 73 %",
-        "OVW and Saddle are reconstructions",
+        "ovw: a reconstruction. The full text of the paper",
         "Running the original twice must give a distance of exactly 0; here it gave 0.",
     ):
         assert expected in result.text
@@ -256,7 +282,7 @@ def test_report_stands_alone(tmp_path):
     gallery = Gallery(
         "Before", "", ["original", "ovw"], [GalleryRow("a circle", [image(1), image(2, 400)], ["", "far"])]
     )
-    markup, result = page(tmp_path, Report("Title", "star", [evaluation()], [gallery]))
+    markup, result = page(tmp_path, HtmlReport("Title", "star", [evaluation()], [gallery]))
     assert len(result.loads) == 2
     assert all(load.startswith("data:image/png;base64,") for load in result.loads)
     assert not {"script", "link", "iframe"} & set(result.tags)
@@ -273,24 +299,29 @@ def test_report_stands_alone(tmp_path):
 def test_report_escapes_what_users_wrote(tmp_path):
     evil = '<script>alert("1")</script>&'
     gallery = Gallery(evil, evil, [evil], [GalleryRow(evil, [image()], [evil])])
-    one = evaluation(evil, concept=evil, spec__sampler=evil, integrity__metric=evil)
-    markup, result = page(tmp_path, Report(evil, evil, [one], [gallery], [evil], evil))
+    one = evaluation(evil, concept=evil, spec__sampler=evil, integrity__metric=evil, judge__name=evil)
+    markup, result = page(tmp_path, HtmlReport(evil, evil, [one], [gallery], [evil], evil))
     assert "script" not in result.tags
     assert '<script>alert("1")' not in markup
     assert result.text.count(evil) > 15
 
 
 def test_report_without_classifier(tmp_path):
-    _, result = page(tmp_path, Report("Title", "star", [evaluation(method="esd", erasure=None, retain=None)]))
+    _, result = page(
+        tmp_path,
+        HtmlReport("Title", "star", [evaluation(method="esd", erasure=None, retain=None, judge=None, groups={})]),
+    )
     assert "Whether the model still generates “star” was not measured" in result.text
     assert "94 % of each image kept" in result.text
-    assert "reconstructions" not in result.text
-    assert "Counting right shapes" not in result.text
+    assert "reconstruction" not in result.text
+    assert "Counting images" not in result.text
+    assert "Valid" not in result.text
+    assert "Right" not in result.text
 
 
 def test_report_on_controls_only(tmp_path):
     same = evaluation("identity", "identity", integrity__mean=0.0, integrity__ci95=[0.0, 0.0], integrity__retention=1.0)
-    markup, result = page(tmp_path, Report("Title", "star", [same]))
+    markup, result = page(tmp_path, HtmlReport("Title", "star", [same]))
     assert markup.count('<article class="verdict">') == 1
     assert "identity control" in result.text
 
@@ -298,7 +329,7 @@ def test_report_on_controls_only(tmp_path):
 def test_ladders_keep_metrics_and_ceilings_apart(tmp_path):
     other = evaluation("b", integrity__metric="lpips/alex@0", controls__redrawn=0.6)
     third = evaluation("c", controls__redrawn=0.5)
-    markup, result = page(tmp_path, Report("Title", "star", [evaluation("a"), other, third]))
+    markup, result = page(tmp_path, HtmlReport("Title", "star", [evaluation("a"), other, third]))
     assert markup.count('<div class="ladder">') == 2
     assert "redrawn from other noise (a)" in result.text
     assert "redrawn from other noise (c)" in result.text
@@ -306,28 +337,30 @@ def test_ladders_keep_metrics_and_ceilings_apart(tmp_path):
 
 def test_histograms_show_each_model_beside_the_redrawn(tmp_path):
     distances = {"ovw": np.array([0.0, 0.1, 0.1, 0.2]), "esd": np.array([0.3, 0.4])}
-    report = Report("T", "star", [evaluation()], distances=distances, redrawn=np.array([0.8, 0.4]))
+    report = HtmlReport("T", "star", [evaluation()], distances=distances, redrawn=np.array([0.8, 0.4]))
     markup, result = page(tmp_path, report)
     assert markup.count('<div class="histogram">') == 2
     heights = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="2.5" height="([\d.]+)" fill="var\(--accent\)"', markup)
     assert heights[:3] == [("0.00", "50.00"), ("12.50", "100.00"), ("25.00", "50.00")]
     assert "0.8000" in result.text
-    nothing = Report("T", "star", [evaluation()], distances={"a": np.zeros(3)}, redrawn=np.zeros(3))
+    nothing = HtmlReport("T", "star", [evaluation()], distances={"a": np.zeros(3)}, redrawn=np.zeros(3))
     assert '<div class="histogram">' not in page(tmp_path, nothing)[0]
 
 
 def test_no_insight_where_intervals_overlap_or_accuracies_differ(tmp_path):
     near = evaluation("near", integrity__retention=0.93, integrity__retention_ci95=[0.91, 0.96])
+    fewer = {"species": {"accuracy": 0.8, "original": 1.0, "agreement": 0.8, "n_asked": 224}}
+    fewer["mood"] = content()["retain"]["attributes"]["mood"]
     worse = evaluation(
-        "worse", integrity__retention=0.5, integrity__retention_ci95=[0.4, 0.6], retain__shape_accuracy=0.8
+        "worse", integrity__retention=0.5, integrity__retention_ci95=[0.4, 0.6], retain__attributes=fewer
     )
     for other in (near, worse):
-        _, result = page(tmp_path, Report("Title", "star", [evaluation(), other]))
+        _, result = page(tmp_path, HtmlReport("Title", "star", [evaluation(), other]))
         assert "hardly tells" not in result.text
 
 
 def test_same_report_same_bytes_and_nothing_else_left(tmp_path):
-    report = Report("Title", "star", [evaluation()], [Gallery("g", "", ["o"], [GalleryRow("r", [image()])])])
+    report = HtmlReport("Title", "star", [evaluation()], [Gallery("g", "", ["o"], [GalleryRow("r", [image()])])])
     first, _ = page(tmp_path, report)
     second, _ = page(tmp_path, copy.deepcopy(report))
     assert first == second
@@ -339,39 +372,43 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "grid.png").write_text("old")
     monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_report(tmp_path / "report.html", Report("Title", "star", [evaluation()]))
+        write_report(tmp_path / "report.html", HtmlReport("Title", "star", [evaluation()]))
     with pytest.raises(OSError, match="disk full"):
         write_grid(tmp_path / "grid.png", ["a"], ["b"], [[image()]])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.html": "old", "grid.png": "old"}
 
 
-def without(part, key=None):
-    content = evaluation()
-    del (content[part] if key else content)[key or part]
-    return content
+def in_memory(**changes):
+    """An evaluation that was never in a file, which would have refused it."""
+    one = evaluation()
+    return dataclasses.replace(one, integrity=dataclasses.replace(one.integrity, **changes))
 
 
 @pytest.mark.parametrize(
     ("report", "message"),
     [
-        (Report("t", "star", []), "at least one evaluation"),
-        (Report("t", "star", [without("integrity")]), "'ovw' lacks integrity"),
-        (Report("t", "star", [without("erasure")]), "'ovw' lacks erasure"),
-        (Report("t", "star", [without("integrity", "retention_ci95")]), "'ovw' lacks integrity.retention_ci95"),
-        (Report("t", "star", [evaluation(controls=None)]), "'ovw' lacks controls"),
-        (Report("t", "star", [evaluation(integrity__mean=float("nan"))]), "NaN or infinity in 'integrity'"),
-        (Report("t", "star", [evaluation(integrity__ci95=[0.1, float("inf")])]), "NaN or infinity in 'integrity'"),
-        (Report("t", "heart", [evaluation()]), "about 'heart', evaluation 'ovw' about 'star'"),
+        (HtmlReport("t", "star", []), "at least one evaluation"),
         (
-            Report("t", "star", [evaluation()], [Gallery("g", "", ["a", "b"], [GalleryRow("r", [image()])])]),
+            HtmlReport("t", "star", [in_memory(mean=float("nan"))]),
+            "'ovw' holds no number: integrity.mean must be a finite",
+        ),
+        (
+            HtmlReport("t", "star", [in_memory(ci95=(0.1, float("inf")))]),
+            "'ovw' holds no number: integrity.ci95 must be",
+        ),
+        (HtmlReport("t", "heart", [evaluation()]), "about 'heart', evaluation 'ovw' about 'star'"),
+        (
+            HtmlReport("t", "star", [evaluation()], [Gallery("g", "", ["a", "b"], [GalleryRow("r", [image()])])]),
             "gallery 'g', row 'r': got 1 images for 2 columns",
         ),
         (
-            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [image()], ["x", "y"])])]),
+            HtmlReport(
+                "t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [image()], ["x", "y"])])]
+            ),
             "got 2 captions for 1 images",
         ),
         (
-            Report("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [image() / 255])])]),
+            HtmlReport("t", "star", [evaluation()], [Gallery("g", "", ["a"], [GalleryRow("r", [image() / 255])])]),
             r"must be \(H, W, 3\) uint8",
         ),
     ],

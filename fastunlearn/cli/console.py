@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -121,9 +122,9 @@ def table(evaluations: Sequence[Evaluation]) -> None:
     if first.erasure:
         columns += [f"{first.erasure.concept} shown", "valid"]
     columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
-    grid = Table()
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in (*columns, "retention R", "95 % interval", "distance"):
-        grid.add_column(name, justify="left" if name == "model" else "right")
+        grid.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "95 % interval")
     for evaluation in evaluations:
         integrity, erasure, retain = evaluation.integrity, evaluation.erasure, evaluation.retain
         cells = [evaluation.name]

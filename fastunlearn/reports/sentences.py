@@ -104,7 +104,7 @@ def insight(evaluations: Sequence[Evaluation]) -> str:
     every = [value for values in known.values() for value in values]
     return (
         f"Counting images with the right {_and(counted)} hardly tells these models apart "
-        f"({percent_range([min(every), max(every)])}); "
+        f"({percent(every[0]) if min(every) == max(every) else percent_range([min(every), max(every)])}); "
         f"comparing image by image does: {best.name} keeps {percent(best.integrity.retention)} of each "
         f"image, {worst.name} only {percent(worst.integrity.retention)}, and their intervals do not overlap."
     )
