@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
+from rich.console import JustifyMethod
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -122,9 +123,12 @@ def table(evaluations: Sequence[Evaluation]) -> None:
     if first.erasure:
         columns += [f"{first.erasure.concept} shown", "valid"]
     columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in (*columns, "retention R", "95 % interval", "distance"):
-        grid.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "95 % interval")
+        # Wide enough for the longest word, so that none is cut.
+        side: JustifyMethod = "left" if name == "model" else "right"
+        width = max(map(len, name.split() or [""]))
+        grid.add_column(name, justify=side, no_wrap=name == "95 % interval", min_width=width)
     for evaluation in evaluations:
         integrity, erasure, retain = evaluation.integrity, evaluation.erasure, evaluation.retain
         cells = [evaluation.name]

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..files.atomic import whole_file, write_text
 from ..schema import Comparison
 from .pages import templates
+from .sentences import judges_words
 
 
 def write_plot(path: Path, result: Comparison) -> None:
@@ -44,4 +45,5 @@ def write_page(path: Path, result: Comparison) -> None:
     reach = max([2 * margin, *(1.05 * end for end in ends)]) or 1.0
     # Where a difference stands on a rail that is `reach` wide to both sides of 0.
     places = {"at": lambda value: f"{50 + 50 * value / reach:.2f}%", "width": f"{100 * margin / reach:.2f}%"}
-    write_text(path, templates().get_template("compare.html.j2").render(result=result, **places))
+    judges = judges_words(run.judge for run in result.runs)
+    write_text(path, templates().get_template("compare.html.j2").render(result=result, judges=judges, **places))

@@ -18,7 +18,16 @@ from ..files.atomic import write_text
 from ..schema import ControlRecord, Evaluation
 from .gallery import MAX_PIXELS, Gallery, check_gallery
 from .pages import templates
-from .sentences import CONTROLS, LIMITS, erasure_sentence, forgot_badge, insight, kept_badge, retention_sentence
+from .sentences import (
+    CONTROLS,
+    LIMITS,
+    erasure_sentence,
+    forgot_badge,
+    insight,
+    judges_words,
+    kept_badge,
+    retention_sentence,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def write_report(path: Path | str, report: HtmlReport) -> None:
             verdicts=[model for model in models if not model["control"]] or models,
             controls=[model for model in models if model["control"]],
             attributes=_attributes(report.evaluations),
-            judges=_judges(report.evaluations),
+            judges=judges_words(one.judge for one in report.evaluations),
             insight=insight(report.evaluations),
             ladders=_ladders(report.evaluations),
             histograms=_histograms(report),
@@ -110,15 +119,6 @@ def _attributes(evaluations: Sequence[Evaluation]) -> list[str]:
     """What the judges know of retain images, in their order."""
     known = (e.retain.attributes for e in evaluations if e.retain is not None)
     return list(dict.fromkeys(name for attributes in known for name in attributes))
-
-
-def _judges(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Who said what images show, in words."""
-    words = []
-    for judge in dict.fromkeys(e.judge for e in evaluations if e.judge is not None):
-        valid = f", valid from {judge.valid_threshold:g} on" if judge.valid_threshold is not None else ""
-        words.append(f"{judge.name} (shown from a score of {judge.threshold:g} on{valid})")
-    return words
 
 
 def _ladders(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from ..schema import Erasure, Evaluation, FoldersEvaluation, Retain
+from ..schema import Erasure, Evaluation, FoldersEvaluation, JudgeRecord, Retain
 
 #: Methods that are no attempt to forget, and what they are there for.
 CONTROLS = {
@@ -122,6 +122,15 @@ def folders_sentence(evaluation: FoldersEvaluation) -> str:
         f"({integrity.metric}{interval}), where 0 is the same image; {percent(integrity.unchanged)} did not "
         "change. This is about what was kept: whether the concept is gone has to be shown on other images."
     )
+
+
+def judges_words(judges: Iterable[JudgeRecord | None]) -> list[str]:
+    """Who said what images show, each once."""
+    words = []
+    for judge in dict.fromkeys(judge for judge in judges if judge is not None):
+        valid = f", valid from {judge.valid_threshold:g} on" if judge.valid_threshold is not None else ""
+        words.append(f"{judge.name} (shown from a score of {judge.threshold:g} on{valid})")
+    return words
 
 
 def forgot_badge(erasure: Erasure) -> tuple[str, str]:
