@@ -14,10 +14,13 @@ _PUBLIC = {
     "EvaluateImagesConfig": "evaluation.config",
     "TrainConfig": "training.config",
     "EvaluationReport": "evaluation.results",
+    "Judge": "judges.base",
     "PerceptualDistance": "metrics.lpips",
     "Reporter": "progress",
+    "Verdicts": "judges.base",
     "evaluate": "evaluation.evaluate",
     "evaluate_images": "evaluation.evaluate_images",
+    "load_judge": "judges",
     "load_model": "models.loading",
     "load_perceptual": "metrics.lpips",
     "unlearn": "training.unlearn",
@@ -27,13 +30,16 @@ __all__ = [
     "EvaluateConfig",
     "EvaluateImagesConfig",
     "EvaluationReport",
+    "Judge",
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
     "UserError",
+    "Verdicts",
     "__version__",
     "evaluate",
     "evaluate_images",
+    "load_judge",
     "load_model",
     "load_perceptual",
     "unlearn",
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .evaluation.evaluate_images import evaluate_images
     from .evaluation.results import EvaluationReport
+    from .judges import Judge, Verdicts, load_judge
     from .metrics.lpips import PerceptualDistance, load_perceptual
     from .models.loading import load_model
     from .progress import Reporter

@@ -53,7 +53,7 @@ FLAGS = {
         *("config", "original", "unlearned", "prompts", "placebo", "output", "forget", "metric", "metrics"),
         "trunk-weights",
         *("seeds-per-prompt", "batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device"),
-        *("control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
+        *("judge", "control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
     },
     "evaluate-images": {
         *("config", "original-images", "unlearned-images", "output", "prompts", "metric", "trunk-weights", "metrics"),

@@ -39,7 +39,7 @@ def test_texts_of_users_are_shown_as_they_are(capsys, tmp_path, text):
 def test_a_plan_shows_prompts_as_they_are(cli, tmp_path, text):
     answer = cli(
         *("train", "--forget", "star", "--method", "esd", "--steps", 2, "--trajectories", 1, "--trajectory-steps", 4),
-        *("--micro-batch-size", 2, "--evaluation-prompts", "none", "--forget-prompts", text, "--dry-run"),
+        *("--micro-batch-size", 2, "--evaluation-prompts", "none", "--forget-prompts", f"{text};", "--dry-run"),
         *("--output", tmp_path / "run"),
     )
     assert answer.status == 0, answer

@@ -12,7 +12,7 @@ from fastunlearn.training.config import TrainConfig
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    assert cli.main(["demo", "--output", str(folder)]) == 0
+    assert cli(["demo", "--output", str(folder)]) == 0
     return folder
 
 

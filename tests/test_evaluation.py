@@ -641,7 +641,7 @@ def test_a_sampler_with_an_infinite_setting_is_evaluated(pipeline_copy, tmp_path
     config = json.loads(path.read_text())
     keep = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"}
     config = {key: value for key, value in config.items() if key in keep}
-    path.write_text(json.dumps(config | {"_class_name": "DPMSolverMultistepScheduler"}))
+    path.write_text(json.dumps(config | {"_class_name": "DPMSolverMultistepScheduler", "steps_offset": 1}))
     index = pipeline_copy / "model_index.json"
     parts = json.loads(index.read_text())
     index.write_text(json.dumps(parts | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}))

@@ -1,9 +1,11 @@
 """Judges: the bundled one, a user's own, and one that another package brings, all used alike."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,42 +302,7 @@ def test_the_same_with_any_number_of_models_and_in_any_company():
 
 # ---- a judge of another package --------------------------------------------------------------------------------------
 
-EXAMPLE = '''
-"""A judge of another package: whether an image is mostly of the color that the concept names."""
-
-import hashlib
-
-import torch
-
-from fastunlearn.errors import UserError
-from fastunlearn.judges import Judge, Verdicts
-
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "gray": (128, 128, 128)}
-
-
-class MainColor(Judge):
-    threshold = 0.3
-    vocabulary = {"main": tuple(COLORS)}
-
-    def __init__(self, device="cpu", option=""):
-        self.table = torch.tensor(list(COLORS.values()), dtype=torch.float32)
-        self.reach = float(option or 90)
-        self.name = f"main-color@{hashlib.sha256(repr((COLORS, self.reach)).encode()).hexdigest()[:12]}"
-
-    def check(self, concept):
-        if concept not in COLORS:
-            raise UserError(f"the judge main-color knows {', '.join(COLORS)}, not {concept!r}. Name one of them.")
-
-    def asked(self, prompt):
-        return {"main": word for word in prompt.split() if word in COLORS}
-
-    def judge(self, images, concept):
-        pixels = images.permute(0, 2, 3, 1).flatten(1, 2).float()
-        near = torch.cdist(pixels, self.table.expand(len(images), -1, -1)) < self.reach
-        shares = near.float().mean(1)
-        return Verdicts(shares[:, list(COLORS).index(concept)], attributes={
-            "main": [list(COLORS)[index] for index in shares.argmax(1).tolist()]})
-'''
+EXAMPLE = Path(__file__).parents[1] / "examples" / "main_color_judge.py"
 
 
 @pytest.fixture
@@ -344,7 +311,7 @@ def installed(tmp_path, monkeypatch):
     site = tmp_path / "site"
     info = site / "main_color-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "main_color.py").write_text(EXAMPLE)
+    shutil.copy(EXAMPLE, site / "main_color.py")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: main-color\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fastunlearn.judges]\nmain-color = main_color:MainColor\n")
     monkeypatch.syspath_prepend(site)
@@ -353,7 +320,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_a_judge_of_another_package_takes_at_most_forty_lines():
-    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 40
+    assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) <= 40
 
 
 def test_a_judge_of_another_package_judges_from_the_command_line(installed, cli, tmp_path):

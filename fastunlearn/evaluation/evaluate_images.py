@@ -30,6 +30,7 @@ from ..metrics.lpips import PerceptualDistance, load_perceptual
 from ..metrics.statistics import clustered_mean, quantiles
 from ..models.loading import resolve_device, versions
 from ..prompts import is_forget
+from ..record import plain
 from ..reports.gallery import Gallery, GalleryRow
 from ..reports.images import FoldersReport, write_folders_report
 from ..schema import FolderDistances, FolderIntegrity, FoldersEvaluation
@@ -360,7 +361,7 @@ def _records(pairs: Sequence[Pair], scores: Scores) -> list[dict[str, Any]]:
     for name, rows in scores.rows.items():
         if rows.shape[1] <= 2:
             for record, row in zip(records, rows.tolist(), strict=True):
-                record[name] = row[0] if len(row) == 1 else row
+                record[name] = plain(row[0] if len(row) == 1 else row)
     return records
 
 
