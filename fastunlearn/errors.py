@@ -27,16 +27,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    may_be = isinstance(error, RuntimeError | OSError) or _is_of_safetensors(error)
+    return may_be and any(sign in str(error).lower() for sign in signs)
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether the user can mend it.  Everything else is a bug of ours.
-
-    safetensors raises a class of its own for files that it cannot read or write.
-    """
+    """Whether the user can mend it.  Everything else is a bug of ours."""
     if isinstance(error, UserError | OSError) or is_out_of_memory(error) or is_disk_full(error):
         return True
+    return _is_of_safetensors(error)
+
+
+def _is_of_safetensors(error: BaseException) -> bool:
+    """safetensors raises a class of its own for files that it cannot read or write."""
     return any(kind.__name__ == "SafetensorError" for kind in type(error).__mro__)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 INDEX = "model_index.json"
+_WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
 #: Weights in forms that are never read here; beside safetensors they are left alone.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".pb", ".onnx_data")
 
@@ -68,6 +70,57 @@ def pipeline_files(source: Path) -> list[Path]:
         has_safetensors = any(path.suffix == ".safetensors" for path in own)
         files += [path for path in own if not (has_safetensors and path.suffix in PICKLES)]
     return files
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that are read of a part: one, or the shards that its index names; none if it has none.
+
+    ``variant``: ``fp16`` of ``model.fp16.safetensors``.  Raises UserError for an index that names a file which is no
+    safetensors file in the same folder, or is missing.
+    """
+    mark = f".{variant}" if variant else ""
+    # Where there are both, diffusers reads the shards, transformers the whole file.
+    networks, texts = _WEIGHTS
+    names = [f"{networks}.safetensors.index{mark}.json", f"{networks}{mark}.safetensors"]
+    names += [f"{texts}{mark}.safetensors", f"{texts}.safetensors.index{mark}.json"]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return []
+    return _shards(path) if path.suffix == ".json" else [path]
+
+
+def find_variant(source: Path, parts: Iterable[str]) -> str | None:
+    """The variant of a pipeline's weights that must be read; None where every part has the usual ones.
+
+    Raises UserError where it is not clear which.
+    """
+    lacking = [part for part in parts if not weight_files(source / part)]
+    found = [variants for part in lacking if (variants := _variants(source / part))]
+    common = set.intersection(*found) if found else set()
+    if len(common) > 1:
+        raise UserError(
+            f"{source} holds its weights only as variants: {', '.join(sorted(common))}. Say which one, "
+            "`load_model(..., variant=...)`, or leave the files of one alone in the folder."
+        )
+    return common.pop() if common else None
+
+
+def _variants(folder: Path) -> set[str]:
+    pattern = re.compile(rf"(?:{'|'.join(_WEIGHTS)})\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors")
+    return {match[1] for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))}
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {one_line(error)}. Fetch it again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names the file {name!r}, which is no safetensors file in its folder. Not read.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names the file {name!r}, which is missing. Fetch it again.")
+    return [index.parent / name for name in names]
 
 
 def hash_files(files: Iterable[Path], root: Path) -> str:
