@@ -20,7 +20,7 @@ from toys import names_in
 import fastunlearn
 from fastunlearn.errors import UserError
 from fastunlearn.files.run_folder import RECORD, prepare_output
-from fastunlearn.models.loading import import_diffusers
+from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.training import trainer as trainer_module
 from fastunlearn.worlds.shapes import pipeline_folder
 
@@ -242,7 +242,7 @@ NUMBERS = [
     ("train", "--gradient-accumulation-steps", "0"),
     *(("train", flag, "nan") for flag in ("--kappa", "--negative-guidance", "--weight-decay", "--retain-weight")),
     *(("evaluate", flag, "0") for flag in ("--seeds-per-prompt", "--batch-size", "--num-inference-steps")),
-    *(("evaluate", "--guidance-scale", value) for value in ("0", "nan", "inf")),
+    *(("evaluate", "--guidance-scale", value) for value in ("-1", "nan", "inf")),
     ("demo", "--seed", "-1"),
 ]
 COMPLETE = {"train": TRAIN, "evaluate": EVALUATE, "demo": ["demo"]}

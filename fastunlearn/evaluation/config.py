@@ -39,7 +39,7 @@ class EvaluateConfig:
     seeds_per_prompt: int = setting("images per prompt", 1)
     batch_size: int = setting("images per forward; a part of the result's definition", 32)
     num_inference_steps: int = setting("sampler steps", 20)
-    guidance_scale: float = setting("classifier-free guidance", 3.0)
+    guidance_scale: float = setting("classifier-free guidance; 0 or 1: none", 3.0)
     mixed_precision: Literal["no", "bf16"] = setting("of both models", "no")
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     control_pairs: int = setting("pairs on which the numeric controls are measured", 8)
@@ -51,7 +51,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps", "control_pairs", "num_processes")
-        above(self, 0, "guidance_scale", "cache_limit_gib")
+        at_least(self, 0, "guidance_scale")
+        above(self, 0, "cache_limit_gib")
         if not self.unlearned:
             raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
         if self.resume and self.overwrite:

@@ -30,7 +30,7 @@ class TrainConfig:
     micro_batch_size: int | None = setting("rows per student forward", None)
     trajectories: int | None = setting("teacher trajectories per role; more means less correlated rows", None)
     trajectory_steps: int = setting("sampler steps of a trajectory", 50)
-    trajectory_guidance_scale: float = setting("guidance of a trajectory", 3.0)
+    trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     trainable: str | None = setting(
         "cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", None
     )
@@ -65,6 +65,7 @@ class TrainConfig:
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
+        at_least(self, 0, "trajectory_guidance_scale")
         at_least(self, -LARGEST, "negative_guidance")
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
         at_least(self, 1, "gradient_accumulation_steps", "num_processes")
@@ -73,7 +74,7 @@ class TrainConfig:
             raise UserError("`--mask` brings its own density: leave `--mask-density` out.")
         if self.num_processes is not None and self.deepspeed is None:
             raise UserError("`--num-processes` needs `--deepspeed FILE`, which says how they divide the work.")
-        above(self, 0, "learning_rate", "max_grad_norm", "kappa", "trajectory_guidance_scale")
+        above(self, 0, "learning_rate", "max_grad_norm", "kappa")
         if self.learning_rate is not None and self.learning_rate > 1:
             raise UserError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
         if self.resume and self.overwrite:
@@ -97,7 +98,7 @@ class MaskConfig:
     )
     trajectories: int | None = setting("teacher trajectories; their last latents are the images", None)
     trajectory_steps: int = setting("sampler steps of a trajectory", 50)
-    trajectory_guidance_scale: float = setting("guidance of a trajectory", 3.0)
+    trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     micro_batch_size: int | None = setting("rows per forward", None)
     seed: int = setting("of trajectories and noise", 0)
     mixed_precision: Literal["no", "bf16"] = setting("bf16 runs the networks in bfloat16", "no")
@@ -107,9 +108,8 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
-        at_least(self, 0, "seed")
+        at_least(self, 0, "seed", "trajectory_guidance_scale")
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps")
-        above(self, 0, "trajectory_guidance_scale")
         share(self.density, "density")
 
 
