@@ -23,8 +23,8 @@ from fastunlearn.files.atomic import write_json
 from fastunlearn.methods import get_method
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.metrics.statistics import difference
-from fastunlearn.models.generate import SamplerSpec
 from fastunlearn.models.loading import load_model
+from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.progress import Reporter
 from fastunlearn.training.bank import build_bank
 from fastunlearn.training.config import TrainConfig

@@ -17,7 +17,7 @@ import time
 import pytest
 import torch
 
-from fastunlearn.methods.recipe import EMPTY, Recipe, Row, Sum
+from fastunlearn.methods.recipe import UNCONDITIONAL, Recipe, Row, Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import initial_noise
 from fastunlearn.training.bank import build_bank, plan_bank
@@ -28,7 +28,7 @@ from fastunlearn.training.trainer import Schedule, Trainer
 ROWS, USUAL_ROWS, STEPS, GUIDANCE, ETA = 200, 25, 50, 3.0, 2.0
 ROUNDS = 3
 PROMPT = "a red star on a plain background"
-RECIPE = Recipe([Row("forget", PROMPT, PROMPT, {PROMPT: 1 - ETA, EMPTY: ETA})], Sum())
+RECIPE = Recipe([Row("forget", PROMPT, PROMPT, {PROMPT: 1 - ETA, UNCONDITIONAL: ETA})], Sum())
 
 load = functools.cache(lambda role: load_model("shapes", "cpu"))
 
@@ -41,9 +41,9 @@ def usual_loop(rows=USUAL_ROWS):
     """A fresh partial trajectory, two teacher calls and a student step for every row, all at batch 1."""
     teacher, student = load("teacher"), load("student")
     engine = new_engine(student)
-    conditions = teacher.encode([EMPTY, PROMPT])
-    empty, concept = conditions.of([EMPTY]), conditions.of([PROMPT])
-    both = conditions.of([EMPTY, PROMPT])
+    conditions = teacher.encode([UNCONDITIONAL, PROMPT])
+    empty, concept = conditions.of([UNCONDITIONAL]), conditions.of([PROMPT])
+    both = conditions.of([UNCONDITIONAL, PROMPT])
     for row in range(rows):
         with torch.no_grad():
             stop = row * (STEPS - 1) // (rows - 1)  # 0 to 49, as the authors' uniform draw

@@ -22,7 +22,7 @@ from PIL import Image
 
 from fastunlearn.evaluation.evaluate_images import find_pairs, score
 from fastunlearn.metrics.lpips import from_lpips
-from fastunlearn.models.loading import mend_torchvision
+from fastunlearn.models.runtime import mend_torchvision
 
 CASES = {"alex": (100, 256), "vgg": (16, 128)}  # net: pairs a round and their side
 ROUNDS = 5  # of other images each, every way on each

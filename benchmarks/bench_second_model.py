@@ -11,7 +11,8 @@ import time
 import torch
 
 from fastunlearn import evaluate, load_model, load_perceptual
-from fastunlearn.models.generate import SamplerSpec, generate
+from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 UNLEARNED = "shapes-gold-star"
@@ -57,7 +58,7 @@ def stages(prompts: list[str]) -> dict[str, float]:
     model = load_model("shapes", "cpu")
     taken["load a model"] = time.monotonic() - started
     started = time.monotonic()
-    images = generate(model, prompts, [0] * len(prompts), SamplerSpec())
+    images = PipelineSource(model, SamplerSpec()).generate([(prompt, 0) for prompt in prompts])
     taken["draw"] = time.monotonic() - started
     distance = load_perceptual("shapes")
     started = time.monotonic()

@@ -95,7 +95,7 @@ def unet_step(config, rows, kind, density):
     """
     from fastunlearn_kernels import pack_bits
 
-    from fastunlearn.models.loading import import_diffusers
+    from fastunlearn.models.runtime import import_diffusers
     from fastunlearn.training.engine import TorchEngine
 
     torch.manual_seed(0)

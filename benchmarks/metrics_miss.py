@@ -25,13 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.files.atomic import whole_file, write_json, write_text
 from fastunlearn.judges import Judged, judged, load_judge, record_of
 from fastunlearn.metrics.field import load_metric
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.metrics.statistics import clustered_mean, retention, wilson
-from fastunlearn.models.generate import SamplerSpec, generate
-from fastunlearn.models.loading import Model, load_model, versions
+from fastunlearn.models.base import Model
+from fastunlearn.models.loading import load_model
+from fastunlearn.models.runtime import versions
+from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.prompts import is_forget
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.selection import select_parameters
@@ -120,7 +123,7 @@ class World:
         path = self.work / f"{name}-{which}-{seed}.pt"
         if not path.exists():
             print(f"{name}: {len(prompts)} {which} images, seed {seed}", flush=True)
-            drawn = generate(load(), prompts, [seed] * len(prompts), SamplerSpec())
+            drawn = PipelineSource(load(), SamplerSpec()).generate([(prompt, seed) for prompt in prompts])
             with whole_file(path) as unfinished:
                 torch.save(drawn, unfinished)
             self.seconds()
@@ -259,7 +262,7 @@ def ordinary_training(
     scenes = sample_scenes(4096, seed=12345)
     scenes = scenes[scenes.shape != SHAPES.index(CONCEPT)]
     captions = sample_captions(scenes, generator)
-    names = set(select_parameters(model.denoiser, selector))
+    names = set(select_parameters(model, selector))
     parameters = [p for name, p in model.denoiser.named_parameters() if name in names]
     for parameter in parameters:
         parameter.requires_grad_(True)

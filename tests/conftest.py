@@ -61,7 +61,7 @@ def random_trunk(tmp_path):
     def write(net):
         import torch
 
-        from fastunlearn.models.loading import mend_torchvision
+        from fastunlearn.models.runtime import mend_torchvision
 
         mend_torchvision()
         lpips = pytest.importorskip("lpips")

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from fastunlearn.methods.recipe import EMPTY, NOISE, Alternate, Recipe, Row, Sum
-from fastunlearn.models.loading import Model, import_diffusers
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Alternate, Recipe, Row, Sum
+from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.models.sampling import initial_noise, sample
 from fastunlearn.training.bank import build_bank, plan_bank
 
 FORGET, ANCHOR, RETAIN = "a red star", "a red circle", "a blue ring"
 RECIPE = Recipe(
     [
-        Row("forget", FORGET, FORGET, {FORGET: -1.0, EMPTY: 2.0}),
+        Row("forget", FORGET, FORGET, {FORGET: -1.0, UNCONDITIONAL: 2.0}),
         Row("forget", "star", "star", {ANCHOR: 1.0}),
         Row("retain", RETAIN, RETAIN, {RETAIN: 1.0}),
     ],
@@ -47,9 +47,9 @@ def test_the_plan_counts_the_evaluations_that_are_made(bundled):
 def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):
     planned = plan(bundled)
     for index, (row, number) in enumerate(planned.assignments):
-        conditions = bundled.encode(["", row.trajectory])
-        branches = [conditions.of([""]), conditions.of([row.trajectory])]
-        noise = initial_noise([row.trajectory], [number], bundled.latent_shape)
+        conditions = bundled.encode([UNCONDITIONAL, row.trajectory])
+        branches = [conditions.of([UNCONDITIONAL]), conditions.of([row.trajectory])]
+        noise = initial_noise([row.trajectory], [number], bundled.latent_shape, "training")
         points = list(sample(bundled, noise, branches, num_inference_steps=3, guidance_scale=3.0))
         rows = torch.arange(3 * index, 3 * index + 3)
         torch.testing.assert_close(bank.latents[rows], torch.cat([p.latents for p in points]), atol=1e-4, rtol=1e-4)
@@ -87,10 +87,26 @@ def test_a_bank_is_a_function_of_its_seed(bundled, bank):
 
 
 def test_an_unconditional_trajectory_counts_its_prediction_once(bundled):
-    recipe = Recipe([Row("retain", EMPTY, EMPTY, {EMPTY: 1.0})], Alternate())
+    recipe = Recipe([Row("retain", UNCONDITIONAL, UNCONDITIONAL, {UNCONDITIONAL: 1.0})], Alternate())
     small = build_bank(bundled, recipe, plan(bundled, trajectories=1, recipe=recipe))
     target = torch.einsum("nk,knchw->nchw", small.coefficients, small.teacher_preds)
     assert torch.equal(target, small.teacher_preds[0])
+
+
+def test_the_empty_prompt_is_a_prompt_like_any_other(bundled):
+    recipe = Recipe([Row("retain", EMPTY, EMPTY, {EMPTY: 1.0})], Alternate())
+    small = build_bank(bundled, recipe, plan(bundled, trajectories=1, recipe=recipe))
+    target = torch.einsum("nk,knchw->nchw", small.coefficients, small.teacher_preds)
+    assert torch.equal(target, small.teacher_preds[1])
+    assert [small.conditions.prompts[i] for i in small.condition] == [EMPTY] * len(small)
+
+
+def test_no_trajectory_starts_from_the_noise_of_an_evaluation(bundled, bank):
+    starts = [bank.latents[3 * index] for index in range(len(plan(bundled).assignments))]
+    prompts = [row.trajectory for row, _ in plan(bundled).assignments]
+    for seed in range(4):
+        evaluated = initial_noise(prompts, [seed] * len(prompts), bundled.latent_shape)
+        assert all(not (one == two).any() for one, two in zip(starts, evaluated, strict=True))
 
 
 def test_batches_pass_through_an_epoch_without_repeats_and_differ(bank):
@@ -127,9 +143,9 @@ def test_noise_rows_are_the_last_latents_under_noise_and_their_target_is_the_noi
     bank = build_bank(bundled, recipe, plan(bundled, trajectories=1, recipe=recipe))
     rows = bank.role_rows["retain"]
     branches = [bundled.encode([""]).of([""]), bundled.encode([RETAIN]).of([RETAIN])]
-    noise = initial_noise([RETAIN], [0], bundled.latent_shape)
+    noise = initial_noise([RETAIN], [0], bundled.latent_shape, "training")
     points = list(sample(bundled, noise, branches, num_inference_steps=3, guidance_scale=3.0))
-    alphas = bundled.pipeline.scheduler.alphas_cumprod[bank.timesteps[rows]].view(-1, 1, 1, 1)
+    alphas = bundled.pipeline.scheduler.alphas_cumprod[bank.timesteps[rows].long()].view(-1, 1, 1, 1)
     target = (bank.coefficients[rows].T[:, :, None, None, None] * bank.teacher_preds[:, rows]).sum(0)
     clean = (bank.latents[rows] - (1 - alphas).sqrt() * target) / alphas.sqrt()
     torch.testing.assert_close(clean, points[-1].next_latents.expand_as(clean), atol=1e-3, rtol=1e-3)
@@ -153,7 +169,7 @@ def test_a_sampler_may_have_more_points_than_steps(bundled):
     diffusers = import_diffusers()
     pipeline = copy.copy(bundled.pipeline)
     pipeline.scheduler = diffusers.PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
-    model = Model(pipeline, bundled.source, bundled.name, bundled.device)
+    model = type(bundled)(pipeline, bundled.source, bundled.name, bundled.device)
     planned = plan(model)
     bank = build_bank(model, RECIPE, planned)
     assert planned.points == 4

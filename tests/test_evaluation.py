@@ -28,7 +28,7 @@ from fastunlearn.evaluation.journal import Journal, PairScores
 from fastunlearn.evaluation.plan import Plan, PromptGroups
 from fastunlearn.evaluation.ranks import Ranks
 from fastunlearn.files.run_folder import RECORD, claimed, own, prepare_output
-from fastunlearn.models.generate import SamplerSpec
+from fastunlearn.models.sampling import SamplerSpec
 
 GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") for index, prompt in enumerate(PROMPTS)]
 
@@ -367,7 +367,7 @@ def test_the_function_and_the_command_have_the_same_settings():
 def test_folders_loaded_pipelines_and_functions_are_judged_alike(bundled):
     """A loaded pipeline and a function that wraps the same model give a folder's distances."""
     from fastunlearn.evaluation.generators import PipelineSource
-    from fastunlearn.models.loading import import_diffusers
+    from fastunlearn.models.runtime import import_diffusers
 
     pipeline = import_diffusers().StableDiffusionPipeline.from_pretrained(bundled.source, safety_checker=None)
     source = PipelineSource(bundled, SamplerSpec(num_inference_steps=1, micro_batch_size=2))

@@ -14,8 +14,8 @@ from fastunlearn.evaluation.generators import PipelineSource, as_source, check_c
 from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.results import EvaluationReport, write_results
 from fastunlearn.metrics.lpips import load_perceptual
-from fastunlearn.models.generate import SamplerSpec
 from fastunlearn.models.loading import load_model
+from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)

@@ -124,7 +124,7 @@ def test_only_models_know_diffusers():
     assert knowing <= {
         "fastunlearn.training.unlearn",
         "fastunlearn.evaluation.evaluator",
-        "fastunlearn.models.loading",
+        "fastunlearn.models.runtime",
     }
 
 

@@ -8,9 +8,9 @@ from fastunlearn_kernels import unpack_bits
 from safetensors.torch import load_file
 from torch import nn
 
-from fastunlearn.methods.recipe import NOISE, Recipe, Row, Sum
+from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row, Sum
 from fastunlearn.training.bank import build_bank, plan_bank
-from fastunlearn.training.selection import GROUPS, GradMask, load_mask, make_mask, select_parameters
+from fastunlearn.training.selection import GradMask, load_mask, make_mask, select_parameters
 
 
 class Attention(nn.Module):
@@ -70,7 +70,7 @@ def test_a_name_part_is_whole():
 
 
 def test_the_groups_split_the_bundled_denoiser(bundled):
-    groups = {name: set(select_parameters(bundled.denoiser, name)) for name in GROUPS}
+    groups = {name: set(select_parameters(bundled, name)) for name in bundled.groups}
     assert groups["cross-attention"] | groups["non-cross-attention"] == groups["all"]
     assert not groups["cross-attention"] & groups["non-cross-attention"]
     assert groups["cross-attention-kv"] < groups["cross-attention"]
@@ -109,7 +109,7 @@ KV = "cross-attention-kv"
 
 
 def make(model, density=0.25, **changes):
-    names = select_parameters(model.denoiser, KV)
+    names = select_parameters(model, KV)
     return make_mask(model, ["star"], names, density=density, **{**SETTINGS, "seed": 0, **changes})
 
 
@@ -137,7 +137,9 @@ def test_a_mask_selects_where_the_guided_denoising_loss_is_steepest(bundled, mas
     plan = plan_bank(bundled, recipe, trajectories=1, num_inference_steps=3, guidance_scale=3.0, seed=0)
     bank = build_bank(bundled, recipe, plan)
     parameters = [dict(bundled.denoiser.named_parameters())[name].requires_grad_(True) for name in mask.bits]
-    predict = [bundled.predict(bank.latents, bank.timesteps, bank.conditions.of([p] * 3)) for p in ("star", "")]
+    predict = [
+        bundled.predict(bank.latents, bank.timesteps, bank.conditions.of([p] * 3)) for p in ("star", UNCONDITIONAL)
+    ]
     loss = (8.5 * predict[0] - 7.5 * predict[1] - bank.teacher_preds[0]).square().mean()
     gradients = torch.autograd.grad(loss, parameters)
     bundled.denoiser.requires_grad_(False)

@@ -8,7 +8,7 @@ import pytest
 
 from fastunlearn import plugins
 from fastunlearn.methods import Method, all_methods, broken_methods, get_method
-from fastunlearn.methods.recipe import EMPTY, NOISE, Alternate, Concept, Recipe, Row, Saddle, Sum
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Alternate, Concept, Recipe, Row, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
 NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "placebo", "identity")
@@ -48,15 +48,15 @@ def test_esd_guides_the_concept_away_from_itself(eta):
     assert [row.condition for row in result.rows] == ["a star", "star"]
     for row in result.rows:
         assert (row.role, row.trajectory) == ("forget", row.condition)
-        assert dict(row.target) == {row.condition: 1 - eta, EMPTY: eta}
+        assert dict(row.target) == {row.condition: 1 - eta, UNCONDITIONAL: eta}
 
 
 def test_esd_with_an_anchor_starts_from_the_anchor():
     """T(a) - eta * (T(c) - T(""))."""
     rows = recipe("esd", negative_guidance=2.0).rows
     assert [(row.trajectory, row.condition, dict(row.target)) for row in rows] == [
-        ("a star", "a star", {"a circle": 1.0, "a star": -2.0, EMPTY: 2.0}),
-        ("star", "star", {"circle": 1.0, "star": -2.0, EMPTY: 2.0}),
+        ("a star", "a star", {"a circle": 1.0, "a star": -2.0, UNCONDITIONAL: 2.0}),
+        ("star", "star", {"circle": 1.0, "star": -2.0, UNCONDITIONAL: 2.0}),
     ]
 
 
@@ -65,8 +65,8 @@ def test_esd_with_the_empty_anchor_counts_the_unconditional_once():
         concept("esd", negative_guidance=2.0), anchor="", anchors={"a star": EMPTY, "star": EMPTY}
     )
     assert [dict(row.target) for row in get_method("esd").recipe(told).rows] == [
-        {EMPTY: 3.0, "a star": -2.0},
-        {EMPTY: 3.0, "star": -2.0},
+        {EMPTY: 1.0, "a star": -2.0, UNCONDITIONAL: 2.0},
+        {EMPTY: 1.0, "star": -2.0, UNCONDITIONAL: 2.0},
     ]
 
 
@@ -100,8 +100,8 @@ def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
     assert isinstance(result.rule, Saddle)
     assert result.rule.kappa == 2.5
     assert [dict(row.target) for row in rows_of(result, "forget")] == [
-        {"a star": 2.0, EMPTY: -1.0},
-        {"star": 2.0, EMPTY: -1.0},
+        {"a star": 2.0, UNCONDITIONAL: -1.0},
+        {"star": 2.0, UNCONDITIONAL: -1.0},
     ]
     assert [dict(row.target) for row in rows_of(result, "retain")] == [{"a ring": 1.0}, {"a heart": 1.0}]
     assert "circle" not in " ".join(result.prompts())
@@ -121,7 +121,7 @@ def test_neggrad_ascends_the_concepts_loss_and_descends_the_others():
     result = recipe("neggrad", retain_weight=0.5)
     assert result.rule == Sum(retain_weight=0.5, forget_weight=-1.0)
     assert all(row.condition == row.trajectory and dict(row.target) == {NOISE: 1.0} for row in result.rows)
-    assert result.prompts() == [EMPTY, "a star", "star", "a ring", "a heart"]
+    assert result.prompts() == [UNCONDITIONAL, "a star", "star", "a ring", "a heart"]
 
 
 def test_noise_does_not_mix_with_predictions():
@@ -193,8 +193,8 @@ def test_an_unknown_role_is_refused():
 
 
 def test_a_recipe_lists_every_prompt_once_the_empty_one_first():
-    rows = [Row("forget", "x", "y", {"z": 2.0, EMPTY: -1.0}), Row("retain", "z", "z", {"z": 1.0})]
-    assert Recipe(rows, Sum()).prompts() == [EMPTY, "x", "y", "z"]
+    rows = [Row("forget", "x", "y", {"z": 2.0, UNCONDITIONAL: -1.0}), Row("retain", "z", "z", {"z": 1.0})]
+    assert Recipe(rows, Sum()).prompts() == [UNCONDITIONAL, "x", "y", "z"]
 
 
 def entry(name, method):

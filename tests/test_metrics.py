@@ -12,7 +12,7 @@ from torch import nn
 
 from fastunlearn.metrics import field as metrics
 from fastunlearn.metrics.field import METRICS, frechet_distance, load_metric, rbf_distance
-from fastunlearn.models.loading import mend_torchvision
+from fastunlearn.models.runtime import mend_torchvision
 
 PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a pink heart", ""]
 

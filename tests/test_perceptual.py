@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastunlearn.metrics.lpips import METRICS, PerceptualDistance, from_lpips, load_perceptual
-from fastunlearn.models.loading import mend_torchvision
+from fastunlearn.models.runtime import mend_torchvision
 from fastunlearn.worlds.shapes.classifier import Classifier, to_pixel_values
 
 

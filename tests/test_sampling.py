@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastunlearn.models.generate import SamplerSpec, generate
-from fastunlearn.models.loading import import_diffusers
-from fastunlearn.models.sampling import check_deterministic, initial_noise, sample
+from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.models.runtime import import_diffusers
+from fastunlearn.models.sampling import SamplerSpec, initial_noise, sample
+from fastunlearn.models.schedulers import check_deterministic
 
 PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a circle"]
 
@@ -24,6 +25,14 @@ def test_noise_is_a_function_of_prompt_and_seed_alone():
     assert not torch.equal(together[0], initial_noise([PROMPTS[0]], [1], shape)[0])
     assert not torch.equal(together[0], initial_noise([PROMPTS[1]], [0], shape)[0])
     assert abs(float(initial_noise(["x"], [0], (8, 64, 64)).std()) - 1) < 0.02
+
+
+def test_noise_of_two_purposes_is_never_shared():
+    evaluated = initial_noise(PROMPTS, [0, 1, 2], (2, 3, 3))
+    trained = initial_noise(PROMPTS, [0, 1, 2], (2, 3, 3), "training")
+    assert not (evaluated == trained).any()
+    named = initial_noise(["training|" + prompt for prompt in PROMPTS], [0, 1, 2], (2, 3, 3))
+    assert not (named == trained).any(), "nor by a prompt that names the purpose"
 
 
 def test_noise_stays_the_same_between_versions():
@@ -63,21 +72,23 @@ def test_the_sampler_calls_the_denoiser_once_a_step(bundled):
 
 
 def test_images_do_not_depend_on_their_place_in_a_batch(bundled):
-    spec = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
-    forward = generate(bundled, PROMPTS, [0, 1, 2], spec)
-    backward = generate(bundled, PROMPTS[::-1], [2, 1, 0], spec)
+    source = PipelineSource(bundled, SamplerSpec(num_inference_steps=3, micro_batch_size=4))
+    keys = list(zip(PROMPTS, [0, 1, 2], strict=True))
+    forward = source.generate(keys)
+    backward = source.generate(keys[::-1])
     assert forward.dtype == torch.uint8
     assert forward.shape == (3, 3, 64, 64)
     assert torch.equal(forward, backward.flip(0))
-    alone = generate(bundled, PROMPTS[1:2], [1], spec)  # padded to the same batch size
+    alone = source.generate(keys[1:2])  # padded to the same batch size
     assert torch.equal(alone[0], forward[1])
 
 
 def test_more_keys_than_a_batch_give_the_same_images(bundled):
-    spec = SamplerSpec(num_inference_steps=2, micro_batch_size=2)
-    three = generate(bundled, PROMPTS, [0, 1, 2], spec)
-    assert torch.equal(three[:2], generate(bundled, PROMPTS[:2], [0, 1], spec))
-    assert torch.equal(three[2:], generate(bundled, PROMPTS[2:], [2], spec))
+    source = PipelineSource(bundled, SamplerSpec(num_inference_steps=2, micro_batch_size=2))
+    keys = list(zip(PROMPTS, [0, 1, 2], strict=True))
+    three = source.generate(keys)
+    assert torch.equal(three[:2], source.generate(keys[:2]))
+    assert torch.equal(three[2:], source.generate(keys[2:]))
 
 
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from train_shapes import build_tokenizer, measure_quality
 
-from fastunlearn.models.loading import import_diffusers, load_model
+from fastunlearn.models.loading import load_model
+from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.worlds import shapes
 from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
 from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values, training_batch

@@ -12,7 +12,8 @@ from toys import names_in
 
 from fastunlearn.methods import get_method
 from fastunlearn.methods.recipe import Alternate, Saddle, Sum
-from fastunlearn.models.loading import import_diffusers, load_model
+from fastunlearn.models.loading import load_model
+from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.progress import Reporter
 from fastunlearn.training import trainer as trainer_module
 from fastunlearn.training.bank import build_bank
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
 
 def test_what_is_not_selected_keeps_its_bytes(finished, bundled):
     original, trained = load_file(bundled.source / UNET), weights(finished)
-    selected = set(select_parameters(bundled.denoiser, "cross-attention-kv"))
+    selected = set(select_parameters(bundled, "cross-attention-kv"))
     assert original.keys() == trained.keys()
     for name, before in original.items():
         after = trained[name]
@@ -70,7 +71,7 @@ def test_what_is_not_selected_keeps_its_bytes(finished, bundled):
 
 def test_every_selected_tensor_moves(finished, bundled):
     original, trained = load_file(bundled.source / UNET), weights(finished)
-    for name in select_parameters(bundled.denoiser, "cross-attention-kv"):
+    for name in select_parameters(bundled, "cross-attention-kv"):
         assert not torch.equal(original[name], trained[name]), name
 
 

@@ -22,9 +22,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.files.atomic import write_json, write_text
-from fastunlearn.models.generate import SamplerSpec, generate
-from fastunlearn.models.loading import Model, import_diffusers, load_model
+from fastunlearn.models.base import Model
+from fastunlearn.models.loading import load_model
+from fastunlearn.models.runtime import import_diffusers
+from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.worlds import shapes
 from fastunlearn.worlds.shapes import load_classifier
 from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
@@ -333,12 +336,8 @@ def measure_quality(model: Model, weights: Path, count: int = QUALITY_PICTURES) 
     classifier = load_classifier(weights)
     combinations = list(itertools.product(SHAPES, COLORS, BACKGROUNDS))
     asked = [combinations[7 * i % len(combinations)] for i in range(count)]  # 7 and 320 have no common divisor
-    images = generate(
-        model,
-        [full_caption(c, s, b) for s, c, b in asked],
-        [i // len(combinations) for i in range(count)],
-        QUALITY_SPEC,
-    )
+    keys = [(full_caption(c, s, b), i // len(combinations)) for i, (s, c, b) in enumerate(asked)]
+    images = PipelineSource(model, QUALITY_SPEC).generate(keys)
     shown = classifier.predict(images)
     truth = {
         "shape": torch.tensor([SHAPES.index(shape) for shape, _, _ in asked]),

@@ -212,7 +212,7 @@ def info() -> None:
 
     from ..judges import all_judges, broken_judges
     from ..methods import all_methods
-    from ..models.loading import import_diffusers
+    from ..models.runtime import import_diffusers
     from ..worlds import all_worlds
 
     out = terminal(soft_wrap=True)

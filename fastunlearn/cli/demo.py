@@ -39,8 +39,8 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluatio
     from ..evaluation.results import EvaluationReport, write_results
     from ..files.run_folder import check_output, claimed, own, prepare_output
     from ..metrics.lpips import load_perceptual
-    from ..models.generate import SamplerSpec
     from ..models.loading import load_model
+    from ..models.sampling import SamplerSpec
     from ..schema import Demo
     from ..training.config import TrainConfig
     from ..training.unlearn import describe_run, unlearn

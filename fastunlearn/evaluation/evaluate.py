@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files.run_folder import check_output, claimed, clear_output, own
 from ..judges import Judge
 from ..metrics.lpips import PerceptualDistance
-from ..models.generate import SamplerSpec
+from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..worlds import get_world, world_with_model
 from .config import EvaluateConfig

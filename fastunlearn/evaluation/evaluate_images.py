@@ -28,7 +28,7 @@ from ..files.run_folder import check_output, claimed, prepare_output
 from ..metrics.field import Metric, load_metric
 from ..metrics.lpips import PerceptualDistance, load_perceptual
 from ..metrics.statistics import clustered_mean, quantiles
-from ..models.loading import resolve_device, versions
+from ..models.runtime import resolve_device, versions
 from ..prompts import is_forget
 from ..record import plain
 from ..reports.gallery import Gallery, GalleryRow

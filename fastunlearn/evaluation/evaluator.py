@@ -20,8 +20,8 @@ from ..batching import chunks, filled, filled_tensor
 from ..errors import UserError
 from ..judges.base import Judge, Judged, judged
 from ..metrics.lpips import PerceptualDistance
-from ..models.generate import SamplerSpec
-from ..models.loading import Model
+from ..models.base import Model
+from ..models.sampling import SamplerSpec
 from ..prompts import PromptGroups
 from .generators import Key, Source, as_source, other_batch_size, other_precision
 from .image_cache import ImageCache, Originals

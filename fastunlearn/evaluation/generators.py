@@ -16,11 +16,12 @@ import torch
 from ..batching import chunks, filled
 from ..errors import UserError
 from ..files.weights import hash_part, hash_pipeline
-from ..methods.recipe import EMPTY
-from ..models.generate import SamplerSpec, decode, denoise
-from ..models.loading import Model, content_of, load_model, sampler_config, versions, wrap_pipeline
-from ..models.sampling import check_deterministic, initial_noise
-from ..record import plain
+from ..methods.recipe import UNCONDITIONAL
+from ..models.base import Model
+from ..models.loading import content_of, load_model, own_settings, wrap_pipeline
+from ..models.runtime import versions
+from ..models.sampling import SamplerSpec, decode, denoise, initial_noise
+from ..models.schedulers import check_deterministic, sampler_config
 from ..worlds import World
 
 #: Maps B prompts and their noise (B, C, H, W), float32 on the CPU, to images (B, 3, H, W) uint8.
@@ -82,7 +83,7 @@ class Source(ABC):
 
 
 class PipelineSource(Source):
-    """A Stable Diffusion pipeline with its sampler's settings; those of one text encoder can share its states."""
+    """A diffusers pipeline with its sampler's settings; those of one text encoder can share its states."""
 
     def __init__(self, model: Model, spec: SamplerSpec, *, saved: bool = True) -> None:
         super().__init__(model.name, model.latent_shape, spec.micro_batch_size)
@@ -109,7 +110,7 @@ class PipelineSource(Source):
         sampler = sampler_config(self.model)
         return {
             "sampler": sampler["_class_name"],
-            "sampler_config": plain(sampler),  # in which a limit may be infinite
+            "sampler_config": sampler,
             "steps": self.spec.num_inference_steps,
             "guidance_scale": self.spec.guidance_scale,
             "dtype": "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32",
@@ -127,7 +128,7 @@ class PipelineSource(Source):
             self.text = other.text
 
     def begin(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
-        branches = [self.text.of([EMPTY] * len(prompts)), self.text.of(prompts)]
+        branches = [self.text.of([UNCONDITIONAL] * len(prompts)), self.text.of(prompts)]
         return denoise(self.model, branches, noise, self.spec)
 
     def finish(self, begun: torch.Tensor) -> torch.Tensor:
@@ -266,8 +267,12 @@ def other_precision(source: Source) -> PipelineSource | None:
 
 
 def _same_text(one: PipelineSource, other: PipelineSource) -> bool:
-    parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    if all(getattr(one.model.pipeline, p, None) is getattr(other.model.pipeline, p, None) for p in parts):
+    pipelines = [source.model.pipeline for source in (one, other)]
+    if own_settings(pipelines[0]) != own_settings(pipelines[1]):  # they may say what the unconditional is
+        return False
+    names = {name for pipeline in pipelines for name in pipeline.components}
+    parts = sorted(name for name in names if name.startswith(("text_encoder", "tokenizer")))
+    if all(getattr(pipelines[0], part, None) is getattr(pipelines[1], part, None) for part in parts):
         return True
     if not (one._saved and other._saved):
         return False

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..judges import load_judge, record_of
 from ..judges.base import Judge
 from ..metrics.lpips import PerceptualDistance
-from ..models.loading import Model
+from ..models.base import Model
 from ..prompts import PromptGroups, is_forget, parse_grouped_prompts
 from ..worlds import World
 from .generators import Key, PipelineSource, Source, check_comparable, environment

@@ -13,7 +13,7 @@ resolution is the model's native one.
 from __future__ import annotations
 
 from . import Method
-from .recipe import EMPTY, Concept, Defaults, Recipe, Row, Sum, mix
+from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, Sum, mix
 
 
 def recipe(concept: Concept) -> Recipe:
@@ -21,7 +21,7 @@ def recipe(concept: Concept) -> Recipe:
     assert eta is not None
     rows = []
     for c in concept.forget_prompts:
-        rows.append(Row("forget", c, c, mix((concept.anchors.get(c, c), 1.0), (c, -eta), (EMPTY, eta))))
+        rows.append(Row("forget", c, c, mix((concept.anchors.get(c, c), 1.0), (c, -eta), (UNCONDITIONAL, eta))))
     return Recipe(rows, Sum())
 
 

@@ -13,8 +13,10 @@ from typing import Literal
 
 Role = Literal["forget", "retain"]
 ROLES: tuple[Role, ...] = ("forget", "retain")
-EMPTY = ""
-NOISE = "\0noise"  # in a target: the noise itself; no prompt holds this sign
+EMPTY = ""  # a prompt like any other
+# Names that stand where a prompt does; no prompt holds this sign.
+UNCONDITIONAL = "\0unconditional"  # what guidance leads away from: "" to some families of models, not to all
+NOISE = "\0noise"  # in a target: the noise itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Row:
     """One kind of training example; the bank makes it at every point of the trajectories it is given.
 
     At ``x_t`` from the teacher's trajectory for the prompt ``trajectory``, the student, asked with ``condition``, is
-    compared with ``sum_k target[k] * teacher(x_t, t, k)``, where each k is a prompt ("" is the unconditional branch).
-    A target of :data:`NOISE` alone is the usual training loss: x_t is then the trajectory's last latents with fresh
-    noise, and the target what was added (or the velocity, where that is what the model predicts).
+    compared with ``sum_k target[k] * teacher(x_t, t, k)``, where each k is a prompt or
+    :data:`UNCONDITIONAL`.  A target of :data:`NOISE` alone is the usual training loss: x_t is then the trajectory's
+    last latents with fresh noise, and the target what was added (or the velocity, where that is what the model
+    predicts).
     """
 
     role: Role
@@ -70,8 +73,9 @@ class Alternate:
 class Saddle:
     """Minimise over weights, maximise over lambda >= 0: ``retain + lambda * (margin - forget)``.
 
-    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - teacher("")|^2``; lambda, the
-    price of missing it, follows by dual ascent, ``lambda += dual_rate * (1 - forget / margin)``, in [0, lambda_max].
+    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - teacher(unconditional)|^2``;
+    lambda, the price of missing it, follows by dual ascent, ``lambda += dual_rate * (1 - forget / margin)``, in
+    [0, lambda_max].
     """
 
     kappa: float
@@ -91,8 +95,8 @@ class Recipe:
     rule: Rule
 
     def prompts(self) -> list[str]:
-        """Every prompt that must be encoded, each once."""
-        prompts = [EMPTY]
+        """Every prompt that must be encoded, each once, the unconditional first."""
+        prompts = [UNCONDITIONAL]
         for row in self.rows:
             prompts += [row.trajectory, row.condition, *(key for key in row.target if key != NOISE)]
         return list(dict.fromkeys(prompts))

@@ -16,13 +16,13 @@ paper's full text was not available: the exact losses, data and hyper-parameters
 from __future__ import annotations
 
 from . import Method
-from .recipe import EMPTY, Concept, Defaults, Recipe, Row, Saddle
+from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, Saddle
 
 
 def recipe(concept: Concept) -> Recipe:
     kappa = concept.settings.kappa
     assert kappa is not None
-    rows = [Row("forget", c, c, {c: 2.0, EMPTY: -1.0}) for c in concept.forget_prompts]
+    rows = [Row("forget", c, c, {c: 2.0, UNCONDITIONAL: -1.0}) for c in concept.forget_prompts]
     rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
     return Recipe(rows, Saddle(kappa=kappa))
 

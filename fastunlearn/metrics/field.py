@@ -389,7 +389,7 @@ def _scaled(images: torch.Tensor, device: str | torch.device) -> torch.Tensor:
 
 
 def _package(metric: str, module: str, package: str) -> Any:
-    from ..models.loading import mend_torchvision
+    from ..models.runtime import mend_torchvision
 
     try:
         mend_torchvision()  # which all of them import

@@ -174,7 +174,7 @@ def _to_pixel_values(images: torch.Tensor) -> torch.Tensor:
 
 def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIPS, str]:
     """The package's model with its trunk's weights put in, and its name."""
-    from ..models.loading import mend_torchvision
+    from ..models.runtime import mend_torchvision
 
     mend_torchvision()
     try:

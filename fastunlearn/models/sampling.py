@@ -1,17 +1,26 @@
-"""Deterministic sampling: the one denoising loop, used both for trajectories (`bank`) and for images (`generate`)."""
+"""Deterministic sampling: the one denoising loop, used both for trajectories (`bank`) and for images (`generators`)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..errors import UserError
-from .loading import Model
+from .base import Model, Tensors
+from .schedulers import check_deterministic
 
-_STOCHASTIC = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "KDPM2Ancestral")
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+    """How images are made; the same for every model that is compared.  A guidance scale of 0 or 1 means none."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    micro_batch_size: int = 32
+    mixed_precision: str = "no"
 
 
 @dataclasses.dataclass
@@ -28,49 +37,77 @@ class Point:
     next_latents: torch.Tensor
 
 
-def initial_noise(prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise (B, C, H, W), float32 on the CPU, a function of each (prompt, seed) alone.
+def initial_noise(
+    prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int], purpose: str = ""
+) -> torch.Tensor:
+    """Standard normal noise (B, C, H, W), float32 on the CPU, a function of each (prompt, seed) and the purpose alone.
 
     Every row has a generator of its own, keyed by SHA-256, so it does not depend on the batch that it is drawn in.
+    ``purpose``: what it is drawn for, if not for an evaluation; no two purposes share noise.
     """
+    version = f"fastunlearn-noise-1/{purpose}" if purpose else "fastunlearn-noise-1"
     rows = []
     for prompt, seed in zip(prompts, seeds, strict=True):
-        key = hashlib.sha256(f"fastunlearn-noise-1|{prompt}|{seed}".encode()).digest()
+        key = hashlib.sha256(f"{version}|{prompt}|{seed}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
         rows.append(torch.randn(shape, generator=generator))
     return torch.stack(rows)
-
-
-def check_deterministic(scheduler: object) -> None:
-    """ValueError for a sampler that draws noise at every step: pairs made by it would differ by chance."""
-    name = type(scheduler).__name__
-    if any(word in name for word in _STOCHASTIC):
-        raise UserError(f"{name} adds noise at every step, so pairs cannot be compared. Use DDIM, PNDM or Euler.")
 
 
 @torch.no_grad()
 def sample(
     model: Model,
     noise: torch.Tensor,
-    branches: Sequence[dict[str, torch.Tensor]],
+    branches: Sequence[Tensors],
     *,
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Iterator[Point]:
-    """Run the model's own sampler from ``noise`` (B, C, H, W) with classifier-free guidance.
+    """Run the model's own sampler from ``noise`` (B, C, H, W), guided as its family is.
 
     ``branches`` are the denoiser's conditions: first the unconditional, then the prompts that guide, then any further
     ones whose predictions are wanted at the same points.  All branches of a step share one forward.
     """
     check_deterministic(model.pipeline.scheduler)
     scheduler = model.new_scheduler(num_inference_steps)
+    scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)  # flow has none
     count, batch = len(branches), len(noise)
     conditions = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
-    latents = noise.to(model.device) * scheduler.init_noise_sigma
+    conditions = model.with_guidance(conditions, guidance_scale)
+    latents = noise.to(model.device) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
-        latent_model_input = scheduler.scale_model_input(latents, timestep)
+        latent_model_input = scale_input(latents, timestep)
         predictions = model.predict(latent_model_input.repeat(count, 1, 1, 1), timestep, conditions)
         predictions = predictions.view(count, batch, *latents.shape[1:])
-        noise_pred = torch.lerp(predictions[0], predictions[1], guidance_scale)
+        noise_pred = model.guide(predictions, guidance_scale)
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
         yield Point(timestep, latent_model_input, predictions, latents)
+
+
+def denoise(model: Model, branches: Sequence[Tensors], noise: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
+    """Final latents (B, C, H, W) of a batch from its noise, guided by two branches: unconditional, prompts."""
+    with _repeatable(model, spec):
+        for point in sample(
+            model,
+            noise,
+            branches,
+            num_inference_steps=spec.num_inference_steps,
+            guidance_scale=spec.guidance_scale,
+        ):
+            latents = point.next_latents
+    return latents
+
+
+def decode(model: Model, latents: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
+    """Images (B, 3, H, W) uint8 of a batch of final latents."""
+    with _repeatable(model, spec):
+        return model.decode(latents)
+
+
+@contextlib.contextmanager
+def _repeatable(model: Model, spec: SamplerSpec) -> Iterator[None]:
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        torch.autocast(model.device.type, torch.bfloat16, enabled=spec.mixed_precision == "bf16"),
+    ):
+        yield

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ..methods.recipe import EMPTY, NOISE, ROLES, Recipe, Role, Row
-from ..models.loading import Conditions, Model
+from ..errors import UserError
+from ..methods.recipe import NOISE, ROLES, UNCONDITIONAL, Recipe, Role, Row
+from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
+
+_PURPOSE = "training"  # of the noise: what a model is evaluated on, it was not trained on
 
 
 @dataclasses.dataclass
@@ -34,6 +37,7 @@ class Batch:
 class Bank:
     """P rows.  ``latents``: (P, C, H, W), ``timesteps``: (P,), ``teacher_preds``: (K, P, C, H, W), all on the device.
 
+    All are float32, timesteps too: many samplers ask at fractions, and there the teacher answered.
     ``coefficients``: (P, K) mixes the K predictions into the row's target.  ``condition``: (P,) indexes ``conditions``.
     ``role_rows`` lists the rows of each role.
     """
@@ -84,7 +88,7 @@ class Bank:
         return torch.cat(picked)
 
     def concept_strength(self) -> float:
-        """Mean over the forget rows of ``(teacher(concept) - teacher(""))^2``, the unit of Saddle's margin."""
+        """Mean over forget rows of ``(teacher(concept) - teacher(unconditional))^2``, the unit of Saddle's margin."""
         rows = self.role_rows["forget"].to(self.latents.device)
         return (self.teacher_preds[1, rows] - self.teacher_preds[0, rows]).square().mean().item()
 
@@ -136,13 +140,17 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
     A trajectory's predictions are, in order: the unconditional, its own prompt's (the two that guide it), then those of
-    the other prompts in the row's target.  ``micro_batch_size`` trajectories run at once.
+    the other prompts in the row's target.  ``micro_batch_size`` trajectories run at once.  No evaluation shares their
+    noise.  Raises UserError for predictions that are no numbers.
     """
     conditions = model.encode(recipe.prompts())
+    # What a denoiser takes of the guidance, the student is told as the teacher was.
+    guided = model.with_guidance(conditions.tensors, plan.guidance_scale)
+    conditions = dataclasses.replace(conditions, tensors=guided)
     shape = model.latent_shape
     points, total = plan.points, plan.rows
     latents = torch.empty(total, *shape, device=model.device)
-    timesteps = torch.empty(total, dtype=torch.int64, device=model.device)
+    timesteps = torch.empty(total, device=model.device)
     teacher_preds = torch.zeros(plan.branches, total, *shape, device=model.device)
     coefficients = torch.zeros(total, plan.branches, device=model.device)
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
@@ -150,9 +158,8 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
 
     for first, group in _groups(plan.assignments, micro_batch_size):
         kinds = [row for row, _ in group]
-        noise = initial_noise(
-            [row.trajectory for row in kinds], [plan.seed * 1_000_003 + number for _, number in group], shape
-        )
+        seeds = [plan.seed * 1_000_003 + number for _, number in group]
+        noise = initial_noise([row.trajectory for row in kinds], seeds, shape, _PURPOSE)
         prompts = [_branch_prompts(row) for row in kinds]
         branches = [conditions.of(branch) for branch in zip(*prompts, strict=True)]
         rows = torch.arange(first * points, (first + len(group)) * points, device=model.device).view(len(group), points)
@@ -160,43 +167,38 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
         trajectory = sample(model, noise, branches, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
         for number, point in enumerate(trajectory):
             latents[rows[:, number]] = point.latents
-            timesteps[rows[:, number]] = point.timestep.to(torch.int64)
+            timesteps[rows[:, number]] = point.timestep.float()
             teacher_preds[: len(branches), rows[:, number]] = point.predictions
         for place, (row, _) in enumerate(group):
             if NOISE in row.target:
-                where, seeds = rows[place], [f"{row.trajectory}{NOISE}{number}" for number in range(steps)]
-                noise = initial_noise(seeds, [plan.seed * 1_000_003 + group[place][1]] * steps, shape)
-                latents[where], teacher_preds[0, where] = _noised(
-                    model, point.next_latents[place], noise.to(model.device), timesteps[where]
+                where, names = rows[place], [f"{row.trajectory}{NOISE}{number}" for number in range(points)]
+                noise = initial_noise(names, [seeds[place]] * points, shape, _PURPOSE).to(model.device)
+                latents[where], teacher_preds[0, where] = model.noised(
+                    point.next_latents[place], noise, timesteps[where]
                 )
-        for row, names, where in zip(kinds, prompts, rows, strict=True):
+        for row, branch, where in zip(kinds, prompts, rows, strict=True):
             condition[where] = conditions.prompts.index(row.condition)
-            coefficients[where, : len(names)] = torch.tensor(_coefficients(row, names), device=model.device)
+            coefficients[where, : len(branch)] = torch.tensor(_coefficients(row, branch), device=model.device)
             role_rows.setdefault(row.role, []).append(where.cpu())
+    if not (latents.isfinite().all() and teacher_preds.isfinite().all()):
+        raise UserError(
+            f"{model.name}'s {type(model.pipeline.scheduler).__name__} leads to latents that are no finite numbers: "
+            "its settings (`prediction_type`, `rescale_betas_zero_snr`) do not fit the model. Mend its scheduler."
+        )
     indexed = {role: torch.cat(rows) for role, rows in role_rows.items()}
     return Bank(latents, timesteps, teacher_preds, coefficients, condition, conditions, indexed)
 
 
 def _branch_prompts(row: Row) -> list[str]:
-    return [EMPTY, row.trajectory, *(key for key in row.target if key not in (EMPTY, row.trajectory, NOISE))]
-
-
-def _noised(
-    model: Model, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean latents (C, H, W) under ``noise`` (T, C, H, W) at ``timesteps`` (T,), and what the model should predict."""
-    scheduler = model.pipeline.scheduler
-    alphas = scheduler.alphas_cumprod.to(noise.device)[timesteps].view(-1, 1, 1, 1)
-    signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    return signal * clean + sigma * noise, signal * noise - sigma * clean if is_velocity else noise
+    guiding = (UNCONDITIONAL, row.trajectory)
+    return [*guiding, *(key for key in row.target if key not in (*guiding, NOISE))]
 
 
 def _coefficients(row: Row, names: list[str]) -> list[float]:
     if NOISE in row.target:  # stands where the unconditional prediction does in other rows
         return [1.0, 0.0]
     coefficients = [row.target.get(name, 0.0) for name in names]
-    if row.trajectory == EMPTY:  # both guiding branches are the same prediction: count it once
+    if row.trajectory == UNCONDITIONAL:  # both guiding branches are the same prediction: count it once
         coefficients[1] = 0.0
     return coefficients
 

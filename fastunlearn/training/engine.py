@@ -19,7 +19,7 @@ from torch import nn
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..files.atomic import whole_folder
-from ..models.loading import Model
+from ..models.base import Model
 from .checkpoint import Piece, load_checkpoint, save_checkpoint
 from .export import export_delta, export_model
 

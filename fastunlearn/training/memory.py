@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.loading import Model
+from ..models.base import Model
 
 
 @dataclasses.dataclass(frozen=True)

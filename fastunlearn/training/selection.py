@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from fastunlearn_kernels import accumulate_saliency_, pack_bits, saliency_mask, unpack_bits
@@ -15,59 +15,41 @@ from torch import nn
 from ..errors import UserError
 from ..files.atomic import whole_file
 from ..files.weights import hash_part, read_tensors
-from ..methods.recipe import EMPTY, NOISE, Recipe, Row, Sum
-from ..models.loading import Model
+from ..methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row, Sum
+from ..models.base import Model, matches
+from ..models.sd import UNET_GROUPS
 from .bank import Bank, build_bank, plan_bank
 
 MASK_FORMAT = "fastunlearn-mask-1"
 SALIENCY_GUIDANCE = 7.5  # of the loss whose gradient is the saliency, as SalUn's authors have it
 
-# The groups of the field, with ESD's names in brackets.
-GROUPS = {
-    "cross-attention": "every parameter of the attn2 blocks (esd-x)",
-    "cross-attention-kv": "attn2.to_k and attn2.to_v (esd-x-strict)",
-    "non-cross-attention": "everything outside the attn2 blocks (esd-u)",
-    "all": "every parameter (esd-all)",
-}
+#: name -> description, of the groups that the method's table names: those of a UNet.
+GROUPS = {name: group.description for name, group in UNET_GROUPS.items()}
 
 
-def select_parameters(module: nn.Module, selector: str) -> list[str]:
-    """Names of the parameters that ``selector`` selects, in the module's order.
+def select_parameters(model: Model | nn.Module, selector: str) -> list[str]:
+    """Names of the denoiser's parameters that ``selector`` selects, in its order.
 
-    ``selector`` is a group of :data:`GROUPS` or a comma list of patterns; a pattern selects a parameter when it is a
-    part of its name between dots (``attn2.to_k``) or, with ``*`` or ``?``, matches the whole name.  UserError if a
-    pattern selects nothing.
+    ``selector`` is a group of the model's family (of a bare network: a UNet's) or a comma list of patterns as
+    :func:`matches` reads them.  UserError if a pattern selects nothing.
     """
-    names = [name for name, _ in module.named_parameters()]
-    if selector == "all":
-        return names
-    if selector == "cross-attention":
-        return _matching(names, "attn2", selector)
-    if selector == "cross-attention-kv":
-        return [n for n in names if _matches(n, "attn2.to_k") or _matches(n, "attn2.to_v")] or _nothing(names, selector)
-    if selector == "non-cross-attention":
-        return [name for name in names if not _matches(name, "attn2")] or _nothing(names, selector)
+    network, groups = (model, UNET_GROUPS) if isinstance(model, nn.Module) else (model.denoiser, model.groups)
+    names = [name for name, _ in network.named_parameters()]
     patterns = [pattern.strip() for pattern in selector.split(",") if pattern.strip()]
-    if not patterns:
-        return _nothing(names, selector)
-    selected = {name for pattern in patterns for name in _matching(names, pattern, selector)}
-    return [name for name in names if name in selected]
+    selected: set[str] = set()
+    if group := groups.get(selector):
+        selected = {name for name in names if group.holds(name)}
+    else:
+        for pattern in patterns:
+            found = {name for name in names if matches(name, pattern)}
+            selected |= found or _nothing(names, groups, selector, pattern)
+    return [name for name in names if name in selected] or _nothing(names, groups, selector)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    if "*" in pattern or "?" in pattern:
-        return fnmatchcase(name, pattern)
-    return f".{pattern}." in f".{name}."
-
-
-def _matching(names: list[str], pattern: str, selector: str) -> list[str]:
-    return [name for name in names if _matches(name, pattern)] or _nothing(names, selector, pattern)
-
-
-def _nothing(names: list[str], selector: str, pattern: str = "") -> list[str]:
+def _nothing(names: list[str], groups: Iterable[str], selector: str, pattern: str = "") -> NoReturn:
     which = f"the part {pattern!r} of " if pattern and pattern != selector else ""
     raise UserError(
-        f"`--trainable`: {which}{selector!r} selects no parameter. Use {', '.join(GROUPS)}, or parts of names such as "
+        f"`--trainable`: {which}{selector!r} selects no parameter. Use {', '.join(groups)}, or parts of names such as "
         f"{names[len(names) // 2]!r}."
     )
 
@@ -201,7 +183,7 @@ def _concept_saliency(
     try:
         for rows in torch.arange(len(bank), device=model.device).split(micro_batch_size):
             conditional = bank.conditions.rows(bank.condition[rows])
-            unconditional = bank.conditions.of([EMPTY] * len(rows))
+            unconditional = bank.conditions.of([UNCONDITIONAL] * len(rows))
             conditions = {key: torch.cat([unconditional[key], conditional[key]]) for key in conditional}
             with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
                 both = model.predict(bank.latents[rows].repeat(2, 1, 1, 1), bank.timesteps[rows].repeat(2), conditions)

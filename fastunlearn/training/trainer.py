@@ -19,7 +19,7 @@ from fastunlearn_kernels import noise_pred_loss
 from ..errors import UserError
 from ..files.atomic import remove_folder, remove_temporaries, write_text
 from ..methods.recipe import ROLES, Alternate, Role, Rule, Saddle, Sum
-from ..models.loading import Model
+from ..models.base import Model
 from .bank import Bank
 from .engine import Engine
 

@@ -30,9 +30,11 @@ from ..files.weights import hash_pipeline, pipeline_files
 from ..methods import Method, get_method
 from ..methods.recipe import Alternate, Concept, Defaults
 from ..metrics.lpips import PerceptualDistance, load_perceptual
-from ..models.generate import SamplerSpec
-from ..models.loading import Model, load_model, resolve_device, resolve_source, versions
-from ..models.sampling import check_deterministic
+from ..models.base import Model
+from ..models.loading import load_model, resolve_source
+from ..models.runtime import resolve_device, versions
+from ..models.sampling import SamplerSpec
+from ..models.schedulers import check_deterministic
 from ..progress import Reporter
 from ..prompts import PromptGroups
 from ..schema import RunRecord
@@ -165,7 +167,7 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> GradMask:
     model = load_model(config.model, config.device)
     defaults = get_method("salun").defaults_for(model.defaults_key)
     forget = _forget_prompts(config, model)
-    names = select_parameters(model.denoiser, config.trainable)
+    names = select_parameters(model, config.trainable)
     check_deterministic(model.pipeline.scheduler)
     reporter.stage("mask")
     result = make_mask(
@@ -217,7 +219,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         settings = dataclasses.replace(settings, micro_batch_size=deepspeed["train_micro_batch_size_per_gpu"])
     concept = _concept(config, method, model, settings)
     recipe = method.recipe(concept)
-    names = select_parameters(model.denoiser, settings.trainable)
+    names = select_parameters(model, settings.trainable)
     parameters = dict(model.denoiser.named_parameters())
     trainable = sum(parameters[name].numel() for name in names)
     mask = None

@@ -42,7 +42,7 @@ def test_trunks(trunk, dtype, took):
 
 @pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
 def test_it_is_lpips(net):
-    from fastunlearn.models.loading import mend_torchvision
+    from fastunlearn.models.runtime import mend_torchvision
 
     mend_torchvision()
     import lpips

@@ -1,0 +1,263 @@
+"""A loaded model behind verbs.  A subclass is a family; nothing outside its file knows what differs.
+
+A family of pipelines that is not served here is added by another package through the entry-point group
+``fastunlearn.families``; an entry names a subclass of :class:`Model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..batching import chunks, filled
+from ..errors import UserError, one_line
+from ..methods.recipe import UNCONDITIONAL
+from ..worlds import World, world_of
+from . import schedulers
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """Encoded prompts: ``tensors`` maps an argument of the denoiser to (N, ...), row i belonging to prompt i."""
+
+    prompts: tuple[str, ...]
+    tensors: Tensors
+
+    def rows(self, index: torch.Tensor | Sequence[int]) -> Tensors:
+        """Arguments for a batch; ``index``: (B,) int64 or a list."""
+        device = next(iter(self.tensors.values())).device
+        index = torch.as_tensor(index, device=device)
+        return {name: values[index] for name, values in self.tensors.items()}
+
+    def of(self, prompts: Sequence[str]) -> Tensors:
+        """Arguments for a batch of prompts, all of which were encoded."""
+        return self.rows([self.prompts.index(prompt) for prompt in prompts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A named choice among a denoiser's parameters: those that match ``only`` (any, where empty) and not ``without``.
+
+    For what a pattern is, see :func:`matches`.
+    """
+
+    description: str
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def holds(self, name: str) -> bool:
+        """Whether the parameter ``name`` is of the group."""
+        is_wanted = not self.only or any(matches(name, pattern) for pattern in self.only)
+        return is_wanted and not any(matches(name, pattern) for pattern in self.without)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is a part of a parameter's name between dots (``attn2.to_k``).
+
+    One with ``*`` or ``?`` must match the whole name.
+    """
+    if "*" in pattern or "?" in pattern:
+        return fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+class Model(ABC):
+    """A pipeline on a device: ``encode`` prompts, ``predict``, ``decode`` latents.
+
+    ``denoiser`` is the network that unlearning changes.  ``source`` is the folder that the weights were read from, of
+    their ``variant``.  Between the verbs latents are (B, C, H, W) and timesteps what the scheduler lists, in float32.
+
+    A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
+    bring; ``denoiser_folder``; ``groups``, what a method may change; ``load_options`` of ``from_pretrained``.
+    """
+
+    family: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    groups: ClassVar[Mapping[str, Group]]
+    denoiser_folder: ClassVar[str] = "transformer"
+    load_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self, pipeline: Any, source: Path, name: str, device: torch.device, variant: str | None = None
+    ) -> None:
+        self.pipeline, self.source, self.name, self.device, self.variant = pipeline, source, name, device, variant
+        self.check()
+        self.denoiser: nn.Module = getattr(pipeline, self.denoiser_folder)
+        pipeline.to(device, torch.float32)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+
+    def check(self) -> None:
+        """Refuse a pipeline that this family's verbs cannot serve.  Raises UserError."""
+        if missing := [part for part in self.parts if getattr(self.pipeline, part, None) is None]:
+            raise UserError(
+                f"{self.name} has no {', '.join(missing)}, without which it generates nothing from a prompt alone. "
+                "Use a whole text-to-image pipeline."
+            )
+        config = getattr(self.pipeline, self.denoiser_folder).config
+        if getattr(config, "sample_size", None) is None:
+            raise UserError(
+                f"{self.name} does not say its resolution: write the latents' size as `sample_size` into "
+                f"{self.denoiser_folder}/config.json."
+            )
+        latent_channels = getattr(self.pipeline.vae.config, "latent_channels", self.latent_shape[0])
+        if self.latent_shape[0] != latent_channels:
+            raise UserError(
+                f"{self.name}'s denoiser takes {self.latent_shape[0]} channels where an image's latents have "
+                f"{latent_channels}: models for inpainting or editing are not served. Use a text-to-image model."
+            )
+
+    @functools.cached_property
+    def world(self) -> World | None:
+        """The bundled world that this is a model of, as it came or unlearned; None for a model of the user's own."""
+        return world_of(self.source)
+
+    @property
+    def defaults_key(self) -> str:
+        """Whose defaults a method takes: the bundled world's, else the family's."""
+        return self.world.name if self.world else self.family
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's weights: float32, but where an engine keeps them in bfloat16."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the model's native resolution."""
+        config: Any = getattr(self.pipeline, self.denoiser_folder).config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    # ---- prompts
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of the prompt, not counting begin and end marks, also where the prompt itself spells them."""
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        return sum(token not in tokenizer.all_special_ids for token in ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that the text encoder reads, not counting begin and end marks."""
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts, each once, whose end the model does not read."""
+        return [prompt for prompt in dict.fromkeys(prompts) if self.count_tokens(prompt) > self.max_tokens]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch_size: int | None = None) -> Conditions:
+        """Encode each distinct prompt once; ``UNCONDITIONAL`` among them stands for :meth:`unconditional`.
+
+        With ``batch_size`` every forward has exactly so many rows, the last one filled up, so that a prompt's states do
+        not depend on its company in any bit.
+        """
+        prompts = tuple(dict.fromkeys(prompts))
+        texts = [prompt for prompt in prompts if prompt != UNCONDITIONAL]
+        rows: dict[str, Tensors] = {}
+        for chunk in chunks(texts, batch_size or 64):
+            encoded = self.encode_texts(filled(chunk, batch_size or len(chunk)))
+            rows |= {text: {name: values[i] for name, values in encoded.items()} for i, text in enumerate(chunk)}
+        if UNCONDITIONAL in prompts:
+            encoded = self.unconditional(batch_size or 1)
+            rows[UNCONDITIONAL] = {name: values[0] for name, values in encoded.items()}
+        names = next(iter(rows.values()))
+        return Conditions(prompts, {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in names})
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> Tensors:
+        """The denoiser's conditions for B texts, (B, ...) each, float32 on the device; a text may be empty."""
+
+    def unconditional(self, count: int) -> Tensors:
+        """``count`` rows of the condition that guidance leads away from, which is not always the prompt ""."""
+        return self.encode_texts([""] * count)
+
+    def with_guidance(self, conditions: Tensors, scale: float) -> Tensors:
+        """The conditions for a denoiser that takes the guidance scale as an input; for others they stay as they are.
+
+        Asking twice is as good as once.
+        """
+        return conditions
+
+    # ---- the denoiser
+
+    @abstractmethod
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Tensors, denoiser: nn.Module | None = None
+    ) -> torch.Tensor:
+        """What ``scheduler.step`` takes, (B, C, H, W) float32, in whatever the scheduler's ``prediction_type`` is.
+
+        ``latents``: (B, C, H, W) as the scheduler scales them, ``timesteps``: (B,) or a scalar.  ``denoiser``: what to
+        call in its place, where an engine has wrapped it.
+        """
+
+    def guide(self, predictions: torch.Tensor, scale: float) -> torch.Tensor:
+        """The guided prediction (B, C, H, W) from (K, B, C, H, W): first the unconditional, then the prompt's.
+
+        Classifier-free guidance; a scale of at most 1 means none, as in diffusers.
+        """
+        return torch.lerp(predictions[0], predictions[1], scale) if scale > 1 else predictions[1]
+
+    def noised(
+        self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, truth) of the training loss; see :func:`schedulers.noised` for the shapes."""
+        return schedulers.noised(self.pipeline.scheduler, clean, noise, timesteps)
+
+    def new_scheduler(self, num_inference_steps: int) -> Any:
+        """A fresh copy of the pipeline's scheduler with its timesteps set."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        try:
+            scheduler.set_timesteps(**self.timestep_options(num_inference_steps), device=self.device)
+        except ValueError as error:
+            raise UserError(
+                f"{self.name}'s sampler cannot take {num_inference_steps} steps: {one_line(error)}"
+            ) from error
+        return scheduler
+
+    def timestep_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """Arguments of the scheduler's ``set_timesteps``; some families choose sigmas of their own."""
+        return {"num_inference_steps": num_inference_steps}
+
+    # ---- images
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) to images (B, 3, H, W) uint8, rounded to nearest, on the CPU.
+
+        Raises UserError for images that are no numbers: as bytes they would pass for black ones.
+        """
+        pixels = self.decode_latents(latents.to(self.pipeline.vae.dtype))
+        if not pixels.isfinite().all():
+            raise UserError(
+                f"{self.name} generates images that are NaN or infinite: its weights are damaged, or too large for "
+                "this precision. Nothing can be compared with them."
+            )
+        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) to pixels (B, 3, H, W) in [-1, 1], by the VAE's own scale, shift, mean and spread."""
+        vae = self.pipeline.vae
+        config = vae.config
+        mean, spread = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and spread is not None:
+            mean, spread = (torch.as_tensor(v, dtype=latents.dtype, device=latents.device) for v in (mean, spread))
+            latents = latents * spread.view(1, -1, 1, 1) / config.scaling_factor + mean.view(1, -1, 1, 1)
+        else:
+            latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return vae.decode(latents, return_dict=False)[0]

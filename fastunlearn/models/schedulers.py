@@ -1,0 +1,103 @@
+"""What a scheduler says of a model: whether it draws noise of its own, its settings, and how it mixes noise in.
+
+It is the scheduler that decides this, not the family: Stable Diffusion XL comes with both kinds below.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..record import plain
+
+# In the name of a class that draws noise at every step, whatever its settings.
+_STOCHASTIC = ("Ancestral", "SDE", "Sde", "DDPM", "LCM", "TCD", "SASolver", "UnCLIP", "RePaint", "CMStochastic", "SCM")
+
+
+def check_deterministic(scheduler: Any) -> None:
+    """UserError for a sampler that draws noise at every step: pairs made by it would differ by chance."""
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", {})
+    settings = {
+        "algorithm_type": str(config.get("algorithm_type", "")).startswith("sde"),
+        "stochastic_sampling": bool(config.get("stochastic_sampling", False)),
+        "eta": bool(config.get("eta", 0.0)),
+    }
+    why = [f" with {key} = {config[key]}" for key, draws_noise in settings.items() if draws_noise]
+    if why or any(word in name for word in _STOCHASTIC):
+        raise UserError(
+            f"{name}{''.join(why[:1])} adds noise at every step, so pairs cannot be compared. Use DDIM, PNDM or Euler."
+        )
+
+
+def sampler_config(model: Any) -> dict[str, Any]:
+    """The scheduler's class and all its settings, for comparing two models' samplers.
+
+    It is plain JSON: a setting that is no finite number, such as DPM-Solver's ``lambda_min_clipped``, is a text.
+    """
+    config = json.loads(model.pipeline.scheduler.to_json_string())
+    return {key: plain(value) for key, value in config.items() if key != "_diffusers_version"}
+
+
+def noised(
+    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the denoiser is asked, and what it should answer: ``(x_t, truth)``, both (T, C, H, W) float32.
+
+    ``clean``: (C, H, W) or (T, C, H, W).  ``noise``: (T, C, H, W).  ``timesteps``: (T,) float32, fractions as they are.
+    ``x_t`` is scaled as the scheduler scales the denoiser's input.
+    """
+    if hasattr(scheduler, "precondition_outputs"):
+        return _noised_edm(scheduler, clean, noise, timesteps)
+    alphas = _alphas(scheduler, timesteps.to(noise.device)).view(-1, *[1] * (noise.ndim - 1))
+    signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
+    truths = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: signal * noise - sigma * clean,
+        "sample": lambda: clean.expand_as(noise),
+    }
+    return signal * clean + sigma * noise, _of(truths, scheduler)()
+
+
+def _alphas(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
+    """Shares of the clean signal's variance, (T,).
+
+    Between two timesteps of the table log sigma is linear, as samplers have it that choose sigmas first.
+    """
+    if scheduler.config.get("timestep_type") == "continuous" and scheduler.config.prediction_type == "v_prediction":
+        return 1 / (1 + (8 * timesteps).exp())  # its timesteps are log(sigma) / 4
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(f"{type(scheduler).__name__} does not say how it adds noise. Use DDIM, PNDM or Euler.")
+    table = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)
+    low = timesteps.long().clamp(0, len(table) - 1)
+    high = (low + 1).clamp(max=len(table) - 1)
+    odds = table.clamp(2**-24, 1 - 2**-24).logit()  # -2 log sigma; a zero signal has none
+    between = torch.lerp(odds[low], odds[high], timesteps - low).sigmoid()
+    return torch.where(timesteps == low, table[low], between)
+
+
+def _noised_edm(
+    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Karras et al. 2022 (arXiv 2206.00364), table 1: the denoiser sees ``c_in x`` and completes ``c_skip x``.
+
+    A timestep is ``log(sigma) / 4``.  The truth is ``(clean - c_skip x) / c_out``, multiplied out.
+    """
+    data = scheduler.config.sigma_data
+    sigma = (4 * timesteps.to(noise.device)).exp().view(-1, *[1] * (noise.ndim - 1))
+    spread = (sigma.square() + data**2).sqrt()
+    sign = _of({"epsilon": 1, "v_prediction": -1}, scheduler)
+    truth = sign * (sigma * clean - data**2 * noise) / (data * spread)
+    return (clean + sigma * noise) / spread, truth
+
+
+def _of(kinds: dict[str, Any], scheduler: Any) -> Any:
+    kind = scheduler.config.prediction_type
+    if kind not in kinds:
+        raise UserError(
+            f"{type(scheduler).__name__} predicts {kind!r}, which is not served. Served: {', '.join(kinds)}."
+        )
+    return kinds[kind]
