@@ -1,0 +1,309 @@
+"""Every family against plain diffusers: same images, exact retain rows, training that changes what it may alone."""
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from pixart_family import PixArt
+from safetensors.torch import load_file
+from tiny_models import (
+    ZERO_SNR,
+    build,
+    cosxl,
+    ddim,
+    diffusers,
+    euler,
+    pixart,
+    playground,
+    pndm,
+    scheduler,
+    sd1,
+    sd2,
+    sdxl,
+)
+
+from fastunlearn import TrainConfig, plugins, unlearn
+from fastunlearn.errors import UserError
+from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Recipe, Row, Sum
+from fastunlearn.models.base import Model
+from fastunlearn.models.families import all_families, family_of
+from fastunlearn.models.loading import load_model, wrap_pipeline
+from fastunlearn.models.sampling import SamplerSpec, initial_noise
+from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.selection import select_parameters
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # KDPM2 and numpy
+slow = pytest.mark.slow
+CASES = {
+    "sd1 PNDM": sd1,
+    "sd1 DDIM": lambda: sd1(ddim()),
+    "sd1 Euler": lambda: sd1(euler()),
+    "sd1 Euler linspace": lambda: sd1(scheduler("EulerDiscrete")),
+    "sd1 Euler Karras": lambda: sd1(euler(use_karras_sigmas=True)),
+    "sd1 Heun": lambda: sd1(scheduler("HeunDiscrete")),
+    "sd1 LMS": lambda: sd1(scheduler("LMSDiscrete")),
+    "sd1 KDPM2": lambda: sd1(scheduler("KDPM2Discrete")),
+    "sd1 DPM++ 2M": lambda: sd1(scheduler("DPMSolverMultistep")),
+    "sd1 DPM++ 2M Karras": lambda: sd1(scheduler("DPMSolverMultistep", use_karras_sigmas=True)),
+    "sd1 DPM++ 2S": lambda: sd1(scheduler("DPMSolverSinglestep")),
+    "sd1 UniPC": lambda: sd1(scheduler("UniPCMultistep")),
+    "sd1 DEIS": lambda: sd1(scheduler("DEISMultistep")),
+    "sd1 sample": lambda: sd1(ddim(prediction_type="sample")),
+    "sd1 distilled": lambda: sd1(ddim(), time_cond_proj_dim=16),
+    "sd2 v": sd2,
+    "sd2 v PNDM": lambda: sd2(pndm(prediction_type="v_prediction")),
+    "sd2 zero SNR": lambda: sd2(ddim(**ZERO_SNR, set_alpha_to_one=True)),
+    "sd2 zero SNR Euler": lambda: sd2(euler(**ZERO_SNR)),
+    "sdxl": sdxl,
+    "sdxl encoded empty prompt": lambda: sdxl(zeros=False),
+    "sdxl v": lambda: sdxl(euler(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
+    "playground": playground,
+    "cosxl": cosxl,
+    "pixart": pixart,
+}
+FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd"), ("pixart", "esd")}
+FAST |= {("playground", "salun")}
+TRAINED = [
+    pytest.param(case, method, marks=[] if (case, method) in FAST else slow)
+    for case in CASES
+    for method in ("esd", "ovw", "salun")
+]
+LONG_TAIL = {
+    "sd1 Euler linspace",
+    "sd1 LMS",
+    "sd1 KDPM2",
+    "sd1 DPM++ 2S",
+    "sd1 DEIS",
+    "sd2 v PNDM",
+    "sd2 zero SNR Euler",
+}
+PROMPTS = ["a painting by Van Gogh", "a photo of a dog"]
+STEPS, GUIDANCE = 4, 3.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _another_package_adds_pixart():
+    entry = types.SimpleNamespace(name="pixart", value="pixart_family:PixArt", load=lambda: PixArt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "entry_points", lambda group: [entry] if group == "fastunlearn.families" else [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """``folder_of("sdxl")``: the pipeline of a case, saved once."""
+    folders = {}
+
+    def make(case):
+        if case not in folders:
+            folders[case] = tmp_path_factory.mktemp("model")
+            build(CASES[case]).save_pretrained(folders[case])
+        return folders[case]
+
+    return make
+
+
+@pytest.fixture(params=[pytest.param(case, marks=slow) if case in LONG_TAIL else case for case in CASES])
+def model(request, folder_of):
+    return load_model(str(folder_of(request.param)), "cpu")
+
+
+def images_of(model, guidance=GUIDANCE, prompts=PROMPTS):
+    spec = SamplerSpec(STEPS, guidance, len(prompts))
+    return PipelineSource(model, spec).generate([(prompt, 0) for prompt in prompts]).int()
+
+
+def images_of_diffusers(folder, guidance=GUIDANCE, prompts=PROMPTS):
+    """The same from the same noise, by the pipeline as a stranger would load it."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipeline).__name__ else {}
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    noise = initial_noise(prompts, [0] * len(prompts), (network.config.in_channels, 8, 8))
+    options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": 64, "width": 64}
+    images = pipeline(prompts, latents=noise, output_type="np", **options).images
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().int()
+
+
+def assert_same(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert ours.float().std() > 5, "an image of one color compares with anything"
+    assert (ours - theirs).abs().max() <= 1
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_that_of_plain_diffusers(model):
+    assert_same(images_of(model), images_of_diffusers(model.source))
+
+
+@pytest.mark.parametrize("case", ["sd1 DDIM", "sd1 distilled", "sdxl"])
+def test_a_guidance_of_1_or_0_is_none_as_in_diffusers(folder_of, case):
+    model = load_model(str(folder_of(case)), "cpu")
+    ours = images_of(model, 1.0)
+    assert_same(ours, images_of_diffusers(folder_of(case), 1.0))
+    assert torch.equal(ours, images_of(model, 0.0))
+    assert not torch.equal(ours, images_of(model, GUIDANCE))
+
+
+def test_the_empty_prompt_is_not_the_unconditional(folder_of):
+    """XL's unconditional is zeros; somebody who asks for nothing asks with the encoded empty prompt."""
+    model = load_model(str(folder_of("sdxl")), "cpu")
+    encoded = model.encode([UNCONDITIONAL, EMPTY, "x"])
+    for name in ("encoder_hidden_states", "text_embeds"):
+        assert not encoded.of([UNCONDITIONAL])[name].any()
+        assert encoded.of([EMPTY])[name].any()
+    assert torch.equal(encoded.of([UNCONDITIONAL])["time_ids"], encoded.of([EMPTY])["time_ids"])
+    assert_same(images_of(model, prompts=["", "x"]), images_of_diffusers(folder_of("sdxl"), prompts=["", "x"]))
+
+
+@pytest.mark.parametrize("case", ["sd1 DDIM", "sd2 v", "sdxl encoded empty prompt"])
+def test_where_the_unconditional_is_the_empty_prompt_both_are_equal(folder_of, case):
+    encoded = load_model(str(folder_of(case)), "cpu").encode([EMPTY, "x", UNCONDITIONAL], 3)
+    assert encoded.prompts == (EMPTY, "x", UNCONDITIONAL)
+    for values in encoded.tensors.values():
+        assert torch.equal(values[0], values[2])
+
+
+def test_models_share_text_states_only_if_their_unconditional_is_one(folder_of):
+    zeros, encoded = (load_model(str(folder_of(c)), "cpu") for c in ("sdxl", "sdxl encoded empty prompt"))
+    encoded.source = zeros.source  # the same text encoders, another index
+    one, other = (PipelineSource(model, SamplerSpec(STEPS, GUIDANCE, 2)) for model in (zeros, encoded))
+    other.share_text(one)
+    assert other.text is not one.text
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def bank_of(model, target):
+    recipe = Recipe([Row("retain", prompt, prompt, target(prompt)) for prompt in [EMPTY, *PROMPTS]], Sum())
+    plan = plan_bank(model, recipe, trajectories=3, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0)
+    return build_bank(model, recipe, plan)
+
+
+def test_before_training_the_student_answers_retain_rows_as_the_teacher(model):
+    """The student's batch differs from the teacher's, so rounding is left: squared, below 1e-10 of the answer's."""
+    bank = bank_of(model, lambda prompt: {prompt: 1.0})
+    assert bank.timesteps.dtype == torch.float32
+    points = model.new_scheduler(STEPS).timesteps.float()
+    assert torch.equal(bank.timesteps.view(3, -1), points.expand(3, -1))
+    with torch.no_grad():
+        student = model.predict(bank.latents, bank.timesteps, bank.conditions.rows(bank.condition))
+    target = torch.einsum("pk,kpchw->pchw", bank.coefficients, bank.teacher_preds)
+    assert (student - target).square().mean() < 1e-10 * target.square().mean()
+
+
+def test_noise_rows_are_made_for_every_point(model):
+    bank = bank_of(model, lambda prompt: {NOISE: 1.0})
+    points = len(model.new_scheduler(STEPS).timesteps)
+    assert len(bank) == 3 * points
+    assert bank.latents.isfinite().all()
+    assert len(bank.latents.flatten(1).unique(dim=0)) == len(bank), "each has noise of its own"
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def settings_of(folder, output, method, **changes):
+    config = {"trajectories": 2, "trajectory_steps": STEPS, "trajectory_guidance_scale": GUIDANCE}
+    config |= {"steps": 2, "micro_batch_size": 2, "learning_rate": 1e-3, "seed": 3, "device": "cpu"}
+    if method != "esd":
+        config |= {"anchor": "a painter", "retain_prompts": ";".join(PROMPTS)}
+    config |= {"evaluation_prompts": "none", "model": str(folder), "output": str(output), "method": method}
+    return TrainConfig(forget="Van Gogh", **config | changes)
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("case", "method"), TRAINED)
+def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(folder_of, tmp_path, case, method):
+    folder = folder_of(case)
+    trainable = "all" if method == "salun" else "cross-attention"
+    unlearn(settings_of(folder, tmp_path / "run", method, trainable=trainable))
+    result = tmp_path / "run" / "model"
+    before, after = files_in(folder), files_in(result)
+    changed = {name for name in before if before[name] != after.get(name)}
+    model = load_model(str(result), "cpu")
+    (weights,) = {name for name in before if name.startswith(model.denoiser_folder) and name.endswith(".safetensors")}
+    assert before.keys() == after.keys()
+    assert changed == {weights}
+    old, new = load_file(folder / weights), load_file(result / weights)
+    moved = {name for name in old if old[name].numpy().tobytes() != new[name].numpy().tobytes()}
+    assert moved
+    assert moved <= set(select_parameters(model, trainable))
+    ours = images_of(model)
+    assert_same(ours, images_of_diffusers(result))
+    assert not torch.equal(ours, images_of_diffusers(folder))
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_another_package_adds_a_family_in_few_lines():
+    assert all_families()["pixart"] is PixArt
+    assert len(Path(__file__).with_name("pixart_family.py").read_text().splitlines()) <= 40
+
+
+def test_a_family_that_cannot_be_loaded_is_named_where_it_is_missed(monkeypatch):
+    def load():
+        raise ImportError("no module named theirs")
+
+    entry = types.SimpleNamespace(name="theirs", value="theirs:Theirs", load=load)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
+    with pytest.raises(UserError, match=r"is a FluxPipeline, a family not supported.*'?theirs.*no module named theirs"):
+        family_of("FluxPipeline", "'flux'")
+    assert family_of("StableDiffusionPipeline", "'sd'").family == "stable-diffusion"
+
+
+def test_no_file_but_a_familys_own_asks_for_a_family():
+    engine = Path(plugins.__file__).parent
+    for path in engine.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "if family" not in text, path
+        if path.parent.name != "models":
+            assert "attn2" not in text, path
+
+
+def test_groups_are_the_familys_own(folder_of):
+    model = load_model(str(folder_of("pixart")), "cpu")
+    assert all(".attn2." in name for name in select_parameters(model, "cross-attention"))
+    with pytest.raises(UserError, match=r"selects no parameter. Use cross-attention, all, or parts"):
+        select_parameters(model, "cross-attention-kv")
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "limit"), [("sd1 DDIM", 75), ("sdxl", 75), ("pixart", 299)])
+def test_prompts_whose_end_is_not_read_are_told(folder_of, case, limit):
+    model = load_model(str(folder_of(case)), "cpu")
+    assert model.max_tokens == limit
+    word = "yz" * limit
+    fits = next(word[:size] for size in range(limit, 0, -1) if model.count_tokens(word[:size]) == limit)
+    assert model.too_long(["short", fits, fits + "y", fits + "y", ""]) == [fits + "y"]
+
+
+# ---- pipelines that no verb can serve --------------------------------------------------------------------------------
+
+
+def test_a_pipeline_in_memory_is_checked_as_a_folder_is():
+    with pytest.raises(UserError, match=r"^mine's denoiser takes 9 channels where an image's latents have 4"):
+        wrap_pipeline(build(lambda: sd1(ddim(), in_channels=9)), "mine")
+
+
+def test_a_sampler_that_does_not_fit_the_model_is_named_before_training(folder_of):
+    sampler = ddim(**ZERO_SNR | {"prediction_type": "epsilon"}, set_alpha_to_one=True)
+    model = wrap_pipeline(build(lambda: sd1(sampler)), "mine")
+    with pytest.raises(UserError, match=r"^mine's DDIMScheduler leads to latents that are no finite numbers"):
+        bank_of(model, lambda prompt: {prompt: 1.0})
+
+
+def test_a_model_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Model(None, Path(), "mine", torch.device("cpu"))

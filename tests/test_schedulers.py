@@ -1,0 +1,178 @@
+"""Schedulers: which draw noise, how they mix it in, and their settings as JSON."""
+
+import json
+import types
+from functools import partial
+
+import pytest
+import torch
+from tiny_models import BETAS, ZERO_SNR, ddim, diffusers, euler, scheduler
+from toys import MeanDifference
+
+from fastunlearn import evaluate
+from fastunlearn.errors import UserError
+from fastunlearn.models.schedulers import check_deterministic, noised, sampler_config
+
+PLAIN = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete", "LCM", "TCD")
+PLAIN += ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver")
+DPM = [("Multistep", kind) for kind in ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")]
+DPM += [("Singlestep", kind) for kind in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")]
+SAMPLERS = {
+    **{name: partial(scheduler, name) for name in PLAIN},
+    **{
+        f"{name} {kind}": partial(scheduler, f"DPMSolver{name}", algorithm_type=kind, final_sigmas_type="sigma_min")
+        for name, kind in DPM
+    },
+    "EDM Euler": lambda: diffusers.EDMEulerScheduler(),
+    "EDM multistep": lambda: diffusers.EDMDPMSolverMultistepScheduler(),
+    "EDM multistep sde": lambda: diffusers.EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    "flow Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+    "flow Euler stochastic": lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    "flow Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
+}
+
+
+def final_latents(sampler, seed):
+    """What a fixed denoiser and the sampler come to, with torch's own noise seeded so."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sampler.set_timesteps(6)
+        latents = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
+        for timestep in sampler.timesteps:
+            scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
+            latents = sampler.step(0.3 * scaled, timestep, latents, return_dict=False)[0]
+        return latents
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.filterwarnings(
+    "ignore:__array_wrap__ must accept:DeprecationWarning", "ignore:.*is deprecated:FutureWarning"
+)
+def test_a_sampler_is_refused_if_and_only_if_it_draws_noise(make):
+    """Asked of the sampler itself: two seeds of torch's generator, one result or two."""
+    draws_noise = not torch.equal(final_latents(make(), 0), final_latents(make(), 1))
+    if draws_noise:
+        with pytest.raises(UserError, match="adds noise at every step"):
+            check_deterministic(make())
+    else:
+        check_deterministic(make())
+
+
+def test_the_setting_that_makes_a_sampler_draw_noise_is_named():
+    sampler = scheduler("DPMSolverSinglestep", algorithm_type="sde-dpmsolver++")
+    with pytest.raises(UserError, match=r"^DPMSolverSinglestepScheduler with algorithm_type = sde-dpmsolver\+\+ adds"):
+        check_deterministic(sampler)
+
+
+# ---- mixing noise in -------------------------------------------------------------------------------------------------
+
+SHAPE = (2, 3, 5)
+CLEAN = torch.linspace(-2, 2, 30).view(SHAPE)
+
+
+def noise_for(count):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("settings", [{}, {"prediction_type": "v_prediction"}, ZERO_SNR], ids=["epsilon", "v", "zero"])
+@pytest.mark.parametrize("make", [ddim, euler], ids=["DDIM", "Euler"])
+def test_at_whole_timesteps_noise_is_mixed_in_as_diffusers_does(make, settings):
+    theirs = diffusers.DDPMScheduler(**BETAS | settings)
+    timesteps = torch.tensor([0, 1, 250, 613, 998])
+    noise = noise_for(5)
+    latents, truth = noised(make(**settings), CLEAN, noise, timesteps.float())
+    clean = CLEAN.expand_as(noise)
+    torch.testing.assert_close(latents, theirs.add_noise(clean, noise, timesteps), atol=1e-5, rtol=1e-5)
+    wanted = theirs.get_velocity(clean, noise, timesteps) if settings else noise
+    torch.testing.assert_close(truth, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_without_signal_the_input_is_the_noise_and_the_velocity_the_image():
+    latents, truth = noised(ddim(**ZERO_SNR), CLEAN, noise_for(1), torch.tensor([999.0]))
+    assert torch.equal(latents, noise_for(1))
+    assert torch.equal(truth[0], -CLEAN)
+
+
+def test_the_truth_of_sample_prediction_is_the_image():
+    _, truth = noised(ddim(prediction_type="sample"), CLEAN, noise_for(2), torch.tensor([3.0, 700.0]))
+    assert torch.equal(truth, CLEAN.expand_as(truth))
+
+
+@pytest.mark.parametrize("spacing", [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}])
+def test_between_timesteps_the_noise_level_is_the_samplers_own(spacing):
+    sampler = euler(**spacing)
+    sampler.set_timesteps(9)
+    assert (sampler.timesteps != sampler.timesteps.round()).sum() > 5
+    noise = noise_for(9)
+    latents, _ = noised(sampler, CLEAN, noise, sampler.timesteps)
+    sigmas = sampler.sigmas[:-1].view(-1, 1, 1, 1)
+    wanted = (CLEAN + sigmas * noise) / (sigmas.square() + 1).sqrt()
+    torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_continuous_timesteps_of_v_prediction_are_logarithms_of_sigma():
+    sampler = euler(prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True)
+    sampler.set_timesteps(5)
+    noise = noise_for(5)
+    latents, truth = noised(sampler, CLEAN, noise, sampler.timesteps)
+    sigmas = sampler.sigmas[:-1].view(-1, 1, 1, 1)
+    spread = (sigmas.square() + 1).sqrt()
+    torch.testing.assert_close(latents, (CLEAN + sigmas * noise) / spread, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(truth, (noise - sigmas * CLEAN) / spread, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("data", [0.5, 1.0])
+def test_an_edm_sampler_that_hears_the_truth_sees_the_image(kind, data):
+    sampler = diffusers.EDMEulerScheduler(sigma_data=data, prediction_type=kind)
+    sampler.set_timesteps(7)
+    noise = noise_for(7)
+    latents, truth = noised(sampler, CLEAN, noise, sampler.timesteps)
+    for index, sigma in enumerate(sampler.sigmas[:-1]):
+        noisy = CLEAN + sigma * noise[index]
+        torch.testing.assert_close(latents[index], sampler.precondition_inputs(noisy, sigma), atol=1e-4, rtol=1e-4)
+        seen = sampler.precondition_outputs(noisy, truth[index], sigma)
+        torch.testing.assert_close(seen, CLEAN, atol=1e-3, rtol=1e-3)
+
+
+def test_a_prediction_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match="predicts 'something', which is not served"):
+        noised(ddim(prediction_type="something"), CLEAN, noise_for(1), torch.tensor([5.0]))
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "DPMSolverSinglestep", "SASolver"])
+@pytest.mark.parametrize("value", [-float("inf"), float("inf"), float("nan"), -5.1])
+def test_a_samplers_settings_are_plain_json(name, value):
+    key = "lambda_min_clipped"
+    model = types.SimpleNamespace(pipeline=types.SimpleNamespace(scheduler=scheduler(name, **{key: value})))
+    config = json.loads(json.dumps(sampler_config(model), allow_nan=False))
+    assert config[key] == (value if value == -5.1 else str(value))
+    assert config["_class_name"] == f"{name}Scheduler"
+
+
+def test_a_model_with_a_dpm_solver_can_be_evaluated(pipeline_copy, tmp_path):
+    scheduler("DPMSolverSinglestep", use_karras_sigmas=True).save_pretrained(pipeline_copy / "scheduler")
+    index = pipeline_copy / "model_index.json"
+    named = json.loads(index.read_text()) | {"scheduler": ["diffusers", "DPMSolverSinglestepScheduler"]}
+    index.write_text(json.dumps(named))
+    evaluate(
+        str(pipeline_copy),
+        str(pipeline_copy),
+        ["a red ring", "a blue cross"],
+        metric=MeanDifference(),
+        num_inference_steps=2,
+        batch_size=2,
+        control_pairs=2,
+        output=str(tmp_path / "evaluation"),
+        device="cpu",
+    )
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = (tmp_path / "evaluation" / "evaluation.json").read_text()
+    json.loads(written, parse_constant=refuse)
+    assert '"lambda_min_clipped": "-inf"' in written

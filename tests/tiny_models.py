@@ -1,0 +1,211 @@
+"""Tiny pipelines of random weights with the real classes and settings of public models; 64 px images, milliseconds."""
+
+import inspect
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastunlearn.models.runtime import import_diffusers
+
+diffusers = import_diffusers()
+import transformers  # noqa: E402  (only after torchvision is mended)
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def scheduler(name, **settings):
+    """A scheduler by its class' name without "Scheduler", on Stable Diffusion's betas."""
+    kind = getattr(diffusers, f"{name}Scheduler")
+    if "steps_offset" in inspect.signature(kind).parameters:
+        settings = {"steps_offset": 1} | settings  # else the pipeline sets it, and warns
+    return kind(**BETAS | settings)
+
+
+def pndm(**settings):
+    """What Stable Diffusion 1.5 ships."""
+    return scheduler("PNDM", skip_prk_steps=True, set_alpha_to_one=False, **settings)
+
+
+def ddim(**settings):
+    return scheduler("DDIM", **{"clip_sample": False, "set_alpha_to_one": False} | settings)
+
+
+def euler(**settings):
+    return scheduler("EulerDiscrete", **{"timestep_spacing": "leading"} | settings)
+
+
+def clip_tokenizer(pad="<|endoftext|>"):
+    """One token per byte, as CLIP's tokenizer has them, without merges."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [chr(256 + n) for n in range(256 - len(printable))]
+    characters = [chr(byte) for byte in printable] + others
+    words = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}
+    settings |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def clip_text(projection=None, layers=3, activation="quick_gelu"):
+    size = len(clip_tokenizer())
+    config = transformers.CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=activation,
+        projection_dim=projection or 32,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=1,
+    )
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
+
+
+def vae(**settings):
+    base = {
+        "latent_channels": 4,
+        "block_out_channels": (8, 8, 16, 16),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "sample_size": 64,
+    }
+    return diffusers.AutoencoderKL(**base | settings)
+
+
+def unet(**settings):
+    base = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    }
+    return diffusers.UNet2DConditionModel(**base | settings)
+
+
+def sd1(sampler=None, *, with_checker=False, **settings):
+    checker = safety_checker() if with_checker else None
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(),
+        unet=unet(**settings),
+        scheduler=sampler or pndm(),
+        safety_checker=checker,
+        feature_extractor=transformers.CLIPImageProcessor() if with_checker else None,
+        requires_safety_checker=with_checker,
+    )
+
+
+def safety_checker():
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    common = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**common, "image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config={**common, "vocab_size": 64}, vision_config=vision, projection_dim=16)
+    return StableDiffusionSafetyChecker(config)
+
+
+def sd2(sampler=None):
+    """OpenCLIP's text tower with a layer less, linear projections, heads counted by block; v-prediction."""
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip_text(layers=2, activation="gelu"),
+        tokenizer=clip_tokenizer(pad="!"),
+        unet=unet(use_linear_projection=True, attention_head_dim=[2, 4]),
+        scheduler=sampler or ddim(prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(sampler=None, *, zeros=True, decoder=None):
+    network = unet(
+        use_linear_projection=True,
+        attention_head_dim=[2, 4],
+        transformer_layers_per_block=[1, 2],
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=decoder or vae(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=clip_text(),
+        text_encoder_2=clip_text(projection=32, activation="gelu"),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(pad="!"),
+        unet=network,
+        scheduler=sampler or euler(),
+        force_zeros_for_empty_prompt=zeros,
+    )
+
+
+def playground():
+    """Playground v2.5: XL with an EDM sampler and a VAE whose latents have a mean and a spread."""
+    sampler = diffusers.EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    mean, spread = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]
+    return sdxl(sampler, decoder=vae(scaling_factor=0.5, latents_mean=mean, latents_std=spread))
+
+
+def cosxl():
+    return sdxl(
+        diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction")
+    )
+
+
+def pixart():
+    """PixArt-Sigma: a transformer that also predicts a variance, and a T5 encoder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((chr(c), -3.0) for c in [*range(33, 127), 0x2581])]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
+    tokenizer = transformers.T5TokenizerFast(tokenizer_object=tokenizer, model_max_length=300, **marks)
+    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    network = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=24,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtSigmaPipeline(
+        transformer=network,
+        vae=vae(scaling_factor=0.13025),
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+        text_encoder=transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")),
+        tokenizer=tokenizer,
+    )
+
+
+def build(make, seed=0):
+    """The pipeline of ``make()`` with the weights of a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
