@@ -128,13 +128,16 @@ class PromptGroups:
     """The prompts of an evaluation.
 
     ``concept`` is the forgotten word, if there is one to judge erasure by.  ``names`` gives a prompt's group where that
-    is not simply ``forget`` or ``retain``.
+    is not simply ``forget`` or ``retain``; ``seeds`` its seeds, where the user gave them.  ``notes``: how the file was
+    read, for people.
     """
 
     forget: tuple[str, ...]
     retain: tuple[str, ...]
     concept: str | None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seeds: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.retain) < 2:
@@ -146,9 +149,15 @@ class PromptGroups:
     @classmethod
     def of(cls, grouped: Sequence[tuple[str, str]], concept: str | None) -> PromptGroups:
         """From (prompt, group)."""
+        return cls.of_list(PromptList(list(grouped)), concept)
+
+    @classmethod
+    def of_list(cls, read: PromptList, concept: str | None) -> PromptGroups:
+        """From what was read from a file or a text."""
+        grouped = read.grouped
         forget = tuple(prompt for prompt, group in grouped if is_forget(group))
         retain = tuple(prompt for prompt, group in grouped if not is_forget(group))
-        return cls(forget, retain, concept, dict(grouped))
+        return cls(forget, retain, concept, dict(grouped), read.seeds, read.notes)
 
     def grouped(self) -> list[tuple[str, str]]:
         """(prompt, group), sorted by prompt, so that the order they were given in changes nothing."""

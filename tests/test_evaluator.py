@@ -13,6 +13,7 @@ from fastunlearn.evaluation.evaluator import evaluate_models
 from fastunlearn.evaluation.generators import PipelineSource, as_source, check_comparable
 from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.results import EvaluationReport, write_results
+from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.metrics.lpips import load_perceptual
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import SamplerSpec
@@ -207,7 +208,8 @@ def test_results_are_written_whole(tmp_path, result):
 
 def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):
     shutil.copytree(bundled.source, tmp_path / "run" / "model")
-    run_record(method="identity", concept="star").write(tmp_path / "run" / "run.json")
+    hashes = {"original": "a", "unlearned": hash_pipeline(bundled.source)}
+    run_record(method="identity", concept="star", hashes=hashes).write(tmp_path / "run" / "run.json")
     result = evaluate(
         "shapes",
         tmp_path / "run",

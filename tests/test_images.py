@@ -448,7 +448,7 @@ def test_a_prompt_file_that_does_not_fit_is_refused(rejected, folders, damage, m
 def test_a_prompt_file_that_cannot_be_read_is_refused(rejected, folders):
     assert "cannot read the prompt file" in rejected("--prompts", folders / "none.csv")
     (folders / "latin.csv").write_bytes("file,prompt\np0,é\n".encode("latin-1"))
-    assert "cannot read the prompt file" in rejected("--prompts", folders / "latin.csv")
+    assert "is not UTF-8 text" in rejected("--prompts", folders / "latin.csv")
     (folders / "columns.csv").write_text("name,prompt\np0,x\n")
     assert "no column named `file`" in rejected("--prompts", folders / "columns.csv")
     (folders / "quote.csv").write_text('file,prompt\np0,"x\n')

@@ -20,6 +20,7 @@ from .config import EvaluateConfig
 from .evaluator import Evaluator
 from .generators import as_source
 from .inputs import (
+    check_runs,
     description,
     further_metrics,
     image_cache,
@@ -122,14 +123,17 @@ def evaluate(
             control_pairs,
             judge_of(judge, source, groups.concept),
         )
+        check_runs(runs, sources)
         images = image_cache(cache, cache_limit_gib, source)
+        for note in plan.notes() if ranks.rank == 0 else ():
+            reporter.note(note)
         reporter.stage("evaluation")
         journal = None
         if folder:
             journal = stack.enter_context(contextlib.closing(Journal(folder, ranks.rank, ranks.world_size)))
             if ranks.rank == 0:
                 own(folder, "evaluate", _result_files(models))
-                journal.begin(plan.spec(), to_yaml(config), plan.grouped, resume=resume)
+                journal.begin(plan.spec(), to_yaml(config), _prompt_rows(plan), resume=resume)
                 stack.callback(ranks.stop)
                 ranks.start(journal.folder)
             else:
@@ -149,6 +153,8 @@ def evaluate(
         report = EvaluationReport(evaluator.conclude(scores, describe), groups, placebo=plan.placebo)
         if images and images.rejected:
             reporter.note(f"{images.rejected} entries of the cache were damaged or foreign and were made anew")
+        if images and images.unwritten:
+            reporter.note(f"{images.unwritten} images could not be added to the cache ({images.reason})")
         if folder and journal:
             clear_output(folder, but=[JOURNAL])  # only now: old results stay until there are new
             write_results(folder, report)
@@ -159,6 +165,14 @@ def evaluate(
 def _result_files(models: Mapping[str, Any]) -> list[str]:
     """The files of single models, each in a folder of its name."""
     return [f"{name}/{file}" for name in models for file in ("pairs.jsonl", "evaluation.json")]
+
+
+def _prompt_rows(plan: Plan) -> list[tuple[Any, ...]]:
+    """A table of the prompts, with its header, from which other ranks and a later evaluation read the same."""
+    if not plan.groups.seeds:
+        return [("prompt", "group"), *plan.grouped]
+    rows = [(prompt, group, seed) for prompt, group in plan.grouped for seed in plan.seeds_of(prompt)]
+    return [("prompt", "group", "seed"), *rows]
 
 
 def _record(plan: Plan, evaluator: Evaluator, journal: Journal, ranks: Ranks) -> None:

@@ -6,10 +6,8 @@ kept, and nothing is written before all of it is known.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,8 @@ import torch
 
 from ..errors import UserError
 from ..files.atomic import write_lines
-from ..files.images import ImageFile, find_images, read_image
+from ..files.images import ImageFile, find_images, read_image, unread_images
+from ..files.prompt_files import read_prompt_file
 from ..files.run_folder import check_output, claimed, prepare_output
 from ..metrics.field import Metric, load_metric
 from ..metrics.lpips import PerceptualDistance, load_perceptual
@@ -127,29 +126,21 @@ def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> l
 
 def _read_prompts(path: Path, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
     """Prompt and group of every image."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path} ({' '.join(str(error).split())}).") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    table = read_prompt_file(path)
+    if any(row.file is None for row in table.rows):
+        raise UserError(f"the prompt file {path} has no column named `file`, which says whose prompt each is.")
     by_file = {_inside(image, name): name for name, image in images.items()}
     result: dict[str, tuple[str, str]] = {}
     unknown, twice = [], []
-    try:
-        missing = {"file", "prompt"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"the prompt file {path} has no column named `{min(missing)}`, but {reader.fieldnames}.")
-        for row in reader:
-            file = (row["file"] or "").strip().removeprefix("./")
-            name = file if file in images else by_file.get(file)
-            if name is None:
-                unknown.append(file)
-            elif name in result:
-                twice.append(file)
-            else:
-                result[name] = ((row["prompt"] or "").strip(), (row.get("group") or "").strip() or "retain")
-    except csv.Error as error:
-        raise UserError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
+    for row in table.rows:
+        file = (row.file or "").removeprefix("./")
+        name = file if file in images else by_file.get(file)
+        if name is None:
+            unknown.append(file)
+        elif name in result:
+            twice.append(file)
+        else:
+            result[name] = (row.prompt.strip(), row.group or "retain")
     for names, what in (
         (unknown, "name no image of the folders"),
         (twice, "are there twice"),
@@ -299,7 +290,7 @@ def summarize_folders(
             **fields, metric=distance.metric, clusters="prompts" if config.prompts is not None else "pairs"
         ),
         groups=groups,
-        notes=tuple(_notes(scores.plain)),
+        notes=(*_unread(config), *_notes(scores.plain)),
         metrics={
             metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[index].prompt for index in kept])
             for metric in metrics
@@ -330,6 +321,15 @@ def _distances(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], indice
         n_pairs=len(values),
         n_prompts=len(set(prompts)),
     )
+
+
+def _unread(config: EvaluateImagesConfig) -> list[str]:
+    """What of the folders looks like an image and was not read."""
+    notes = []
+    for side in (config.original_images, config.unlearned_images):
+        if unread := unread_images(Path(side).expanduser()):
+            notes.append(f"{len(unread)} files in {side} are of kinds that are not read, such as {unread[0].name}.")
+    return notes
 
 
 def _notes(plain: npt.NDArray[np.bool_]) -> list[str]:

@@ -256,7 +256,7 @@ class Evaluator:
         gallery = []
         for wanted in (False, True):
             prompts = [prompt for prompt, _ in self.plan.grouped if (prompt in retained) == wanted]
-            gallery += [(prompt, 0) for prompt in spread(prompts, _GALLERY)]
+            gallery += [(prompt, min(self.plan.seeds_of(prompt))) for prompt in spread(prompts, _GALLERY)]
         kept = np.array([index for index, (prompt, _) in enumerate(scores.keys) if prompt in retained])
         chosen: list[list[list[Key]]] = []  # by model: most, median, least
         for distances in scores.distances:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -108,6 +109,7 @@ class ImageCache:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self.rejected = 0  # entries that were not what they should be
+        self.unwritten, self.reason = 0, ""  # images that could not be added, and why the last one could not
         if folder.exists() and not folder.is_dir():
             raise UserError(f"`--cache` {folder} is a file. Name a folder.")
         self._grown = 0  # bytes since the folder was last measured
@@ -123,12 +125,22 @@ class ImageCache:
         image = _unpack(name, content)
         if image is None:
             self.rejected += 1
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         else:
-            os.utime(path)
+            with contextlib.suppress(OSError):  # another owner's, who may let us read alone
+                os.utime(path)
         return image
 
     def store(self, name: str, image: torch.Tensor) -> None:
+        """Add an image.  What cannot be written is counted: an evaluation goes on without."""
+        try:
+            self._store(name, image)
+        except OSError as error:
+            self.unwritten += 1
+            self.reason = error.strerror or str(error)
+
+    def _store(self, name: str, image: torch.Tensor) -> None:
         path, content = self._path(name), _pack(name, image)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

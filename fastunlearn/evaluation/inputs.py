@@ -17,7 +17,7 @@ from ..prompts import PromptGroups
 from ..record import read_json
 from ..schema import RunRecord
 from ..worlds import World, get_world, world_with_model
-from .generators import Source
+from .generators import PipelineSource, Source
 from .image_cache import ImageCache
 from .journal import FOLDER as JOURNAL
 from .plan import default_judge, default_metric, file_groups, world_groups
@@ -111,6 +111,20 @@ def run_of(model: Any) -> RunRecord | None:
     if not is_ours and not (isinstance(content, dict) and "fastunlearn" in content):
         return None
     return RunRecord.from_dict(content, str(path))
+
+
+def check_runs(runs: Mapping[str, RunRecord | None], sources: Mapping[str, Source]) -> None:
+    """UserError where the model of a run is no longer what the run wrote."""
+    for name, run in runs.items():
+        source = sources[name]
+        if run is None or not isinstance(source, PipelineSource):
+            continue
+        if source.model.source.name == "model" and source.content() != run.hashes["unlearned"]:
+            raise UserError(
+                f"the model in {source.model.source} has changed since its run wrote it: its hash is "
+                f"{source.content()[:12]}, and run.json says {run.hashes['unlearned'][:12]}. Train it again, or "
+                "evaluate a copy outside the run."
+            )
 
 
 def description(

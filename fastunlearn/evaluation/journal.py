@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from ..record import plain
 
 FOLDER = "journal"
 #: Of the lines.  A journal of another format cannot be continued.
-FORMAT = 2
+FORMAT = 3
 
 Key = tuple[str, int]
 Floats = npt.NDArray[np.float32]
@@ -81,19 +82,20 @@ class Journal:
 
     # ---- beginning ---------------------------------------------------------------------------------------------------
 
-    def begin(self, spec: Mapping[str, Any], config: str, prompts: Sequence[tuple[str, str]], *, resume: bool) -> None:
+    def begin(self, spec: Mapping[str, Any], config: str, prompts: Sequence[Sequence[Any]], *, resume: bool) -> None:
         """Start, or continue what was begun with the same ``spec``.  For the first rank.
 
-        ``config``: YAML that starts the other ranks and continues the evaluation; ``prompts``: (prompt, group).
-        Raises UserError where there is something else to continue, or nothing.
+        ``config``: YAML that starts the other ranks and continues the evaluation; ``prompts``: a table with its header.
+        One that was stopped before it had begun is started.  Raises UserError where there is something else to
+        continue, or a finished evaluation.
         """
-        if resume:
+        if resume and ((self.folder / "spec.json").exists() or (self.folder.parent / "evaluation.json").exists()):
             self._check_same(spec)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             text = io.StringIO(newline="")
-            csv.writer(text, lineterminator="\n").writerows([("prompt", "group"), *prompts])
+            csv.writer(text, lineterminator="\n").writerows(prompts)
             write_text(self.folder / "prompts.csv", text.getvalue())
             write_text(self.folder / "evaluate.yaml", config)
             write_json(self.folder / "spec.json", _spec(spec))  # last: the other ranks wait for it
@@ -133,7 +135,7 @@ class Journal:
 
     def _open(self) -> None:
         path = self.folder / f"{self.rank}.jsonl"
-        self._stream = path.open("ab+")
+        self._stream = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab+")
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -142,7 +144,7 @@ class Journal:
         lines = _whole_lines(path)
         os.truncate(path, sum(map(len, lines)))
         for rows in self._row_files(self.rank).values():
-            width = _width(rows)
+            width = _header(rows)[0]
             os.truncate(rows, _HEADER.size + 4 * width * len(lines) if width else 0)
 
     # ---- writing -----------------------------------------------------------------------------------------------------
@@ -150,19 +152,24 @@ class Journal:
     def append(self, scores: PairScores) -> None:
         """Add the results of a batch.  Rows of metrics go first, so that no line is without them."""
         assert self._stream is not None
+        hashes: list[dict[str, str]] = [{} for _ in scores.keys]
         for name, rows in scores.rows.items():
             stream = self._rows.get(name)
             if stream is None:
                 stream = self._rows[name] = self._row_path(self.rank, name).open("ab")
                 if stream.tell() == 0:
                     stream.write(_HEADER.pack(rows.shape[0] * rows.shape[2], rows.shape[0]))
-            stream.write(np.ascontiguousarray(rows.transpose(1, 0, 2), dtype="<f4").tobytes())
+            content = np.ascontiguousarray(rows.transpose(1, 0, 2), dtype="<f4")
+            for index, row in enumerate(content):
+                hashes[index][name] = _hash(row.tobytes())
+            stream.write(content.tobytes())
             stream.flush()
         lines = []
         for index, (prompt, seed) in enumerate(scores.keys):
             redrawn = float(scores.redrawn[index])
-            line = [prompt, seed, _or_none(redrawn), scores.distances[:, index].tolist(), _sides(scores.judged, index)]
-            lines.append(json.dumps(line) + "\n")
+            judged = _sides(scores.judged, index)
+            line = [prompt, seed, _or_none(redrawn), scores.distances[:, index].tolist(), judged, hashes[index]]
+            lines.append(_with_hash(line))
         self._stream.write("".join(lines).encode())
         self._stream.flush()
 
@@ -170,19 +177,22 @@ class Journal:
 
     def finished(self) -> set[Key]:
         """The keys that are done, by any rank."""
-        return {(line[0], line[1]) for path in self._files() for line in map(json.loads, _whole_lines(path))}
+        return {(line[0], line[1]) for path in self._files() for line in self._lines(path)}
 
     def batches(self) -> Iterator[PairScores]:
         """What every rank wrote."""
         for path in self._files():
-            lines = [json.loads(line) for line in _whole_lines(path)]
+            lines = self._lines(path)
             if not lines:
                 continue
             judged = _columns([line[4] for line in lines]) if lines[0][4] is not None else None
             rows = {}
             for name, file in self._row_files(int(path.stem)).items():
-                width, models = _HEADER.unpack(file.read_bytes()[: _HEADER.size])
+                width, models = _header(file)
                 content = np.fromfile(file, dtype="<f4", offset=_HEADER.size, count=width * len(lines))
+                found = [_hash(row.tobytes()) for row in content.reshape(-1, width)] if width else []
+                if found != [line[5].get(name) for line in lines] or width % models:
+                    raise self._damaged(file)
                 rows[name] = content.reshape(len(lines), models, width // models).transpose(1, 0, 2)
             yield PairScores(
                 [(sys.intern(line[0]), line[1]) for line in lines],
@@ -191,6 +201,20 @@ class Journal:
                 judged,
                 rows,
             )
+
+    def _lines(self, path: Path) -> list[list[Any]]:
+        """The records in a rank's file.  Raises UserError where one has changed since it was written."""
+        lines = [_checked(line) for line in _whole_lines(path)]
+        if None in lines:
+            raise self._damaged(path, lines.index(None) + 1)
+        return [line for line in lines if line is not None]
+
+    def _damaged(self, path: Path, line: int | None = None) -> UserError:
+        where = f" in line {line}" if line else ""
+        return UserError(
+            f"the journal {path} has changed{where} since it was written, so the evaluation cannot be continued. Start "
+            "it anew with `--overwrite`."
+        )
 
     def close(self) -> None:
         """Let go of the files.  A journal without a single record is removed: there is nothing to continue."""
@@ -220,9 +244,32 @@ class Journal:
 _HEADER = struct.Struct("<2I")  # floats a line, models
 
 
-def _width(path: Path) -> int:
-    header = path.read_bytes()[: _HEADER.size]
-    return _HEADER.unpack(header)[0] if len(header) == _HEADER.size else 0
+def _header(path: Path) -> tuple[int, int]:
+    """(floats per line, models) of a file of rows; (0, 1) for one that was cut before."""
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    width, models = _HEADER.unpack(header) if len(header) == _HEADER.size else (0, 1)
+    return width, max(models, 1)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _with_hash(line: list[Any]) -> str:
+    """A line of the journal: its record, and a hash of it."""
+    return json.dumps([_hash(json.dumps(line).encode()), line]) + "\n"
+
+
+def _checked(line: bytes) -> list[Any] | None:
+    """The record of a line; None where the line is not what was written."""
+    try:
+        told, content = json.loads(line)
+        is_whole = told == _hash(json.dumps(content).encode())
+    except (ValueError, TypeError):
+        return None
+    record: list[Any] | None = content if is_whole else None
+    return record
 
 
 def _whole_lines(path: Path) -> list[bytes]:

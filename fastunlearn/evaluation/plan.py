@@ -12,7 +12,7 @@ from ..judges import load_judge, record_of
 from ..judges.base import Judge
 from ..metrics.lpips import PerceptualDistance
 from ..models.base import Model
-from ..prompts import PromptGroups, is_forget, parse_grouped_prompts
+from ..prompts import PromptGroups, is_forget, mentions, read_prompts
 from ..worlds import World
 from .generators import Key, PipelineSource, Source, check_comparable, environment
 
@@ -47,6 +47,8 @@ class Plan:
                 source.share_text(self.original)
         if isinstance(self.original, PipelineSource):
             self.original.check_sampler()
+        if self.groups.seeds and self.seeds_per_prompt != 1:
+            raise UserError("the prompt file gives the seeds: leave `--seeds-per-prompt` out.")
         if self.judge is not None:
             if self.groups.concept is None:
                 raise UserError(f"the judge {self.judge.name} looks for a concept: name it with `--forget`.")
@@ -57,7 +59,11 @@ class Plan:
         return self.groups.grouped()
 
     def keys(self) -> list[Key]:
-        return [(prompt, seed) for prompt, _ in self.grouped for seed in range(self.seeds_per_prompt)]
+        return [(prompt, seed) for prompt, _ in self.grouped for seed in sorted(self.seeds_of(prompt))]
+
+    def seeds_of(self, prompt: str) -> Sequence[int]:
+        """The prompt's seeds: those of its file, else so many from 0 on."""
+        return self.groups.seeds.get(prompt, range(self.seeds_per_prompt))
 
     def keys_of(self, rank: int, world_size: int) -> list[Key]:
         """A rank's share: all seeds of every n-th prompt."""
@@ -70,12 +76,30 @@ class Plan:
     def other_seed(self, key: Key) -> Key:
         """The same prompt from other noise: the next seed, or past the last where there is but one."""
         prompt, seed = key
-        return prompt, seed + 1 if self.seeds_per_prompt == 1 else (seed + 1) % self.seeds_per_prompt
+        seeds = self.seeds_of(prompt)
+        return prompt, seed + 1 if len(seeds) == 1 else seeds[(seeds.index(seed) + 1) % len(seeds)]
 
     def control_keys(self) -> list[Key]:
         kept = self.retained()
         keys = [key for key in self.keys() if key[0] in kept]
         return spread(keys, self.control_pairs)
+
+    def notes(self) -> list[str]:
+        """What a reader of the result should know of the prompts."""
+        notes, kept = list(self.groups.notes), [prompt for prompt, group in self.grouped if not is_forget(group)]
+        if named := mentions(kept, self.groups.concept):
+            notes.append(
+                f"{len(named)} of {len(kept)} prompts to keep name “{self.groups.concept}”, for example {named[0]!r}: "
+                "they count as kept, not as erased."
+            )
+        if isinstance(self.original, PipelineSource):
+            prompts = [prompt for prompt, _ in self.grouped]
+            if cut := self.original.model.too_long(prompts):
+                notes.append(
+                    f"{len(cut)} of {len(prompts)} prompts are longer than the {self.original.model.max_tokens} tokens "
+                    f"that the model reads, for example {cut[0]!r}: their ends have no effect."
+                )
+        return notes
 
     def spec(self) -> dict[str, Any]:
         """What must be the same for two parts of one evaluation."""
@@ -86,6 +110,7 @@ class Plan:
             "prompts": self.grouped,
             "concept": self.groups.concept,
             "seeds_per_prompt": self.seeds_per_prompt,
+            "seeds": sorted(self.groups.seeds.items()),
             "metric": self.metric.metric,
             "metrics": [metric.name for metric in self.metrics],
             "judge": dataclasses.asdict(record_of(self.judge)) if self.judge is not None else None,
@@ -97,7 +122,7 @@ class Plan:
         """The settings that a model's result states."""
         return {
             **self.original.settings(),
-            "seeds_per_prompt": self.seeds_per_prompt,
+            "seeds_per_prompt": "as the prompts say" if self.groups.seeds else self.seeds_per_prompt,
             "control_pairs": self.control_pairs,
             "hashes": {"original": self.original.content(), "unlearned": unlearned.content()},
             **environment(self.original.device),
@@ -111,7 +136,7 @@ def world_groups(world: World, concept: str) -> PromptGroups:
 
 def file_groups(value: str, concept: str | None) -> PromptGroups:
     """Prompts from a file or text; groups named ``forget...`` ask for the concept, all others are to be kept."""
-    return PromptGroups.of(parse_grouped_prompts(value), concept)
+    return PromptGroups.of_list(read_prompts(value), concept)
 
 
 def default_metric(model: Model | Source) -> str:
