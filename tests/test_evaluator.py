@@ -13,7 +13,7 @@ from fastunlearn.evaluation.evaluator import evaluate_models
 from fastunlearn.evaluation.generators import PipelineSource, as_source, check_comparable
 from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.results import EvaluationReport, write_results
-from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.worlds.shapes import SHAPES_WORLD

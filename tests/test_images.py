@@ -1,6 +1,7 @@
 """Two folders of images: what is read and refused, pairs, records, intervals, the report, and the command."""
 
 import csv
+import dataclasses
 import fcntl
 import json
 import os
@@ -17,12 +18,14 @@ from PIL import Image
 from toys import names_in
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
+from fastunlearn.errors import UserError
 from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize_folders
 from fastunlearn.files.atomic import write_lines
 from fastunlearn.files.images import find_images, read_image
-from fastunlearn.metrics.field import load_metric
-from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.base import load_metric
+from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.schema import FoldersEvaluation
+from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 COUNT = 7
 
@@ -230,6 +233,76 @@ def test_prompts_make_clusters_and_groups(command, folders):
     report = (folders / "out" / "report.html").read_text()
     assert "clip-score" in report
     assert "prompt é 1" in report
+
+
+PLUG_IN = '''"""How much brighter the unlearned model's images are, in gray levels."""
+
+from fastunlearn.metrics.base import MetricFactory
+from fastunlearn.metrics.distances import DistanceFactory
+from fastunlearn.metrics.kinds import PairedMetric
+
+
+def brighter(original, unlearned):
+    return unlearned.float().mean(dim=(1, 2, 3)) - original.float().mean(dim=(1, 2, 3))
+
+
+BRIGHTER = MetricFactory("brighter", "mean gray levels", lambda device, world: PairedMetric("brighter", "v1", brighter))
+
+
+class Pixels:
+    metric = "pixels@1"
+
+    def distance(self, images0, images1):
+        return (images0.float() - images1.float()).abs().mean(dim=(1, 2, 3)) / 255
+
+
+PIXELS = DistanceFactory("pixels", "mean absolute difference", lambda trunk_weights, micro_batch_size: Pixels())
+'''
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Another package: one file, and the entry points of its installation."""
+    site = tmp_path / "site"
+    (site / "brighter-1.0.dist-info").mkdir(parents=True)
+    (site / "brighter.py").write_text(PLUG_IN)
+    info = "[fastunlearn.metrics]\nbrighter = brighter:BRIGHTER\n[fastunlearn.distances]\npixels = brighter:PIXELS\n"
+    (site / "brighter-1.0.dist-info" / "entry_points.txt").write_text(info)
+    (site / "brighter-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: brighter\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(site)
+    assert len(PLUG_IN.splitlines()) <= 40
+
+
+def test_another_packages_metric_and_distance_are_used_by_name(plug_in, command, cli, folders):
+    answer = command("--metrics", "brighter,fid", "--metric", "shapes")
+    assert answer.status == 0, answer
+    found = result(folders / "out")["metrics"]
+    assert found.keys() == {"brighter", "fid"}
+    assert found["brighter"]["of"] == "v1"
+    assert found["brighter"]["value"] > 0
+    assert command("--metric", "pixels", "--overwrite").status == 0
+    assert result(folders / "out")["integrity"]["metric"] == "pixels@1"
+    listed = cli("info").out
+    assert "brighter       mean gray levels" in listed
+    assert "pixels         mean absolute difference" in listed
+
+
+def test_metrics_and_distances_are_also_objects(plug_in, folders):
+    import brighter
+
+    config = EvaluateImagesConfig(
+        original_images=str(folders / "before"), unlearned_images=str(folders / "after"), output=str(folders / "out")
+    )
+    metrics = [brighter.BRIGHTER.load("cpu", None)]
+    found = evaluate_images(config, metric=brighter.Pixels(), metrics=metrics)
+    assert found.integrity.metric == "pixels@1"
+    assert found.metrics.keys() == {"brighter"}
+    with pytest.raises(UserError, match="unknown metric 'nonsense'"):
+        evaluate_images(dataclasses.replace(config, overwrite=True), metric=brighter.Pixels(), metrics=["nonsense"])
+    with pytest.raises(UserError, match="is no perceptual distance, it lacks `metric`"):
+        evaluate_images(dataclasses.replace(config, overwrite=True), metric=folders)
+    with pytest.raises(UserError, match="belongs to a metric by name"):
+        evaluate_images(dataclasses.replace(config, overwrite=True, trunk_weights="x"), metric=brighter.Pixels())
 
 
 def test_the_report_is_one_file_that_loads_nothing(command, folders):
@@ -524,7 +597,7 @@ def test_a_hundred_thousand_pairs_stay_under_a_gigabyte(tmp_path):
     ]
     drawn = np.random.default_rng(0).random((count, 1), dtype=np.float32)
     scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512), np.zeros((2, count), dtype=bool))
-    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", bundled=True)], config)
+    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", world=SHAPES_WORLD)], config)
     write_lines(tmp_path / "pairs.jsonl", _records(pairs, scores))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
