@@ -59,7 +59,8 @@ def test_a_model_against_itself_changes_nothing(bundled, metric):
     assert {record["distance"] for record in result.pairs} == {0.0}
     assert result.summary["integrity"]["mean"] == 0.0
     assert result.summary["integrity"]["retention"] == 1.0
-    assert result.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+    low, high = result.summary["integrity"]["retention_ci95"]
+    assert low < high == 1.0  # what so few prompts cannot exclude of others
 
 
 def test_a_model_that_ignores_prompts_and_noise_keeps_nothing(bundled, metric, monkeypatch):
