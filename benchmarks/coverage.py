@@ -134,7 +134,7 @@ def percentile(distances: Float64s, redrawn: Float64s) -> tuple[float, float]:
 
 
 def studentized(distances: Float64s, redrawn: Float64s) -> tuple[float, float]:
-    """Bootstrap-t of the linearised ratio.  Source: Efron and Tibshirani (1993), section 12.5."""
+    """Bootstrap-t of the linearized ratio.  Source: Efron and Tibshirani (1993), section 12.5."""
     count, seen = len(distances), TRatio(distances, redrawn)
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), 1000) / count
     below = weights @ redrawn

@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import re
 import struct
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -235,74 +237,54 @@ def test_prompts_make_clusters_and_groups(command, folders):
     assert "prompt é 1" in report
 
 
-PLUG_IN = '''"""How much brighter the unlearned model's images are, in gray levels."""
-
-from fastunlearn.metrics.base import MetricFactory
-from fastunlearn.metrics.distances import DistanceFactory
-from fastunlearn.metrics.kinds import PairedMetric
-
-
-def brighter(original, unlearned):
-    return unlearned.float().mean(dim=(1, 2, 3)) - original.float().mean(dim=(1, 2, 3))
-
-
-BRIGHTER = MetricFactory("brighter", "mean gray levels", lambda device, world: PairedMetric("brighter", "v1", brighter))
-
-
-class Pixels:
-    metric = "pixels@1"
-
-    def distance(self, images0, images1):
-        return (images0.float() - images1.float()).abs().mean(dim=(1, 2, 3)) / 255
-
-
-PIXELS = DistanceFactory("pixels", "mean absolute difference", lambda trunk_weights, micro_batch_size: Pixels())
-'''
+EXAMPLE = Path(__file__).parents[1] / "examples" / "brightness_metric.py"
 
 
 @pytest.fixture
 def plug_in(tmp_path, monkeypatch):
-    """Another package: one file, and the entry points of its installation."""
+    """Another package, installed: its one file, and the entry points that the file's docstring gives."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
     site = tmp_path / "site"
-    (site / "brighter-1.0.dist-info").mkdir(parents=True)
-    (site / "brighter.py").write_text(PLUG_IN)
-    info = "[fastunlearn.metrics]\nbrighter = brighter:BRIGHTER\n[fastunlearn.distances]\npixels = brighter:PIXELS\n"
-    (site / "brighter-1.0.dist-info" / "entry_points.txt").write_text(info)
-    (site / "brighter-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: brighter\nVersion: 1.0\n")
+    (site / "brightness-1.0.dist-info").mkdir(parents=True)
+    (site / EXAMPLE.name).write_text(text)
+    entries = [line.strip() for line in text.split('"""')[1].splitlines() if line.startswith("    ")]
+    content = "\n".join(entries).replace("project.entry-points.", "").replace('"', "")
+    (site / "brightness-1.0.dist-info" / "entry_points.txt").write_text(content + "\n")
+    (site / "brightness-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1\n")
     monkeypatch.syspath_prepend(site)
-    assert len(PLUG_IN.splitlines()) <= 40
+    monkeypatch.delitem(sys.modules, EXAMPLE.stem, raising=False)
+    return importlib.import_module(EXAMPLE.stem)
 
 
 def test_another_packages_metric_and_distance_are_used_by_name(plug_in, command, cli, folders):
-    answer = command("--metrics", "brighter,fid", "--metric", "shapes")
+    answer = command("--metrics", "brightness,fid", "--metric", "shapes")
     assert answer.status == 0, answer
     found = result(folders / "out")["metrics"]
-    assert found.keys() == {"brighter", "fid"}
-    assert found["brighter"]["of"] == "v1"
-    assert found["brighter"]["value"] > 0
+    assert found.keys() == {"brightness", "fid"}
+    assert found["brightness"]["of"] == "pixels"
+    assert found["brightness"]["value"] > 0
     assert command("--metric", "pixels", "--overwrite").status == 0
     assert result(folders / "out")["integrity"]["metric"] == "pixels@1"
     listed = cli("info").out
-    assert "brighter       mean gray levels" in listed
+    assert "brightness     mean gray levels gained" in listed
     assert "pixels         mean absolute difference" in listed
 
 
 def test_metrics_and_distances_are_also_objects(plug_in, folders):
-    import brighter
-
     config = EvaluateImagesConfig(
         original_images=str(folders / "before"), unlearned_images=str(folders / "after"), output=str(folders / "out")
     )
-    metrics = [brighter.BRIGHTER.load("cpu", None)]
-    found = evaluate_images(config, metric=brighter.Pixels(), metrics=metrics)
+    metrics = [plug_in.BRIGHTNESS.load("cpu", None)]
+    found = evaluate_images(config, metric=plug_in.Pixels(), metrics=metrics)
     assert found.integrity.metric == "pixels@1"
-    assert found.metrics.keys() == {"brighter"}
+    assert found.metrics.keys() == {"brightness"}
     with pytest.raises(UserError, match="unknown metric 'nonsense'"):
-        evaluate_images(dataclasses.replace(config, overwrite=True), metric=brighter.Pixels(), metrics=["nonsense"])
+        evaluate_images(dataclasses.replace(config, overwrite=True), metric=plug_in.Pixels(), metrics=["nonsense"])
     with pytest.raises(UserError, match="is no perceptual distance, it lacks `metric`"):
         evaluate_images(dataclasses.replace(config, overwrite=True), metric=folders)
     with pytest.raises(UserError, match="belongs to a metric by name"):
-        evaluate_images(dataclasses.replace(config, overwrite=True, trunk_weights="x"), metric=brighter.Pixels())
+        evaluate_images(dataclasses.replace(config, overwrite=True, trunk_weights="x"), metric=plug_in.Pixels())
 
 
 def test_the_report_is_one_file_that_loads_nothing(command, folders):

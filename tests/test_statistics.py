@@ -17,12 +17,12 @@ from fastunlearn.metrics.intervals import TRatio, bootstrap
 from fastunlearn.metrics.statistics import (
     Estimate,
     clustered_mean,
+    clustered_share,
     compare,
     difference,
     holm,
     quantiles,
     retention,
-    share,
     wilson,
 )
 
@@ -138,10 +138,10 @@ def test_equivalence_is_not_claimed_of_a_model_that_redraws_as_many_prompts_as_t
 def test_shares_of_nothing_and_of_everything_have_an_interval():
     generator = np.random.default_rng(11)
     for prompts, truth in ((10, 0.05), (10, 0.5), (20, 0.05), (56, 0.97)):
-        estimates = [share(generator.random(prompts) < truth, np.arange(prompts)) for _ in range(300)]
+        estimates = [clustered_share(generator.random(prompts) < truth, np.arange(prompts)) for _ in range(300)]
         assert np.mean([one.low <= truth <= one.high for one in estimates]) >= 0.93
         assert all(0 <= one.low <= one.mean <= one.high <= 1 for one in estimates)
-    none = share(np.zeros(60, bool), np.repeat(np.arange(20), 3))
+    none = clustered_share(np.zeros(60, bool), np.repeat(np.arange(20), 3))
     assert (none.mean, none.low, none.n, none.n_clusters) == (0, 0, 60, 20)
     assert none.high == pytest.approx((1 + stats.t.ppf(0.975, 20)) / 21)
 
@@ -210,7 +210,7 @@ def test_the_high_end_of_r_is_of_t_on_the_logarithm(prompts):
     assert estimate.high == pytest.approx(1 - lost * np.exp(-stats.t.ppf(0.975, prompts - 1) * error / lost))
     assert estimate.low < estimate.mean - stats.t.ppf(0.975, prompts - 1) * error
     assert estimate.method == (
-        f"95 % t interval on prompt means, {prompts - 1} degrees of freedom, ratio of means linearised; high end on a "
+        f"95 % t interval on prompt means, {prompts - 1} degrees of freedom, ratio of means linearized; high end on a "
         "log scale, low end with one redrawn prompt more"
     )
 

@@ -27,7 +27,7 @@ class Ratio(Protocol):
 
 
 class TRatio:
-    """By t on the linearised ratio.
+    """By t on the linearized ratio.
 
     ``unseen``: adds one prompt whose denominator is the mean one, and whose numerator is ``unseen`` times that.
     """

@@ -73,7 +73,7 @@ def clustered_mean(
     return Estimate(mean, low, high, n, count, _bootstrap_method(level, resamples))
 
 
-def share(flags: npt.ArrayLike, clusters: Clusters, *, level: float = 0.95) -> Estimate:
+def clustered_share(flags: npt.ArrayLike, clusters: Clusters, *, level: float = 0.95) -> Estimate:
     """Share of the (N,) ``flags`` (booleans) that are true, with an interval that is sound at 0 and at 1 too.
 
     ``clusters``: (N,) strings or integers, the prompt of each.  Each end is that of a t interval on the prompt means
@@ -105,7 +105,7 @@ def retention(
     change, one number, or (N,) measured on the same pairs and then varying with them.  R is 1 at the floor and below
     it, 0 when images are as good as redrawn, negative beyond.  ``n`` counts the distances, not the ceiling's.
 
-    The interval is one of t on the linearised ratio of prompt means, with two changes.  The high end is taken on the
+    The interval is one of t on the linearized ratio of prompt means, with two changes.  The high end is taken on the
     logarithm of 1 - R, because distances are skewed; so it never exceeds 1.  The low end is that of the sample with
     one prompt more, whose images are redrawn: n prompts of which none was redrawn cannot exclude that 3 in n are (the
     rule of three), and the end says so.
@@ -205,7 +205,7 @@ def compare(
 
     ``scale``: (N,) values whose mean divides the difference, resampled with it: with redrawn distances for it the
     difference and the margin are in units of retention.  Bootstrap clustered by prompt; where :func:`clustered_mean`
-    takes a t interval, t tests on the prompt means (with ``scale``, of the linearised ratio).
+    takes a t interval, t tests on the prompt means (with ``scale``, of the linearized ratio).
 
     Equivalence is claimed when two one-sided t tests (TOST) reject at ``alpha`` that the difference lies at or beyond
     either margin.  With ``scale``, each of them is that of the sample with one prompt more, which the model in
@@ -347,7 +347,7 @@ def _t_method(level: float, count: int) -> str:
 
 def _retention_method(level: float, count: int) -> str:
     return (
-        f"{_t_method(level, count)}, ratio of means linearised; high end on a log scale, low end with one redrawn "
+        f"{_t_method(level, count)}, ratio of means linearized; high end on a log scale, low end with one redrawn "
         "prompt more"
     )
 
