@@ -21,7 +21,7 @@ from fastunlearn.evaluation.evaluator import evaluate_models
 from fastunlearn.evaluation.plan import world_groups
 from fastunlearn.files.atomic import write_json
 from fastunlearn.methods import get_method
-from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.metrics.statistics import difference
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import SamplerSpec

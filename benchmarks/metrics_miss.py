@@ -28,8 +28,8 @@ import torch
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.files.atomic import whole_file, write_json, write_text
 from fastunlearn.judges import Judged, judged, load_judge, record_of
-from fastunlearn.metrics.field import load_metric
-from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.base import load_metric
+from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.metrics.statistics import clustered_mean, retention, wilson
 from fastunlearn.models.base import Model
 from fastunlearn.models.loading import load_model
@@ -107,7 +107,7 @@ class World:
         self.forget = [p for p, group in SHAPES_WORLD.prompts_to_evaluate(CONCEPT) if is_forget(group)]
         self.distance = load_perceptual("shapes")
         self.judge = load_judge("shapes")
-        self.metrics = {name: load_metric(name, bundled=True) for name in (*SETS, *PAIRED)}
+        self.metrics = {name: load_metric(name, world=SHAPES_WORLD) for name in (*SETS, *PAIRED)}
         # A batch holds the same seed only, so that seeds can be drawn apart.
         self.original = [self.images("original", self.prompts, seed, lambda: load_model("shapes")) for seed in (0, 1)]
 
@@ -242,7 +242,7 @@ def summary(
         share = wilson(int(right.sum()), len(right))
         row[f"{what}_accuracy"] = {"mean": share.mean, "ci95": [share.low, share.high]}
     for metric in PAIRED:
-        row[metric] = world.metrics[metric].summarize(both[metric], prompts)
+        row[metric] = world.metrics[metric].aggregate(both[metric], prompts)
     for metric in SETS:
         replicates = [
             set_statistic(world, metric, both[metric][index]) for index in _resamples(len(world.prompts), copies=2)
@@ -362,7 +362,7 @@ def statistics(world: World, rows: dict[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def set_statistic(world: World, metric: str, values: np.ndarray) -> float:
-    return world.metrics[metric].summarize(values, [""] * len(values))["value"]
+    return world.metrics[metric].aggregate(values, [""] * len(values))["value"]
 
 
 def _resamples(count: int, copies: int = 1) -> list[np.ndarray]:

@@ -15,14 +15,16 @@ _PUBLIC = {
     "TrainConfig": "training.config",
     "EvaluationReport": "evaluation.results",
     "Judge": "judges.base",
+    "Metric": "metrics.base",
     "PerceptualDistance": "metrics.lpips",
     "Reporter": "progress",
     "Verdicts": "judges.base",
     "evaluate": "evaluation.evaluate",
     "evaluate_images": "evaluation.evaluate_images",
     "load_judge": "judges",
+    "load_metric": "metrics.base",
     "load_model": "models.loading",
-    "load_perceptual": "metrics.lpips",
+    "load_perceptual": "metrics.distances",
     "unlearn": "training.unlearn",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "EvaluateImagesConfig",
     "EvaluationReport",
     "Judge",
+    "Metric",
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "evaluate",
     "evaluate_images",
     "load_judge",
+    "load_metric",
     "load_model",
     "load_perceptual",
     "unlearn",
@@ -52,7 +56,9 @@ if TYPE_CHECKING:
     from .evaluation.evaluate_images import evaluate_images
     from .evaluation.results import EvaluationReport
     from .judges import Judge, Verdicts, load_judge
-    from .metrics.lpips import PerceptualDistance, load_perceptual
+    from .metrics.base import Metric, load_metric
+    from .metrics.distances import load_perceptual
+    from .metrics.lpips import PerceptualDistance
     from .models.loading import load_model
     from .progress import Reporter
     from .training.config import TrainConfig

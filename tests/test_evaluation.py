@@ -50,7 +50,8 @@ def test_a_model_against_itself_keeps_everything():
     assert {pair["distance"] for pair in result.pairs} == {0.0}
     assert result.summary["integrity"]["mean"] == 0.0
     assert result.summary["integrity"]["retention"] == 1.0
-    assert result.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+    low, high = result.summary["integrity"]["retention_ci95"]
+    assert 1 - 4 / len(PROMPTS) < low < high == 1.0  # what so few prompts cannot exclude of others
     assert result.summary["controls"]["repeat"] == 0.0
 
 
@@ -426,7 +427,7 @@ def test_no_interval_of_a_distance_reaches_below_zero():
 
     result = evaluate(draw, lambda *given: one(*given).to(torch.uint8), GROUPED, **SETTINGS).summary
     assert result["integrity"]["ci95"][0] == result["groups"]["near"]["ci95"][0] == 0 < result["integrity"]["ci95"][1]
-    assert result["integrity"]["retention_ci95"][1] == 1
+    assert result["integrity"]["retention"] < result["integrity"]["retention_ci95"][1] < 1
     assert all(0 <= end <= 1 for limit in result["integrity"]["changed"].values() for end in limit["ci95"])
 
 

@@ -14,7 +14,7 @@ from fastunlearn.evaluation.generators import PipelineSource, as_source, check_c
 from fastunlearn.evaluation.plan import PromptGroups, file_groups, world_groups
 from fastunlearn.evaluation.results import EvaluationReport, write_results
 from fastunlearn.files.weights import hash_pipeline
-from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.worlds.shapes import SHAPES_WORLD
@@ -60,7 +60,8 @@ def test_a_model_against_itself_changes_nothing(bundled, metric):
     assert {record["distance"] for record in result.pairs} == {0.0}
     assert result.summary["integrity"]["mean"] == 0.0
     assert result.summary["integrity"]["retention"] == 1.0
-    assert result.summary["integrity"]["retention_ci95"] == [1.0, 1.0]
+    low, high = result.summary["integrity"]["retention_ci95"]
+    assert low < high == 1.0  # what so few prompts cannot exclude of others
 
 
 def test_a_model_that_ignores_prompts_and_noise_keeps_nothing(bundled, metric, monkeypatch):

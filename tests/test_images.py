@@ -1,11 +1,14 @@
 """Two folders of images: what is read and refused, pairs, records, intervals, the report, and the command."""
 
 import csv
+import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import re
 import struct
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -17,12 +20,14 @@ from PIL import Image
 from toys import names_in
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
+from fastunlearn.errors import UserError
 from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize_folders
 from fastunlearn.files.atomic import write_lines
 from fastunlearn.files.images import find_images, read_image
-from fastunlearn.metrics.field import load_metric
-from fastunlearn.metrics.lpips import load_perceptual
+from fastunlearn.metrics.base import load_metric
+from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.schema import FoldersEvaluation
+from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 COUNT = 7
 
@@ -230,6 +235,56 @@ def test_prompts_make_clusters_and_groups(command, folders):
     report = (folders / "out" / "report.html").read_text()
     assert "clip-score" in report
     assert "prompt é 1" in report
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "brightness_metric.py"
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Another package, installed: its one file, and the entry points that the file's docstring gives."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    site = tmp_path / "site"
+    (site / "brightness-1.0.dist-info").mkdir(parents=True)
+    (site / EXAMPLE.name).write_text(text)
+    entries = [line.strip() for line in text.split('"""')[1].splitlines() if line.startswith("    ")]
+    content = "\n".join(entries).replace("project.entry-points.", "").replace('"', "")
+    (site / "brightness-1.0.dist-info" / "entry_points.txt").write_text(content + "\n")
+    (site / "brightness-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1\n")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, EXAMPLE.stem, raising=False)
+    return importlib.import_module(EXAMPLE.stem)
+
+
+def test_another_packages_metric_and_distance_are_used_by_name(plug_in, command, cli, folders):
+    answer = command("--metrics", "brightness,fid", "--metric", "shapes")
+    assert answer.status == 0, answer
+    found = result(folders / "out")["metrics"]
+    assert found.keys() == {"brightness", "fid"}
+    assert found["brightness"]["of"] == "pixels"
+    assert found["brightness"]["value"] > 0
+    assert command("--metric", "pixels", "--overwrite").status == 0
+    assert result(folders / "out")["integrity"]["metric"] == "pixels@1"
+    listed = cli("info").out
+    assert "brightness     mean gray levels gained" in listed
+    assert "pixels         mean absolute difference" in listed
+
+
+def test_metrics_and_distances_are_also_objects(plug_in, folders):
+    config = EvaluateImagesConfig(
+        original_images=str(folders / "before"), unlearned_images=str(folders / "after"), output=str(folders / "out")
+    )
+    metrics = [plug_in.BRIGHTNESS.load("cpu", None)]
+    found = evaluate_images(config, metric=plug_in.Pixels(), metrics=metrics)
+    assert found.integrity.metric == "pixels@1"
+    assert found.metrics.keys() == {"brightness"}
+    with pytest.raises(UserError, match="unknown metric 'nonsense'"):
+        evaluate_images(dataclasses.replace(config, overwrite=True), metric=plug_in.Pixels(), metrics=["nonsense"])
+    with pytest.raises(UserError, match="is no perceptual distance, it lacks `metric`"):
+        evaluate_images(dataclasses.replace(config, overwrite=True), metric=folders)
+    with pytest.raises(UserError, match="belongs to a metric by name"):
+        evaluate_images(dataclasses.replace(config, overwrite=True, trunk_weights="x"), metric=plug_in.Pixels())
 
 
 def test_the_report_is_one_file_that_loads_nothing(command, folders):
@@ -524,7 +579,7 @@ def test_a_hundred_thousand_pairs_stay_under_a_gigabyte(tmp_path):
     ]
     drawn = np.random.default_rng(0).random((count, 1), dtype=np.float32)
     scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512), np.zeros((2, count), dtype=bool))
-    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", bundled=True)], config)
+    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", world=SHAPES_WORLD)], config)
     write_lines(tmp_path / "pairs.jsonl", _records(pairs, scores))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -108,6 +108,13 @@ def test_training_and_evaluating_do_not_know_each_other():
     assert "fastunlearn.training.trainer" not in reach("fastunlearn.evaluation.evaluator", set())
 
 
+def test_metrics_know_worlds_but_no_single_one():
+    for name in MODULES:
+        if name.startswith("fastunlearn.metrics"):
+            known = {other for other in ours(ALL[name]) if other.startswith("fastunlearn.worlds")}
+            assert known <= {"fastunlearn.worlds", "fastunlearn.worlds.base"}, name
+
+
 def test_only_the_engine_may_import_deepspeed_and_only_inside():
     assert {name for name in MODULES if "deepspeed" in tops(ALL[name])} == {"fastunlearn.training.engine_deepspeed"}
     assert not [name for name in MODULES if "deepspeed" in tops(AT_IMPORT[name])]

@@ -1,8 +1,11 @@
 """The field's metrics: their arithmetic against the libraries', every path on bundled or random nets, and refusals."""
 
+import dataclasses
 import importlib
 import subprocess
 import sys
+import types
+import warnings
 
 import numpy as np
 import pytest
@@ -10,9 +13,17 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from fastunlearn.metrics import field as metrics
-from fastunlearn.metrics.field import METRICS, frechet_distance, load_metric, rbf_distance
+from fastunlearn import plugins
+from fastunlearn.errors import UserError
+from fastunlearn.metrics import cmmd, kid
+from fastunlearn.metrics.base import Metric, MetricFactory, all_metrics, broken_metrics, load_metric, load_metrics
+from fastunlearn.metrics.clip import Clip
+from fastunlearn.metrics.cmmd import rbf_distance
+from fastunlearn.metrics.fid import frechet_distance
+from fastunlearn.metrics.kid import kernel_distance
+from fastunlearn.metrics.libraries import to_pil
 from fastunlearn.models.runtime import mend_torchvision
+from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a pink heart", ""]
 
@@ -31,12 +42,12 @@ def features(count: int, width: int, seed: int, shift: float = 0.0) -> np.ndarra
 
 
 def result_of(name, original, unlearned, prompts=None):
-    metric = load_metric(name, bundled=True)
+    metric = load_metric(name, world=SHAPES_WORLD)
     prompts = prompts or [f"prompt {index}" for index in range(len(original))]
     values = metric.measure(original, unlearned, prompts)
     assert (values.dtype, values.device.type, len(values)) == (torch.float32, "cpu", len(original))
     assert values.ndim == 2
-    return metric.summarize(values.numpy(), prompts)
+    return metric.aggregate(values.numpy(), prompts)
 
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument")  # clean-fid's way to call scipy
@@ -78,7 +89,7 @@ def test_cmmd_is_the_formula_and_does_not_depend_on_chunks(monkeypatch):
 
     expected = 1000 * (kernel(one, one) + kernel(other, other) - 2 * kernel(one, other))
     assert rbf_distance(one, other, 1.5) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(metrics, "_CHUNK", 7)
+    monkeypatch.setattr(cmmd, "_CHUNK", 7)
     assert rbf_distance(one, other, 1.5) == pytest.approx(expected, rel=1e-12)
     assert rbf_distance(one, one) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="no scale"):
@@ -87,7 +98,7 @@ def test_cmmd_is_the_formula_and_does_not_depend_on_chunks(monkeypatch):
 
 def test_kid_is_unbiased_and_draws_the_same_subsets(monkeypatch):
     pytest.importorskip("torchmetrics")
-    compare = metrics._kernel_distance()
+    compare = kernel_distance()
     one, other = features(60, 8, 1), features(60, 8, 2, shift=0.2)
 
     def kernel(x, y):
@@ -95,13 +106,13 @@ def test_kid_is_unbiased_and_draws_the_same_subsets(monkeypatch):
 
     whole = sum((kernel(x, x).sum() - np.diag(kernel(x, x)).sum()) / (60 * 59) for x in (one, other))
     assert compare(one, other) == pytest.approx(whole - 2 * kernel(one, other).mean(), rel=1e-9)
-    monkeypatch.setattr(metrics, "_KID_SUBSET", 20)
+    monkeypatch.setattr(kid, "_SUBSET", 20)
     subsets = compare(one, other)
     assert subsets == compare(one, other)
     assert subsets == pytest.approx(whole - 2 * kernel(one, other).mean(), rel=0.5)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", all_metrics())
 def test_every_metric_runs_on_the_bundled_world(name, renders):
     if name in ("kid", "ssim"):
         pytest.importorskip("torchmetrics")
@@ -126,7 +137,7 @@ def test_every_metric_runs_on_the_bundled_world(name, renders):
 
 @pytest.mark.parametrize("name", ["fid", "cmmd", "clip-score", "dreamsim"])
 def test_company_changes_no_bit(name, renders):
-    metric = load_metric(name, bundled=True)
+    metric = load_metric(name, world=SHAPES_WORLD)
     original, other = (torch.cat([side] * 3) for side in renders)
     prompts = (PROMPTS * 9)[: len(original)]
     together = metric.measure(original, other, prompts)
@@ -149,7 +160,7 @@ def test_the_bundled_prompt_match_reads_the_prompt():
     scenes = sample_scenes(4000, 3)
     wanted = (scenes.shape == SHAPES.index("ring")) & (scenes.color == COLORS.index("blue"))
     scenes = scenes[wanted & (scenes.background == BACKGROUNDS.index("plain"))]
-    metric, images = load_metric("clip-score", bundled=True), render(scenes)
+    metric, images = load_metric("clip-score", world=SHAPES_WORLD), render(scenes)
     right, wrong, half, nothing = (
         float(metric.measure(images, images, [prompt] * len(images))[:, 1].mean())
         for prompt in ("a blue ring on a plain background", "a red star", "a ring that is red", "")
@@ -161,9 +172,9 @@ def test_the_bundled_prompt_match_reads_the_prompt():
 
 
 def test_too_few_images_are_refused(renders):
-    metric = load_metric("fid", bundled=True)
+    metric = load_metric("fid", world=SHAPES_WORLD)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        metric.summarize(np.zeros((1, 8), np.float32), ["x"])
+        metric.aggregate(np.zeros((1, 8), np.float32), ["x"])
 
 
 def test_open_clip_on_a_random_model(monkeypatch, renders):
@@ -186,17 +197,17 @@ def test_open_clip_on_a_random_model(monkeypatch, renders):
     score = load_metric("clip-score")
     values = score.measure(original, other, (PROMPTS * 3)[:12])
     model, preprocess = tiny("", "", "cpu")
-    image = metrics._pil(original[:1])[0]
+    image = to_pil(original[:1])[0]
     with torch.inference_mode():
-        text = model.eval().encode_text(library.get_tokenizer("ViT-B-32")([PROMPTS[0]]), normalize=True)
+        text = model.eval().encode_text(library.get_tokenizer("ViT-B-32-quickgelu")([PROMPTS[0]]), normalize=True)
         expected = 100 * (model.encode_image(preprocess(image)[None], normalize=True) * text).sum()
     assert values[0, 0] == pytest.approx(float(expected), abs=1e-3)
-    assert score.summarize(values.numpy(), (PROMPTS * 3)[:12])["of"].startswith("open_clip/ViT-B-32@")
+    assert score.aggregate(values.numpy(), (PROMPTS * 3)[:12])["of"].startswith("open_clip/ViT-B-32-quickgelu@")
     distance = load_metric("cmmd")
-    result = distance.summarize(distance.measure(original, other, [""] * 12).numpy(), [""] * 12)
+    result = distance.aggregate(distance.measure(original, other, [""] * 12).numpy(), [""] * 12)
     assert result["value"] > 0
-    assert asked[:1] == [("ViT-B-32", "openai")]
-    assert ("ViT-L-14-336", "openai") in asked
+    assert asked[:1] == [("ViT-B-32-quickgelu", "openai")]
+    assert ("ViT-L-14-336-quickgelu", "openai") in asked
 
 
 def test_clean_fid_on_a_random_network(monkeypatch, renders, tmp_path):
@@ -221,7 +232,7 @@ def test_clean_fid_on_a_random_network(monkeypatch, renders, tmp_path):
     original, other = renders
     values = metric.measure(original, other, [""] * 12)
     assert values.shape == (12, 24)
-    assert metric.summarize(values.numpy(), [""] * 12)["value"] > 1
+    assert metric.aggregate(values.numpy(), [""] * 12)["value"] > 1
     assert seen == [(str(tmp_path / "checkpoints"), True, False)]
 
 
@@ -246,7 +257,7 @@ def test_dreamsim_is_the_cosine_of_the_packages_embedding(monkeypatch, renders, 
     original, other = renders
     result = metric.measure(original, other, [""] * 12)[:, 0]
     library, preprocess = Library.dreamsim(True, "cpu", "")
-    one, two = (library.embed(torch.cat([preprocess(p) for p in metrics._pil(side)])) for side in (original, other))
+    one, two = (library.embed(torch.cat([preprocess(p) for p in to_pil(side)])) for side in (original, other))
     torch.testing.assert_close(result, 1 - nn.functional.cosine_similarity(one, two), rtol=1e-4, atol=1e-6)
     assert not metric.measure(original, original, [""] * 12).any()
 
@@ -289,18 +300,126 @@ def test_missing_weights_say_what_to_do(monkeypatch, capfd, tmp_path, name, modu
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=f"unknown metric 'is': choose from {', '.join(METRICS)}"):
+    with pytest.raises(
+        ValueError, match=r"unknown metric 'is'\. There are: fid, kid, cmmd, clip-score, dreamsim, ssim"
+    ):
         load_metric("is")
+
+
+def test_names_and_objects_mix(renders):
+    class Own:
+        name, of, needs_prompts = "own", "pixels", False
+
+        def measure(self, original, unlearned, prompts):
+            return (original.float() - unlearned.float()).flatten(1).mean(1, keepdim=True)
+
+        def aggregate(self, values, prompts):
+            return {"value": float(values.mean())}
+
+    own = Own()
+    assert isinstance(own, Metric)
+    assert load_metrics(None) == []
+    metrics = load_metrics(["fid", own], world=SHAPES_WORLD)
+    assert [metric.name for metric in metrics] == ["fid", "own"]
+    assert [metric.name for metric in load_metrics(" fid, clip-score,", world=SHAPES_WORLD)] == ["fid", "clip-score"]
+    with pytest.raises(UserError, match="names a metric twice, fid"):
+        load_metrics("fid,fid", world=SHAPES_WORLD)
+    del Own.aggregate
+    with pytest.raises(UserError, match="a Own is no metric, it lacks `aggregate`"):
+        load_metrics([own])
+
+
+def test_a_metric_of_another_package_is_found_by_name(monkeypatch):
+    ours = load_metric("fid", world=SHAPES_WORLD)
+    theirs = MetricFactory("theirs", "a metric of another package", lambda device, world: ours)
+    entries = [
+        types.SimpleNamespace(name="theirs", value="theirs:METRIC", load=lambda: theirs),
+        types.SimpleNamespace(name="odd", value="odd:METRIC", load=lambda: "no metric"),
+    ]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries if group == "fastunlearn.metrics" else [])
+    assert list(all_metrics())[-1] == "theirs"
+    assert load_metric("theirs") is ours
+    assert "a str, not a fastunlearn.metrics.base.MetricFactory" in broken_metrics()["odd"]
+    with pytest.raises(UserError, match="the metric 'odd' of another package cannot be loaded"):
+        load_metric("odd")
+
+
+def test_a_world_without_a_network_is_measured_with_the_fields(monkeypatch):
+    worlds = []
+    factory = MetricFactory("theirs", "", lambda device, world: worlds.append(world) or Silent())
+    entry = types.SimpleNamespace(name="theirs", value="theirs:METRIC", load=lambda: factory)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == "fastunlearn.metrics" else [])
+    load_metric("theirs", world=SHAPES_WORLD)
+    load_metric("theirs", world=dataclasses.replace(SHAPES_WORLD, load_network=None))
+    assert worlds == [SHAPES_WORLD, None]
+
+
+class Silent:
+    name, of, needs_prompts = "theirs", "nothing", False
+
+    def measure(self, original, unlearned, prompts):
+        return torch.zeros(len(original), 1)
+
+    def aggregate(self, values, prompts):
+        return {"value": 0.0}
+
+
+# ---- the network that the weights were made for ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_clips(monkeypatch):
+    """open_clip as it is, but for the number of layers and for the weights, which are random instead of fetched."""
+    mend_torchvision()
+    pytest.importorskip("open_clip")
+    factory = importlib.import_module("open_clip.factory")
+    configs, built = factory.get_model_config, []
+
+    def small(name):
+        config = configs(name)
+        for part in ("text_cfg", "vision_cfg"):
+            config[part]["layers"] = 1
+        return config
+
+    def random_weights(model, path, **options):
+        built.append(model)
+
+    monkeypatch.setattr(factory, "get_model_config", small)
+    monkeypatch.setattr(factory, "download_pretrained", lambda config, **options: "random")
+    monkeypatch.setattr(factory, "load_checkpoint", random_weights)
+    return built
+
+
+@pytest.mark.parametrize("name", ["clip-score", "cmmd"])
+def test_openais_weights_get_the_activation_that_they_were_trained_with(small_clips, name):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        load_metric(name)
+    (model,) = small_clips
+    activations = {type(module).__name__ for module in model.modules() if "GELU" in type(module).__name__}
+    assert activations == {"QuickGELU"}
+
+
+def test_a_network_of_another_activation_is_no_metric(small_clips):
+    with pytest.raises(UserWarning, match="QuickGELU mismatch"):
+        Clip("ViT-B-32", "openai", "clip-score", "cpu")
 
 
 @pytest.mark.parametrize("name", ["kid", "ssim"])
 def test_a_library_that_needs_torchvision_loads_in_a_fresh_process(name):
     pytest.importorskip("torchmetrics")
-    script = f"from fastunlearn.metrics.field import load_metric; print(load_metric({name!r}, bundled=True).name)"
+    script = (
+        "from fastunlearn.metrics.base import load_metric; from fastunlearn.worlds.shapes import SHAPES_WORLD; "
+        f"print(load_metric({name!r}, world=SHAPES_WORLD).name)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == name, done.stderr[-1000:]
 
 
 def test_no_library_is_imported_before_it_is_asked_for():
-    module = importlib.import_module("fastunlearn.metrics.field")
-    assert not {"torchmetrics", "cleanfid", "open_clip", "dreamsim"} & set(vars(module))
+    script = (
+        "import sys; from fastunlearn.metrics.base import all_metrics; all_metrics(); "
+        "print(sorted({'torchmetrics', 'cleanfid', 'open_clip', 'dreamsim', 'diffusers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr[-1000:]

@@ -111,7 +111,7 @@ def test_the_seeds_of_a_file_are_the_keys_and_every_number_of_ranks_sees_them(tm
     (tmp_path / "p.csv").write_text("prompt,group,seed\na,x,5\na,x,2\nb,x,9\nc,forget,7\n")
     settings = {**SETTINGS, "output": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(draw, stopping(2), str(tmp_path / "p.csv"), **settings | {"batch_size": 2})
+        evaluate(draw, stopping(1), str(tmp_path / "p.csv"), **settings | {"batch_size": 2})
     (tmp_path / "p.csv").rename(tmp_path / "moved.csv")
     report = evaluate(
         draw, shifted(5), str(tmp_path / "moved.csv"), **settings | {"batch_size": 2, "output": tmp_path / "other"}

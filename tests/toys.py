@@ -54,13 +54,14 @@ class Brightness:
     """A metric of two features a pair."""
 
     name = "brightness"
+    of = "pixels"
     needs_prompts = False
 
     def measure(self, original, unlearned, prompts):
         assert len(original) == len(unlearned) == len(prompts)
         return torch.stack([original.float().mean(dim=(1, 2, 3)), unlearned.float().mean(dim=(1, 2, 3))], dim=1)
 
-    def summarize(self, values, prompts):
+    def aggregate(self, values, prompts):
         assert len(values) == len(prompts)
         return {"original": float(np.mean(values[:, 0])), "unlearned": float(np.mean(values[:, 1]))}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -212,8 +212,9 @@ def info() -> None:
 
     from ..judges import all_judges, broken_judges
     from ..methods import all_methods
+    from ..metrics.base import all_metrics, broken_metrics
+    from ..metrics.distances import all_distances, broken_distances
     from ..models.runtime import import_diffusers
-    from ..worlds import all_worlds
 
     out = terminal(soft_wrap=True)
     out.print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -229,19 +230,22 @@ def info() -> None:
         "kernels       " + ("Triton on CUDA, plain torch on the CPU" if triton else "plain torch (Triton needs a GPU)")
     )
     import_diffusers()
-    lpips = (
-        "yes (their trunks' weights are fetched at first use)"
-        if _version("lpips") != "not installed"
-        else "no: pip install lpips"
-    )
-    out.print(f"metric        {', '.join(all_worlds())}: yes")
-    out.print(f"metric        lpips-alex, lpips-vgg, lpips-squeeze: {lpips}")
+    _listed(out, "metric", all_distances().values(), broken_distances())
+    _listed(out, "metrics", all_metrics().values(), broken_metrics())
     libraries = ("clean-fid", "torchmetrics", "open_clip_torch", "dreamsim")
-    out.print("metrics       " + ", ".join(f"{name} {_version(name)}" for name in libraries))
+    out.print("libraries     " + ", ".join(f"{name} {_version(name)}" for name in libraries))
     out.print(f"methods       {', '.join(all_methods())}")
     out.print(f"judges        {', '.join(all_judges())}")
     for name, why in broken_judges().items():
         out.print(f"judges        {name}: cannot be loaded ({why})")
+
+
+def _listed(out: Terminal, title: str, known: Iterable[Any], broken: Mapping[str, str]) -> None:
+    """A line for each of a registry, under the flag that takes its name."""
+    for one in known:
+        out.print(f"{title:13} {one.name:14} {one.summary}")
+    for name, reason in broken.items():
+        out.print(f"{title:13} {name}: cannot be loaded ({reason})")
 
 
 def _version(name: str) -> str:

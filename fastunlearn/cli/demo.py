@@ -38,7 +38,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluatio
     from ..evaluation.plan import world_groups
     from ..evaluation.results import EvaluationReport, write_results
     from ..files.run_folder import check_output, claimed, own, prepare_output
-    from ..metrics.lpips import load_perceptual
+    from ..metrics.distances import load_perceptual
     from ..models.loading import load_model
     from ..models.sampling import SamplerSpec
     from ..schema import Demo

@@ -29,9 +29,10 @@ class EvaluateConfig:
         None,
     )
     metric: str | None = setting(
-        "shapes (default for the bundled model), lpips-alex (else), lpips-vgg, lpips-squeeze", None
+        "the perceptual distance (`fastunlearn info` lists them); default: the bundled model's own, else lpips-alex",
+        None,
     )
-    metrics: str | None = setting("further metrics, separated by commas: fid, clip-score, ...", None)
+    metrics: str | None = setting("further metrics, separated by commas (`fastunlearn info` lists them)", None)
     trunk_weights: str | None = setting(
         "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
         None,
@@ -69,14 +70,12 @@ class EvaluateImagesConfig:
     prompts: str | None = setting(
         "CSV with the columns file, prompt and, if wanted, group; default: every pair is a prompt of its own", None
     )
-    metric: Literal["lpips-alex", "lpips-vgg", "lpips-squeeze", "shapes"] = setting(
-        "the perceptual distance; shapes is the bundled world's", "lpips-alex"
-    )
+    metric: str = setting("the perceptual distance (`fastunlearn info` lists them)", "lpips-alex")
     trunk_weights: str | None = setting(
         "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
         None,
     )
-    metrics: str | None = setting("further metrics, separated by commas: fid, kid, cmmd, clip-score, ...", None)
+    metrics: str | None = setting("further metrics, separated by commas (`fastunlearn info` lists them)", None)
     batch_size: int = setting("pairs per forward; a part of the result's definition", 8)
     num_workers: int | None = setting("decoders; default: one a CPU core", None)
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")

@@ -12,7 +12,8 @@ from ..config import to_yaml
 from ..errors import UserError
 from ..files.run_folder import check_output, claimed, clear_output, own
 from ..judges import Judge
-from ..metrics.lpips import PerceptualDistance
+from ..metrics.base import Metric, load_metrics
+from ..metrics.distances import Distance
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..worlds import get_world, world_with_model
@@ -22,7 +23,6 @@ from .generators import as_source
 from .inputs import (
     check_runs,
     description,
-    further_metrics,
     image_cache,
     is_name,
     judge_of,
@@ -48,9 +48,9 @@ def evaluate(
     placebo: Any = None,
     forget: str | None = None,
     judge: str | Judge | Callable[..., Any] | None = None,
-    metric: str | PerceptualDistance | None = None,
+    metric: str | Distance | None = None,
     trunk_weights: str | Path | None = None,
-    metrics: str | Sequence[Any] | None = None,
+    metrics: str | Sequence[str | Metric] | None = None,
     seeds_per_prompt: int = 1,
     batch_size: int = 32,
     num_inference_steps: int = 20,
@@ -75,7 +75,7 @@ def evaluate(
     ``judge``: who says whether an image shows the concept: a name, ``"none"``, a :class:`~fastunlearn.judges.Judge`, or
     a function that maps images (B, 3, H, W) uint8 and the concept to B scores from 0 to 1; by default the bundled
     world's, and none for other models.
-    ``metric``, ``metrics``: names, or objects like what :func:`load_perceptual` and ``load_metric`` return.
+    ``metric``, ``metrics``: names, or objects like what :func:`load_perceptual` and :func:`load_metric` return.
     ``trunk_weights``: safetensors file for an LPIPS trunk, as in :func:`load_perceptual`.
 
     With ``output``, records go to a journal there as they come, so that an evaluation that was stopped continues with
@@ -119,7 +119,7 @@ def evaluate(
             perceptual(metric, source, trunk_weights),
             seeds_per_prompt,
             placebo_name,
-            further_metrics(metrics, source),
+            load_metrics(metrics, source.device, world=source.world),
             control_pairs,
             judge_of(judge, source, groups.concept),
         )

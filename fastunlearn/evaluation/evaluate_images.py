@@ -24,8 +24,8 @@ from ..files.atomic import write_lines
 from ..files.images import ImageFile, find_images, read_image, unread_images
 from ..files.prompt_files import read_prompt_file
 from ..files.run_folder import check_output, claimed, prepare_output
-from ..metrics.field import Metric, load_metric
-from ..metrics.lpips import PerceptualDistance, load_perceptual
+from ..metrics.base import Metric, load_metrics
+from ..metrics.distances import Distance, check_distance, device_of, load_perceptual, pairs_per_pass
 from ..metrics.statistics import clustered_mean, quantiles
 from ..models.runtime import resolve_device, versions
 from ..prompts import is_forget
@@ -33,6 +33,7 @@ from ..record import plain
 from ..reports.gallery import Gallery, GalleryRow
 from ..reports.images import FoldersReport, write_folders_report
 from ..schema import FolderDistances, FolderIntegrity, FoldersEvaluation
+from ..worlds import get_world
 from .config import EvaluateImagesConfig
 from .summary import distance_interval
 
@@ -69,9 +70,16 @@ class Scores:
 
 
 def evaluate_images(
-    config: EvaluateImagesConfig, on_progress: Callable[[int, int], None] = lambda done, total: None
+    config: EvaluateImagesConfig,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    metric: Distance | None = None,
+    metrics: Sequence[str | Metric] | None = None,
 ) -> FoldersEvaluation:
     """Compare two folders of images and write pairs.jsonl, evaluation.json and report.html.
+
+    ``metric``, ``metrics``: objects like what :func:`load_perceptual` and :func:`load_metric` return, in place of the
+    names that the config gives; ``metrics`` may hold names too.
 
     Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises UserError, in one line,
     for anything wrong in the settings, the folders, an image or the prompt file.
@@ -80,10 +88,10 @@ def evaluate_images(
     check_output(output, "evaluate-images", overwrite=config.overwrite)
     pairs = find_pairs(Path(config.original_images), Path(config.unlearned_images), config.prompts)
     device = resolve_device(config.device)
-    further = _further_metrics(config, device)
-    distance = load_perceptual(
-        config.metric, device, trunk_weights=config.trunk_weights, micro_batch_size=config.batch_size
-    )
+    further = _further_metrics(config, device, metrics)
+    if metric is not None and config.trunk_weights is not None:
+        raise UserError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
+    distance: Distance = check_distance(metric) if metric is not None else _named_distance(config, device)
     with claimed(output):
         scores = score(pairs, distance, further, config.num_workers or os.cpu_count() or 1, on_progress)
         evaluation = summarize_folders(pairs, scores, distance, further, config)
@@ -165,7 +173,7 @@ def _some(names: Sequence[str]) -> str:
 
 def score(
     pairs: Sequence[Pair],
-    distance: PerceptualDistance,
+    distance: Distance,
     metrics: Sequence[Metric],
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -178,8 +186,9 @@ def score(
     size: tuple[int, int] | None = None
     done = 0
     # Where the distance itself takes every core, decoding beside it only disturbs.
-    ahead = 0 if distance.device.type == "cpu" else 1 + -(-2 * num_workers // distance.micro_batch_size)
-    for batch, decoded in _decoded(pairs, distance.micro_batch_size, num_workers, ahead):
+    batch_size = pairs_per_pass(distance)
+    ahead = 0 if device_of(distance).type == "cpu" else 1 + -(-2 * num_workers // batch_size)
+    for batch, decoded in _decoded(pairs, batch_size, num_workers, ahead):
         for pair, images in zip(batch, decoded, strict=True):
             size = size or (images[0].pixels.shape[0], images[0].pixels.shape[1])
             _check_size(pair, images, size)
@@ -249,18 +258,24 @@ def _check_size(pair: Pair, images: tuple[ImageFile, ImageFile], size: tuple[int
             )
 
 
-def _too_small(error: RuntimeError, distance: PerceptualDistance, size: tuple[int, ...] | None) -> Exception:
+def _too_small(error: RuntimeError, distance: Distance, size: tuple[int, ...] | None) -> Exception:
     assert size is not None
     if "size" not in str(error) or min(size) >= 64:
         return error
     return UserError(f"images of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
 
 
-def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list[Metric]:
-    names = [name.strip() for name in (config.metrics or "").split(",") if name.strip()]
-    if len(set(names)) < len(names):
-        raise UserError(f"`--metrics` {config.metrics} names a metric twice. Name each once.")
-    metrics = [load_metric(name, device, bundled=config.metric == "shapes") for name in names]
+def _named_distance(config: EvaluateImagesConfig, device: torch.device) -> Distance:
+    return load_perceptual(
+        config.metric, device, trunk_weights=config.trunk_weights, micro_batch_size=config.batch_size
+    )
+
+
+def _further_metrics(
+    config: EvaluateImagesConfig, device: torch.device, given: Sequence[str | Metric] | None
+) -> list[Metric]:
+    # A bundled world's distance says that the images are of that world.
+    metrics = load_metrics(config.metrics if given is None else given, device, world=get_world(config.metric))
     for metric in metrics:
         if metric.needs_prompts and config.prompts is None:
             raise UserError(f"the metric {metric.name} needs the prompts of the images: give `--prompts FILE`.")
@@ -273,7 +288,7 @@ def _further_metrics(config: EvaluateImagesConfig, device: torch.device) -> list
 def summarize_folders(
     pairs: Sequence[Pair],
     scores: Scores,
-    distance: PerceptualDistance,
+    distance: Distance,
     metrics: Sequence[Metric],
     config: EvaluateImagesConfig,
 ) -> FoldersEvaluation:
@@ -292,7 +307,7 @@ def summarize_folders(
         groups=groups,
         notes=(*_unread(config), *_notes(scores.plain)),
         metrics={
-            metric.name: metric.summarize(scores.rows[metric.name][kept], [pairs[index].prompt for index in kept])
+            metric.name: metric.aggregate(scores.rows[metric.name][kept], [pairs[index].prompt for index in kept])
             for metric in metrics
         },
         spec={
@@ -302,7 +317,7 @@ def summarize_folders(
             "height": scores.size[0],
             "width": scores.size[1],
             "batch_size": config.batch_size,
-            "device": str(distance.device),
+            "device": str(device_of(distance)),
             "hashes": {"original_images": scores.digests[0], "unlearned_images": scores.digests[1]},
             "versions": versions(),
         },

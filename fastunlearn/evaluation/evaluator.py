@@ -19,7 +19,7 @@ import torch
 from ..batching import chunks, filled, filled_tensor
 from ..errors import UserError
 from ..judges.base import Judge, Judged, judged
-from ..metrics.lpips import PerceptualDistance
+from ..metrics.distances import Distance
 from ..models.base import Model
 from ..models.sampling import SamplerSpec
 from ..prompts import PromptGroups
@@ -31,7 +31,7 @@ from .results import EvaluationResult, ModelResult, ShownPair
 from .summary import Control, Ladder, summarize_model
 
 if TYPE_CHECKING:
-    from ..metrics.field import Metric
+    from ..metrics.base import Metric
 
 _GALLERY = 6  # images per group that the report shows
 _EXTREMES = 4  # pairs of the largest, of the middle and of the smallest distances that it shows
@@ -43,7 +43,7 @@ def evaluate_models(
     original: Model | Source,
     unlearned: Mapping[str, Model] | Mapping[str, Source],
     groups: PromptGroups,
-    metric: PerceptualDistance,
+    metric: Distance,
     spec: SamplerSpec,
     *,
     seeds_per_prompt: int = 1,
@@ -155,7 +155,7 @@ class Evaluator:
                 placebo,
                 plan.judge,
                 metric=plan.metric.metric,
-                metrics={m.name: m.summarize(scores.rows[m.name][index], prompts) for m in plan.metrics},
+                metrics={m.name: m.aggregate(scores.rows[m.name][index], prompts) for m in plan.metrics},
                 spec=plan.record(source),
                 described=described,
             )

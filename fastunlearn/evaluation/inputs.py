@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from .. import prompts as prompt_lists
 from ..errors import UserError
 from ..files.run_folder import RECORD
 from ..judges import Judge, as_judge, load_judge
-from ..metrics.lpips import PerceptualDistance, load_perceptual
+from ..metrics.distances import Distance, check_distance, load_perceptual
 from ..prompts import PromptGroups
 from ..record import read_json
 from ..schema import RunRecord
@@ -171,31 +170,12 @@ def judge_of(given: Any, source: Source, concept: str | None) -> Judge | None:
     return load_judge(given, source.device) if isinstance(given, str) else as_judge(given)
 
 
-def perceptual(
-    metric: str | PerceptualDistance | None, source: Source, trunk_weights: str | Path | None
-) -> PerceptualDistance:
+def perceptual(metric: str | Distance | None, source: Source, trunk_weights: str | Path | None) -> Distance:
     if metric is not None and not isinstance(metric, str):
         if trunk_weights is not None:
             raise UserError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
-        return metric
+        return check_distance(metric)
     return load_perceptual(metric or default_metric(source), source.device, trunk_weights=trunk_weights)
-
-
-def further_metrics(given: str | Sequence[Any] | None, source: Source) -> list[Any]:
-    if not given:
-        return []
-    asked: list[Any] = given.split(",") if isinstance(given, str) else list(given)
-    result = []
-    for one in asked:
-        if isinstance(one, str):
-            metrics = importlib.import_module("..metrics.field", __package__)
-            result.append(metrics.load_metric(one.strip(), source.device, bundled=source.world is not None))
-        else:
-            result.append(one)
-    names = [one.name for one in result]
-    if len(set(names)) < len(names):
-        raise UserError(f"`--metrics` names {max(names, key=names.count)} twice.")
-    return result
 
 
 def image_cache(folder: str | Path | None, limit_gib: float, source: Source) -> ImageCache | None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError
 from ..judges import load_judge, record_of
 from ..judges.base import Judge
-from ..metrics.lpips import PerceptualDistance
+from ..metrics.base import Metric
+from ..metrics.distances import Distance, default_distance
 from ..models.base import Model
 from ..prompts import PromptGroups, is_forget, mentions, read_prompts
 from ..worlds import World
 from .generators import Key, PipelineSource, Source, check_comparable, environment
-
-if TYPE_CHECKING:
-    from ..metrics.field import Metric
 
 CONTROL_PAIRS = 8  # on which the numeric controls are measured unless the caller says otherwise
 
@@ -33,7 +31,7 @@ class Plan:
     original: Source
     unlearned: Mapping[str, Source]
     groups: PromptGroups
-    metric: PerceptualDistance
+    metric: Distance
     seeds_per_prompt: int = 1
     placebo: str | None = None
     metrics: Sequence[Metric] = ()
@@ -141,7 +139,7 @@ def file_groups(value: str, concept: str | None) -> PromptGroups:
 
 def default_metric(model: Model | Source) -> str:
     """The name of the perceptual distance of a bundled world, or of that of the field."""
-    return model.world.name if model.world else "lpips-alex"
+    return default_distance(model.world)
 
 
 def default_judge(source: Source, concept: str | None) -> Judge | None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .. import schema
 from ..judges.base import Judge, Judged, record_of
-from ..metrics.statistics import Estimate, clustered_mean, difference, quantiles, retention, wilson
+from ..metrics.statistics import Estimate, clustered_mean, clustered_share, difference, quantiles, retention, wilson
 from ..prompts import PromptGroups, is_forget
 from .journal import PairScores
 
@@ -217,10 +217,8 @@ def _placebo(scores: PairScores, kept: Mask, ladder: Ladder, placebo: int | None
 
 
 def _changed(changed: Mask, clusters: Sequence[str], threshold: float, source: str) -> schema.Changed:
-    share = clustered_mean(changed.astype(np.float64), clusters)
-    # A t interval can leave what a share can be.
-    low, high = max(0.0, share.low), min(1.0, share.high)
-    return schema.Changed(threshold=threshold, source=source, share=share.mean, ci95=(low, high))
+    share = clustered_share(changed, clusters)
+    return schema.Changed(threshold=threshold, source=source, share=share.mean, ci95=(share.low, share.high))
 
 
 def _mean(distances: npt.NDArray[np.float32], keys: Sequence[tuple[str, int]]) -> float:

@@ -1,8 +1,9 @@
 """How different two images look: the LPIPS form on any trunk (Zhang et al. 2018, arXiv 1801.03924, equation 1).
 
 A distance is the sum over layers of the spatial mean of ``sum_c w_c * (f0_c / |f0| - f1_c / |f1|)**2``, with the
-channel weights of the ``lpips`` package, or uniform ones on the bundled world's classifier.  Values made with
-different trunks or image sizes do not compare; ``PerceptualDistance.metric`` names what was used.
+channel weights of the ``lpips`` package, or uniform ones on a bundled world's own network.  Values made with
+different trunks or image sizes do not compare; ``PerceptualDistance.metric`` names what was used.  How distances are
+found by name is in :mod:`~fastunlearn.metrics.distances`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,10 @@ from torch import nn
 from ..batching import filled_tensor
 from ..errors import UserError
 from ..files.weights import hash_module
+from ..worlds import Network
 
 if TYPE_CHECKING:
     import lpips
-
-#: The names ``load_perceptual`` knows.
-METRICS = ("shapes", "lpips-alex", "lpips-vgg", "lpips-squeeze")
 
 _TRUNK_WEIGHTS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 
@@ -101,28 +100,22 @@ class PerceptualDistance(nn.Module):
         return distances
 
 
-def load_perceptual(
-    name: str,
-    device: str | torch.device = "cpu",
-    *,
-    trunk_weights: str | Path | None = None,
-    micro_batch_size: int = 32,
+def lpips_distance_of(
+    net: str, trunk_weights: str | Path | None = None, *, micro_batch_size: int = 32
 ) -> PerceptualDistance:
-    """A distance by name: ``shapes`` (the bundled classifier's features) or ``lpips-alex|vgg|squeeze``.
+    """The distance of the ``lpips`` package on its trunk ``alex``, ``vgg`` or ``squeeze``, on the CPU.
 
-    The latter take their channel weights from the ``lpips`` package and their trunk's weights from the safetensors
-    file ``trunk_weights``, which has torchvision's names (``features.0.weight``, ...; others are ignored), or without
-    one from torchvision, which fetches its ImageNet weights once.  Raises ``UserError`` for an unknown name and when
-    the weights cannot be had or do not fit.
+    Channel weights come from the package.  The trunk's weights come from the safetensors file ``trunk_weights``, which
+    has torchvision's names (``features.0.weight``, ...; others are ignored), or without one from torchvision, which
+    fetches its ImageNet weights once.  Raises ``UserError`` when the weights cannot be had or do not fit.
     """
-    if name not in METRICS:
-        raise UserError(f"unknown perceptual distance {name!r}: choose one of {', '.join(METRICS)}")
-    if name == "shapes":
-        if trunk_weights is not None:
-            raise UserError("the perceptual distance `shapes` brings its own trunk: leave `--trunk-weights` out")
-        return _shapes_distance(micro_batch_size).to(device)
-    model, name = _lpips_model(name.removeprefix("lpips-"), trunk_weights)
-    return from_lpips(model, name, micro_batch_size=micro_batch_size).to(device)
+    return from_lpips(_lpips_model(net, trunk_weights), f"lpips/{net}", micro_batch_size=micro_batch_size)
+
+
+def network_distance(network: Network, *, micro_batch_size: int = 32) -> PerceptualDistance:
+    """The LPIPS form on a world's own network, with uniform channel weights, on the CPU."""
+    weights = [torch.full((width,), 1 / len(network.widths)) for width in network.widths]
+    return PerceptualDistance(network.trunk, weights, f"lpips-form/{network.name}", micro_batch_size=micro_batch_size)
 
 
 def from_lpips(model: lpips.LPIPS, name: str = "lpips", *, micro_batch_size: int = 32) -> PerceptualDistance:
@@ -149,31 +142,13 @@ class _Scaling(nn.Module):
         return torch.addcmul(-self.shift / self.scale, pixel_values, 1 / self.scale)
 
 
-class _ClassifierTrunk(nn.Module):
-    def __init__(self) -> None:
-        from ..worlds.shapes import load_classifier
-
-        super().__init__()
-        self.classifier = load_classifier()
-
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        return self.classifier.features(pixel_values)
-
-
-def _shapes_distance(micro_batch_size: int) -> PerceptualDistance:
-    trunk = _ClassifierTrunk()
-    widths = trunk.classifier.widths
-    weights = [torch.full((width,), 1 / len(widths)) for width in widths]
-    return PerceptualDistance(trunk, weights, "lpips-form/shapes-classifier", micro_batch_size=micro_batch_size)
-
-
 def _to_pixel_values(images: torch.Tensor) -> torch.Tensor:
     """uint8 [0, 255] to float32 [-1, 1] in channels_last, with one copy."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
 
 
-def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIPS, str]:
-    """The package's model with its trunk's weights put in, and its name."""
+def _lpips_model(net: str, trunk_weights: str | Path | None) -> lpips.LPIPS:
+    """The package's model with its trunk's weights put in."""
     from ..models.runtime import mend_torchvision
 
     mend_torchvision()
@@ -191,7 +166,7 @@ def _lpips_model(net: str, trunk_weights: str | Path | None) -> tuple[lpips.LPIP
         _load_trunk(model.net, _read_trunk_weights(Path(trunk_weights), net), f"the file {trunk_weights}", net)
     else:
         _fetch_trunk(model.net, getattr(models, _TRUNK_WEIGHTS[net]).IMAGENET1K_V1.url, net)
-    return model, f"lpips/{net}"
+    return model
 
 
 def _fetch_trunk(trunk: nn.Module, url: str, net: str) -> None:

@@ -29,7 +29,7 @@ from ..files.run_folder import check_output, claimed, claimed_file, files_below,
 from ..files.weights import hash_pipeline, pipeline_files
 from ..methods import Method, get_method
 from ..methods.recipe import Alternate, Concept, Defaults
-from ..metrics.lpips import PerceptualDistance, load_perceptual
+from ..metrics.distances import Distance, load_perceptual
 from ..models.base import Model
 from ..models.loading import load_model, resolve_source
 from ..models.runtime import resolve_device, versions
@@ -130,7 +130,7 @@ def _evaluate_run(
     config: TrainConfig,
     plan: TrainPlan,
     groups: PromptGroups | None,
-    metric: PerceptualDistance | None,
+    metric: Distance | None,
     unlearned: Path,
     folder: Path,
     reporter: Reporter,

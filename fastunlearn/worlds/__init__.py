@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .base import World
+from .base import Network, World
 
-__all__ = ["World", "all_worlds", "get_world", "world_of", "world_with_model"]
+__all__ = ["Network", "World", "all_worlds", "get_world", "world_of", "world_with_model"]
 
 
 def all_worlds() -> dict[str, World]:

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Network(Protocol):
+    """A world's own network, which metrics and the distance use in place of the field's.
+
+    ``name``: what it is, without a hash.  ``module``: all its weights; to move it moves the network.  ``trunk``: maps
+    pixel values (B, 3, H, W) float32 in [-1, 1] to one (B, C, h, w) per layer, C being that layer's entry in
+    ``widths``; it holds the weights of ``module``.
+    """
+
+    name: str
+    module: nn.Module
+    trunk: nn.Module
+    widths: Sequence[int]
+
+    def averaged(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 to features (B, F) float32 on the CPU, averaged over positions, as FID's are."""
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 to features (B, F) float32 on the CPU, as a description of the whole image."""
+
+    def match(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """How well each of B images shows what its prompt says: (B,) float32 on the CPU, 100 at best."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +45,8 @@ class World:
     ``folder``: a model's name -> its diffusers folder.  ``is_pipeline``: whether a folder's pipeline is of this world.
     ``attributes``: a prompt -> the words that it names, by attribute.  ``train_prompts``: a concept's word -> (forget,
     retain).  ``evaluation_prompts``: a concept's word -> (prompt, group); no training sees any of them.
+    ``load_network``: its network on the CPU, made anew by each call; None for a world that is measured with the
+    field's networks.
     """
 
     name: str
@@ -27,6 +57,7 @@ class World:
     attributes: Callable[[str], dict[str, str]]
     train_prompts: Callable[[str], tuple[list[str], list[str]]]
     evaluation_prompts: Callable[[str], list[tuple[str, str]]]
+    load_network: Callable[[], Network] | None = None
 
     def find(self, concept: str) -> tuple[str, str]:
         """(attribute, word) of a concept, e.g. ``("shape", "star")``.  Raises UserError for a word that it lacks."""

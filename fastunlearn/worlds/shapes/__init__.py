@@ -12,6 +12,7 @@ from .world import BACKGROUNDS, COLORS, SHAPES
 
 if TYPE_CHECKING:
     from .classifier import Classifier
+    from .embedding import Embedding
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("shapes", "shapes-gold-star")
@@ -88,6 +89,13 @@ def load_classifier(folder: Path = WEIGHTS) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
+def load_embedding() -> Embedding:
+    """The world's network for metrics and for the distance, on the CPU."""
+    from .embedding import Embedding
+
+    return Embedding()
+
+
 SHAPES_WORLD = World(
     name="shapes",
     vocabulary=VOCABULARY,
@@ -97,4 +105,5 @@ SHAPES_WORLD = World(
     attributes=attributes,
     train_prompts=train_prompts,
     evaluation_prompts=evaluation_prompts,
+    load_network=load_embedding,
 )
