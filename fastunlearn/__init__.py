@@ -17,6 +17,7 @@ _PUBLIC = {
     "Judge": "judges.base",
     "PerceptualDistance": "metrics.lpips",
     "Reporter": "progress",
+    "UnlearnResult": "training.result",
     "Verdicts": "judges.base",
     "evaluate": "evaluation.evaluate",
     "evaluate_images": "evaluation.evaluate_images",
@@ -34,6 +35,7 @@ __all__ = [
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
+    "UnlearnResult",
     "UserError",
     "Verdicts",
     "__version__",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from .models.loading import load_model
     from .progress import Reporter
     from .training.config import TrainConfig
+    from .training.result import UnlearnResult
     from .training.unlearn import unlearn
 
 

@@ -13,19 +13,80 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
-from ..errors import UserError
-from ..files.atomic import whole_file
+from ..errors import UserError, is_out_of_memory, one_line
+from ..files.atomic import whole_file, whole_folder
+from ..files.run_folder import check_output, claimed, files_below, own
 from ..files.weights import hash_pipeline, pipeline_files, read_tensors
+from ..models.base import Model
+from ..models.loading import resolve_source
+from .config import ApplyConfig
+from .selection import Selection
 
 DELTA_FORMAT = "fastunlearn-delta-1"
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Values = Mapping[str, torch.Tensor]  # parameter -> (k,) float32, the elements that its mask selects, or all
-Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter without one is trained whole
+Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter without one is changed whole
+Save = Literal["model", "delta"]
+
+
+def check_export(model: Model, selection: Selection, save: Save) -> None:
+    """UserError for a model whose files cannot take new values of what is selected.  Reads names and shapes only.
+
+    To be called before any work: what it refuses would be lost at the end.
+    """
+    from safetensors import safe_open
+
+    folder = model.source / model.denoiser_folder
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name not in selection.shapes:
+                    continue
+                if name in found and save == "delta":
+                    raise UserError(
+                        f"{folder} has {name} in two files, {found[name].name} and {path.name}, which a delta cannot "
+                        "tell apart. Use `--save model`, or take the file that is not loaded out of the folder."
+                    )
+                found[name] = path
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(selection.shapes[name]):
+                    raise UserError(
+                        f"{path} has {name} of the shape {shape}, the model as it is loaded has "
+                        f"{tuple(selection.shapes[name])}: a result cannot be written back into it."
+                    )
+    _check_found(folder, dict.fromkeys(selection.shapes), found)
+
+
+def export(model: Model, path: Path, save: Save, values: Values, selection: Selection) -> dict[str, torch.dtype]:
+    """Write the pipeline (a folder), or the delta (a file), of the model's files with ``values`` laid over them.
+
+    A tensor keeps the type that it has in the original's file; returns these types.
+    """
+    parts = (model.source, model.denoiser_folder)
+    if save == "delta":
+        return export_delta(*parts, path, values, selection.bits)
+    with whole_folder(path) as unfinished:
+        return export_model(*parts, unfinished, values, selection.bits)
+
+
+def apply(config: ApplyConfig) -> Path:
+    """Rebuild an unlearned pipeline from its original and a delta; returns its folder."""
+    folder = Path(config.output).expanduser().resolve()
+    source = resolve_source(config.model)
+    if folder == source:
+        raise UserError(f"`--output` {folder} is the original itself. Name another folder.")
+    check_output(folder, "apply", overwrite=config.overwrite)
+    with claimed(folder), whole_folder(folder) as unfinished:
+        apply_delta(source, Path(config.delta).expanduser(), unfinished)
+        own(unfinished, "apply", files_below(unfinished))
+    return folder
 
 
 def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
@@ -47,7 +108,7 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
     for file in sorted((source / part).glob("*.safetensors")):
         for name, original in read_tensors(file, values)[0].items():
             if name in dtypes:
-                raise UserError(f"{source / part} has {name} in two files, which a delta cannot tell. Save the model.")
+                raise UserError(f"{source / part} has {name} in two files, which a delta cannot tell apart.")
             dtypes[name] = original.dtype
             trained = _replaced(name, original, values[name], bits.get(name))
             changed = (_integers(trained) != _integers(original)).view(-1)
@@ -82,8 +143,13 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
         shapes = json.loads(metadata["shapes"])
         values = {name: tensors[f"{name}.values"] for name in shapes}
         bits = {name: _selection(tensors, name, shape) for name, shape in shapes.items()}
+        for name, replaced in values.items():
+            if not torch.isfinite(replaced).all():
+                raise UserError(f"{name} has values that are no numbers: the file is damaged")
     except Exception as error:
-        raise UserError(f"{delta} is no delta of fastunlearn: {' '.join(str(error).split())}.") from error
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{delta} is no delta of fastunlearn: {one_line(error)}.") from error
     if (ours := hash_pipeline(source)) != metadata["original"]:
         raise UserError(
             f"the delta {delta} belongs to another original: its hash is {metadata['original'][:12]}, that of {source} "
@@ -129,7 +195,8 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     stored = values.detach().cpu().to(original.dtype)
     if not torch.isfinite(stored).all():
         raise UserError(
-            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`."
+            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`, or "
+            "other options of the method."
         )
     if bits is None:
         return stored.reshape(original.shape).contiguous()
@@ -138,7 +205,7 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     return result
 
 
-def _check_found(folder: Path, wanted: Values, result: Mapping[str, torch.dtype]) -> None:
+def _check_found(folder: Path, wanted: Mapping[str, object], result: Mapping[str, object]) -> None:
     if missing := set(wanted) - set(result):
         raise UserError(f"{folder} has no tensor {min(missing)!r}: the pipeline's weights are not in the usual form.")
 
