@@ -145,7 +145,7 @@ def test_a_delta_is_read_by_safetensors_alone(finished, bundled, tmp_path):
     unlearn(config(tmp_path, mask_density=0.25, weight_decay=0.1, save="delta"))
     original, wanted = load_file(bundled.source / UNET), load_file(finished / "model" / UNET)
     with safe_open(tmp_path / "run" / "delta.safetensors", "pt") as file:
-        shapes = json.loads(file.metadata()["shapes"])
+        shapes = json.loads(file.metadata()["fastunlearn"])["shapes"]
         for name, shape in shapes.items():
             flat = original[name].flatten().clone()
             if f"{name}.indices" in file.keys():  # noqa: SIM118 - no mapping

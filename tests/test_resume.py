@@ -17,6 +17,7 @@ from fastunlearn.training.resume import KEY
 TINY = ["--trajectories", 1, "--trajectory-steps", 2, "--micro-batch-size", 2, "--evaluation-prompts", "none"]
 TRAIN = ["train", "--forget", "star", "--method", "ovw", "--device", "cpu", "--steps", 2, *TINY]
 KEEP = ["a red ring on a white background", "a blue cross on a black background"]
+FEW = {"trajectories": 1, "trajectory_steps": 2, "evaluation_prompts": "none"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -211,18 +212,39 @@ def test_names_and_shapes_of_the_files_are_compared_before_the_bank(pipeline_cop
         check_export(model, selection, "model")
 
 
-def test_a_delta_with_values_that_are_no_numbers_is_called_damaged(tmp_path):
+def test_a_delta_with_values_that_are_no_numbers_is_refused(tmp_path):
     import torch
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+
+    from fastunlearn.files.tensors import load_tensors, save_tensors
+    from fastunlearn.training.export import DELTA_FORMAT
 
     run = unlearn("shapes", "star", "uce", output=tmp_path / "run", save="delta", evaluation_prompts="none")
-    with safe_open(run.model, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(run.model)
+    tensors, content = load_tensors(run.model, DELTA_FORMAT, "delta")
     name = next(key for key in tensors if key.endswith(".values"))
     tensors[name][0] = torch.nan
-    save_file(tensors, run.model, metadata=metadata)
-    with pytest.raises(UserError, match=r"values that are no numbers: the file is damaged") as error:
+    save_tensors(run.model, tensors, DELTA_FORMAT, content)
+    with pytest.raises(UserError, match=r"has values that are no numbers") as error:
         apply(ApplyConfig(model="shapes", delta=str(run.model), output=str(tmp_path / "model")))
     assert "learning-rate" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["delta", "mask"])
+def test_deltas_and_masks_are_the_same_bytes_again_and_a_changed_bit_is_found(refused, tmp_path, kind):
+    def made(name):
+        folder = tmp_path / name
+        run = unlearn("shapes", "star", "uce", output=folder, mask_density=0.5, save="delta", **FEW)
+        return run.model if kind == "delta" else folder / "mask.safetensors"
+
+    path = made("one")
+    assert path.read_bytes() == made("two").read_bytes()
+    content = bytearray(path.read_bytes())
+    for place in (len(content) // 2, len(content) - 1, 300):
+        damaged = bytearray(content)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        if kind == "delta":
+            line = refused("apply", "--model", "shapes", "--delta", path, "--output", tmp_path / "out")
+        else:
+            line = refused("train", "--forget", "star", "--mask", path, "--output", tmp_path / "out")
+        assert f"{path} is no {kind} of" in line
+        assert not (tmp_path / "out").exists()

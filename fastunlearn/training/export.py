@@ -4,12 +4,11 @@ A delta is one safetensors file.  For every tensor NAME of the denoiser that cha
 the type that the original's file has, and which elements of the flattened tensor they replace: ``NAME.indices`` (k,)
 int32, or int64 in a tensor of 2^31 elements, or ``NAME.bits``, where that is shorter: element i is bit i % 8 of byte
 i // 8.
-The metadata names the format, the original's hash, the folder of the denoiser and the tensors' shapes.
+The metadata (see ``files/tensors.py``) has the original's hash, the folder of the denoiser and the tensors' shapes.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,16 +17,17 @@ from typing import Literal
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
-from ..errors import UserError, is_out_of_memory, one_line
-from ..files.atomic import whole_file, whole_folder
+from ..errors import UserError
+from ..files.atomic import whole_folder
 from ..files.run_folder import check_output, claimed, files_below, own
+from ..files.tensors import load_tensors, save_tensors
 from ..files.weights import hash_pipeline, pipeline_files, read_tensors
 from ..models.base import Model
 from ..models.loading import resolve_source
 from .config import ApplyConfig
 from .selection import Selection
 
-DELTA_FORMAT = "fastunlearn-delta-1"
+DELTA_FORMAT = "fastunlearn-delta-2"
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Values = Mapping[str, torch.Tensor]  # parameter -> (k,) float32, the elements that its mask selects, or all
@@ -100,8 +100,6 @@ def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bi
 
 def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
     """Write the delta between ``source`` and what :func:`export_model` would write; returns the types likewise."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -122,9 +120,7 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
             else:
                 tensors[f"{name}.indices"] = indices
     _check_found(source / part, values, dtypes)
-    metadata = {"format": DELTA_FORMAT, "original": hash_pipeline(source), "part": part, "shapes": json.dumps(shapes)}
-    with whole_file(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata)
+    save_tensors(path, tensors, DELTA_FORMAT, {"original": hash_pipeline(source), "part": part, "shapes": shapes})
     return dtypes
 
 
@@ -135,21 +131,13 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     """
     if not delta.is_file():
         raise UserError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
-    try:
-        tensors, result = read_tensors(delta)
-        metadata = result or {}
-        if metadata.get("format") != DELTA_FORMAT:
-            raise UserError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
-        shapes = json.loads(metadata["shapes"])
-        values = {name: tensors[f"{name}.values"] for name in shapes}
-        bits = {name: _selection(tensors, name, shape) for name, shape in shapes.items()}
-        for name, replaced in values.items():
-            if not torch.isfinite(replaced).all():
-                raise UserError(f"{name} has values that are no numbers: the file is damaged")
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{delta} is no delta of fastunlearn: {one_line(error)}.") from error
+    tensors, metadata = load_tensors(delta, DELTA_FORMAT, "delta of fastunlearn")
+    shapes = metadata["shapes"]
+    values = {name: tensors[f"{name}.values"] for name in shapes}
+    bits = {name: _bits_of(tensors, name, shape) for name, shape in shapes.items()}
+    for name, replaced in values.items():
+        if not torch.isfinite(replaced).all():
+            raise UserError(f"{delta} is no delta of fastunlearn: {name} has values that are no numbers.")
     if (ours := hash_pipeline(source)) != metadata["original"]:
         raise UserError(
             f"the delta {delta} belongs to another original: its hash is {metadata['original'][:12]}, that of {source} "
@@ -158,7 +146,7 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     export_model(source, metadata["part"], folder, values, bits)
 
 
-def _selection(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
+def _bits_of(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
     """The packed mask of a delta's tensor."""
     if f"{name}.bits" in tensors:
         mask = unpack_bits(tensors[f"{name}.bits"], shape).view(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,13 +12,13 @@ import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 from torch import nn
 
-from ..errors import UserError, is_out_of_memory, one_line
-from ..files.atomic import whole_file
-from ..files.weights import hash_part, read_tensors
+from ..errors import UserError
+from ..files.tensors import load_tensors, save_tensors
+from ..files.weights import hash_part
 from ..models.base import Model, matches
 from ..models.sd import UNET_GROUPS
 
-MASK_FORMAT = "fastunlearn-mask-1"
+MASK_FORMAT = "fastunlearn-mask-2"
 
 #: name -> description, of the groups that the method's table names: those of a UNet.
 GROUPS = {name: group.description for name, group in UNET_GROUPS.items()}
@@ -146,39 +145,28 @@ class Selection:
 
 
 def save_mask(selection: Selection, path: Path, model: Model) -> None:
-    """Write a selection's bits as a safetensors file: a uint8 tensor per parameter; shapes and a hash in its metadata.
+    """Write a selection's bits: a uint8 tensor per parameter; shapes and a hash in the metadata.
 
     The hash is that of the denoiser's files, which the mask was made for.
     """
-    from safetensors.torch import save_file
-
-    denoiser = hash_part(model.source, model.denoiser_folder)
-    metadata = {"format": MASK_FORMAT, "denoiser": denoiser, "made": json.dumps(dict(selection.made))}
-    metadata["shapes"] = json.dumps({name: list(selection.shapes[name]) for name in selection.bits})
-    with whole_file(path) as unfinished:
-        save_file(dict(selection.bits), unfinished, metadata=metadata)
+    content = {
+        "denoiser": hash_part(model.source, model.denoiser_folder),
+        "made": dict(selection.made),
+        "shapes": {name: list(selection.shapes[name]) for name in selection.bits},
+    }
+    save_tensors(path, selection.bits, MASK_FORMAT, content)
 
 
 def load_mask(path: Path, model: Model) -> Selection:
     """Read what :func:`save_mask` wrote.  UserError if it is no mask, or one of another model."""
     if not path.is_file():
         raise UserError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
-    try:
-        bits, stored = read_tensors(path)
-        metadata = stored or {}
-        if metadata.get("format") != MASK_FORMAT:
-            raise UserError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        if shapes.keys() != bits.keys():
-            raise UserError("names and shapes differ")
-        for name, packed in bits.items():
-            if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
-                raise UserError(f"{name} has bits beyond its last element")
-        made = {str(key): str(value) for key, value in json.loads(metadata.get("made", "{}")).items()}
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path} is no mask of `fastunlearn mask`: {one_line(error)}") from error
+    bits, content = load_tensors(path, MASK_FORMAT, "mask of `fastunlearn mask`")
+    shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+    made = {str(key): str(value) for key, value in content["made"].items()}
+    for name, packed in bits.items():
+        if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
+            raise UserError(f"{path} is no mask of `fastunlearn mask`: {name} has bits beyond its last element.")
     parameters = dict(model.denoiser.named_parameters())
     for name, shape in shapes.items():
         if name not in parameters:
@@ -188,9 +176,9 @@ def load_mask(path: Path, model: Model) -> Selection:
                 f"the mask {path} is of another model: {name} has the shape {shape} there and "
                 f"{tuple(parameters[name].shape)} in {model.name}."
             )
-    if (ours := hash_part(model.source, model.denoiser_folder)) != metadata.get("denoiser"):
+    if (ours := hash_part(model.source, model.denoiser_folder)) != content["denoiser"]:
         raise UserError(
-            f"the mask {path} is of other weights: their hash is {str(metadata.get('denoiser'))[:12]}, that of "
+            f"the mask {path} is of other weights: their hash is {content['denoiser'][:12]}, that of "
             f"{model.name} is {ours[:12]}. Make one for this model with `fastunlearn mask`."
         )
     selection = Selection.of(model.denoiser, [name for name in parameters if name in bits], bits, made)
