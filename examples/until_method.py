@@ -1,16 +1,20 @@
-"""A method as another package would bring it: an option, a rule and a recipe of its own, from the public vocabulary."""
+"""A method that another package brings, with an option and a rule of its own: forget until it is enough.
+
+Its package says so in pyproject.toml, and `fastunlearn train --method until --set share=0.3 ...` finds it:
+    [project.entry-points."fastunlearn.methods"]
+    until = "until_method:UNTIL"
+"""
 
 import dataclasses
 
 from fastunlearn.methods import Method
-from fastunlearn.methods.recipe import Defaults, Recipe, Row, option
+from fastunlearn.methods.recipe import UNCONDITIONAL, Defaults, Recipe, Row, option
 from fastunlearn.methods.rules import Rule, Update
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     share: float = option("stop forgetting below this share of the concept's strength", 0.5, above=0, at_most=1)
-    verbose: bool = option("log the limit", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +35,9 @@ class Until(Rule):
 
 
 def recipe(concept):
-    rows = [Row("forget", c, c, {"": 1.0}) for c in concept.forget_prompts]
+    rows = [Row("forget", c, c, {UNCONDITIONAL: 1.0}) for c in concept.forget_prompts]
     return Recipe(rows + [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts], Until(concept.options.share))
 
 
 DEFAULTS = {"stable-diffusion": Defaults(4, 1e-3, 4, 1, "cross-attention-kv")}
-THEIRS = Method("until", "a paper", "a concept", "forgets until it is enough", recipe, DEFAULTS, options=Options)
+UNTIL = Method("until", "none", "the concept", "forgets until it is enough", recipe, DEFAULTS, options=Options)
