@@ -1,6 +1,7 @@
 """The plan of the packages, held by reading imports: who may know whom, what is heavy, what is shipped."""
 
 import ast
+import dataclasses
 import graphlib
 import subprocess
 import sys
@@ -108,6 +109,30 @@ def test_training_and_evaluating_do_not_know_each_other():
 
     assert "fastunlearn.evaluation.evaluator" not in reach("fastunlearn.training.trainer", set())
     assert "fastunlearn.training.trainer" not in reach("fastunlearn.evaluation.evaluator", set())
+
+
+def test_training_calls_evaluation_in_one_place():
+    wing = {name for name in MODULES if name.startswith("fastunlearn.training.")}
+    knowing = {name for name in wing if any(other.startswith("fastunlearn.evaluation") for other in ours(ALL[name]))}
+    assert knowing == {"fastunlearn.training.conclude"}
+
+
+def test_a_methods_options_and_a_rules_name_are_known_to_nobody_else():
+    """Else a method with an option, or another rule, would cost more than its own file."""
+    from fastunlearn.methods import all_methods, rules
+
+    options = {
+        f.name for method in all_methods().values() if method.options for f in dataclasses.fields(method.options)
+    }
+    own = {"Alternate", "Saddle", "Project", *options}
+    for name, path in MODULES.items():
+        if not name.startswith("fastunlearn.methods."):
+            tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            words = {
+                getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None) for node in tree
+            }
+            assert not words & own, name
+    assert {"Alternate", "Saddle", "Project"} <= set(dir(rules))
 
 
 def test_only_the_engine_may_import_deepspeed_and_only_inside():

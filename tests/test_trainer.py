@@ -216,6 +216,21 @@ def test_every_forget_prompt_takes_part_unless_fewer_trajectories_are_asked_for(
         assert ("12 of 13 take part; `--trajectories 13` for all" in lines.get("keep  ", "")) == (taking[1] == 12)
 
 
+def test_prompts_that_are_read_in_part_are_told(tmp_path, bundled):
+    """Forget prompts are refused; of the others the plan names those that take part."""
+    long = "a ring " * 10
+    given = {"retain_prompts": f"{long};a heart", "trajectories": 2, "anchor": "b " * 20}
+    for method in ("ovw", "uce"):
+        settings = given | ({"steps": None} if method == "uce" else {})
+        plan = plan_training(config(tmp_path, method=method, **settings), get_method(method), bundled)
+        assert long.strip() in plan.cut
+        (line,) = [line for line in plan_lines(plan) if line.startswith("cut")]
+        assert "prompts are longer than the model reads, and read in part: " in line
+    plan = plan_training(config(tmp_path, retain_prompts="a heart;a ring"), get_method("ovw"), bundled)
+    assert plan.cut == ()
+    assert not any(line.startswith("cut") for line in plan_lines(plan))
+
+
 def test_a_stray_folder_among_the_checkpoints_and_a_stray_line_are_passed_over(tmp_path, finished):
     import shutil
 

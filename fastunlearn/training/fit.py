@@ -48,8 +48,11 @@ def fit(
         trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
         exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
         engine.export(model, exported, config.save)
-    finally:
-        engine.close()
+    except BaseException:
+        if plan.world.size == 1:  # so that this process can train again; one of several ends, and waits for nobody
+            engine.close()
+        raise
+    engine.close()
     return exported
 
 

@@ -15,7 +15,7 @@ from .. import prompts
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import Concept, Defaults, Edit, Recipe, Role
+from ..methods.recipe import UNCONDITIONAL, Concept, Defaults, Edit, Recipe, Role
 from ..methods.rules import Sum
 from ..models.base import Model
 from ..models.schedulers import check_deterministic
@@ -53,6 +53,7 @@ class TrainPlan:
     bank: BankPlan
     loop_forwards: int
     seconds_per_evaluation: float
+    cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
 
     @property
     def loop_evaluations(self) -> int:
@@ -64,9 +65,8 @@ class TrainPlan:
         return 4 * self.trainable_parameters
 
     def prompts(self) -> set[str]:
-        """Every prompt that takes part."""
-        told = {*self.concept.forget_prompts, *self.concept.anchors.values(), *self.concept.retain_prompts}
-        return told if isinstance(self.recipe, Edit) else set(self.recipe.prompts())
+        """Every prompt of the method."""
+        return _prompts_of(self.concept, self.recipe)
 
 
 def plan_training(config: TrainConfig, method: Method, model: Model, world: World = ALONE) -> TrainPlan:
@@ -141,6 +141,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         bank=bank,
         loop_forwards=settings.steps * rows.rule.passes * settings.micro_batch_size * accumulation,
         seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
+        cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
     )
 
 
@@ -162,6 +163,14 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
         if value is not None and value != "none" and get_world(value) is None:
             settings[name] = prompts.from_anywhere(value)
     return dataclasses.replace(config, **settings)
+
+
+def _prompts_of(concept: Concept, recipe: Recipe | Edit, bank: BankPlan | None = None) -> set[str]:
+    """The prompts of a method; with ``bank``, those that have a trajectory in it."""
+    if isinstance(recipe, Edit):
+        return {*concept.forget_prompts, *concept.anchors.values(), *concept.retain_prompts}
+    rows = recipe.rows if bank is None else [row for row, _ in bank.assignments]
+    return set(Recipe(rows, recipe.rule, recipe.embeddings).prompts())
 
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
@@ -241,6 +250,9 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     is_edit = isinstance(plan.recipe, Edit)
     if concept.retain_prompts and (is_edit or any(row.role == "retain" for row, _ in plan.bank.assignments)):
         lines.append(f"keep        {_some(concept.retain_prompts)}{_left_out(plan, 'retain')}")
+    if plan.cut:
+        more = f"{len(plan.cut)} prompts are" if len(plan.cut) > 1 else "one prompt is"
+        lines.append(f"cut         {more} longer than the model reads, and read in part: {_some(plan.cut, 2)}")
     lines += [
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
