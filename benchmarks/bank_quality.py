@@ -21,6 +21,7 @@ from fastunlearn.evaluation.evaluator import evaluate_models
 from fastunlearn.evaluation.plan import world_groups
 from fastunlearn.files.atomic import write_json
 from fastunlearn.methods import get_method
+from fastunlearn.methods.recipe import Recipe
 from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.metrics.statistics import difference
 from fastunlearn.models.loading import load_model
@@ -28,7 +29,8 @@ from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.progress import Reporter
 from fastunlearn.training.bank import build_bank
 from fastunlearn.training.config import TrainConfig
-from fastunlearn.training.unlearn import plan_training, train
+from fastunlearn.training.fit import fit
+from fastunlearn.training.plan import plan_training
 from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 ROWS, BATCH_SIZE = 200, 8
@@ -113,6 +115,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
         checkpoint_every=0,
     )
     plan = plan_training(config, get_method(method), model)
+    assert isinstance(plan.recipe, Recipe)
     bank = build_bank(model, plan.recipe, plan.bank)
     if trajectories == "fresh":
         for role, kept in bank.role_rows.items():
@@ -120,7 +123,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
             points = kept.view(-1, plan.bank.points)
             draws = torch.randint(points.shape[1], (len(points),), generator=torch.Generator().manual_seed(seed))
             bank.role_rows[role] = points[torch.arange(len(points)), draws]
-    train(model, plan, bank, None, config, folder, Reporter())
+    fit(model, plan, bank, plan.selection, config, folder, Reporter())
 
 
 if __name__ == "__main__":

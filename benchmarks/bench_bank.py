@@ -17,12 +17,13 @@ import time
 import pytest
 import torch
 
-from fastunlearn.methods.recipe import UNCONDITIONAL, Recipe, Row, Sum
+from fastunlearn.methods.recipe import UNCONDITIONAL, Recipe, Row
+from fastunlearn.methods.rules import Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import initial_noise
 from fastunlearn.training.bank import build_bank, plan_bank
 from fastunlearn.training.engine import TorchEngine
-from fastunlearn.training.selection import select_parameters
+from fastunlearn.training.selection import Selection, select_parameters
 from fastunlearn.training.trainer import Schedule, Trainer
 
 ROWS, USUAL_ROWS, STEPS, GUIDANCE, ETA = 200, 25, 50, 3.0, 2.0
@@ -34,7 +35,8 @@ load = functools.cache(lambda role: load_model("shapes", "cpu"))
 
 
 def new_engine(model):
-    return TorchEngine(model.denoiser, select_parameters(model.denoiser, "cross-attention"), learning_rate=1e-4)
+    names = select_parameters(model.denoiser, "cross-attention")
+    return TorchEngine(model.denoiser, Selection.of(model.denoiser, names), learning_rate=1e-4)
 
 
 def usual_loop(rows=USUAL_ROWS):

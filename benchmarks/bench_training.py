@@ -97,6 +97,7 @@ def unet_step(config, rows, kind, density):
 
     from fastunlearn.models.runtime import import_diffusers
     from fastunlearn.training.engine import TorchEngine
+    from fastunlearn.training.selection import Selection
 
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -116,7 +117,7 @@ def unet_step(config, rows, kind, density):
     named = dict(unet.named_parameters())
     if kind == "ours":
         bits = {name: pack_bits(torch.rand(p.shape, device="cuda") < density) for name, p in named.items()}
-        engine = TorchEngine(unet, list(named), learning_rate=1e-5, bits=bits, mixed_precision="bf16")
+        engine = TorchEngine(unet, Selection.of(unet, list(named), bits), learning_rate=1e-5, mixed_precision="bf16")
 
         def step():
             engine.backward(loss())

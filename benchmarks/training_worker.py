@@ -15,12 +15,14 @@ import torch
 from fastunlearn_kernels import pack_bits
 
 from fastunlearn.distributed import World, world_of_environment
-from fastunlearn.methods.recipe import Recipe, Row, Sum
+from fastunlearn.methods.recipe import Recipe, Row
+from fastunlearn.methods.rules import Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.training.bank import build_bank, plan_bank
 from fastunlearn.training.deepspeed_config import read_deepspeed
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.engine_deepspeed import DeepSpeedEngine
+from fastunlearn.training.selection import Selection
 from fastunlearn.training.trainer import Schedule, Trainer
 
 ROWS = 8  # a step, over all processes
@@ -41,8 +43,9 @@ def make_trainer(case, world: World, folder: Path) -> Trainer:
     bank = build_bank(model, recipe, plan)
     names = [name for name, _ in model.denoiser.named_parameters()]
     bits = None if case["density"] is None else mask_bits(model, case["density"])
+    selection = Selection.of(model.denoiser, names, bits)
     if case["stage"] is None:
-        engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.denoiser, names, learning_rate=1e-5, bits=bits)
+        engine: TorchEngine | DeepSpeedEngine = TorchEngine(model.denoiser, selection, learning_rate=1e-5)
     else:
         path = folder / f"ds-{world.rank}.json"
         buckets = {"reduce_bucket_size": 1_000_000}  # as large as the model's own largest tensors need
@@ -57,7 +60,7 @@ def make_trainer(case, world: World, folder: Path) -> Trainer:
             max_grad_norm=1.0,
             default_micro_batch_size=1,
         )
-        engine = DeepSpeedEngine(model.denoiser, names, settings=settings, world=world, learning_rate=1e-5, bits=bits)
+        engine = DeepSpeedEngine(model.denoiser, selection, settings=settings, world=world, learning_rate=1e-5)
     schedule = Schedule(10**6, ROWS // world.size, seed=0, log_every=10**6, checkpoint_every=0)
     return Trainer(model, bank, Sum(), engine, schedule, folder)
 

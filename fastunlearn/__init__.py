@@ -18,6 +18,7 @@ _PUBLIC = {
     "Metric": "metrics.base",
     "PerceptualDistance": "metrics.lpips",
     "Reporter": "progress",
+    "UnlearnResult": "training.result",
     "Verdicts": "judges.base",
     "evaluate": "evaluation.evaluate",
     "evaluate_images": "evaluation.evaluate_images",
@@ -37,6 +38,7 @@ __all__ = [
     "PerceptualDistance",
     "Reporter",
     "TrainConfig",
+    "UnlearnResult",
     "UserError",
     "Verdicts",
     "__version__",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .models.loading import load_model
     from .progress import Reporter
     from .training.config import TrainConfig
+    from .training.result import UnlearnResult
     from .training.unlearn import unlearn
 
 

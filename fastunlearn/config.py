@@ -6,8 +6,10 @@ A field is a flag: ``micro_batch_size`` is ``--micro-batch-size`` on the command
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -28,6 +30,20 @@ LARGEST = 2**32 - 1  # of any number: what a seed can be, and more than anything
 
 def setting(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def map_setting(help: str, flag: str) -> Any:
+    """A setting of names and values: ``--flag NAME=VALUE``, as often as wanted, or a map in YAML."""
+    return dataclasses.field(default_factory=dict, metadata={"help": help, "flag": flag})
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The flag of a field: ``--micro-batch-size``."""
+    return "--" + str(field.metadata.get("flag", field.name)).replace("_", "-")
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def to_yaml(config: Config) -> str:
@@ -53,34 +69,100 @@ def read_yaml(path: Path, kind: type[Config]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"the config file {path} has an unknown name {key!r}. Known: {', '.join(known)}.")
-        values[name] = _converted(kind, name, value, path)
+        values[name] = converted(kind, name, value, f"the config file {path}: `{name}`")
     return values
 
 
-def _converted(kind: type[Config], name: str, value: Any, path: Path) -> Any:
+def converted(kind: type[Any], name: str, value: Any, where: str) -> Any:
+    """A value as the field ``name`` of ``kind`` has it.  Raises UserError, beginning with ``where``, if it is none."""
     accepted, choices = field_type(kind, name)
     if value is None and kind.__dataclass_fields__[name].default is None:
         return None
     if accepted is tuple:
-        items = value if isinstance(value, list) else [value]
+        items = list(value) if isinstance(value, list | tuple) else [value]
         if not all(isinstance(item, str) for item in items):
-            raise UserError(f"the config file {path}: `{name}` must be a text or a list of texts, got {value!r}.")
+            raise UserError(f"{where} must be a text or a list of texts, got {value!r}.")
         return tuple(items)
+    if accepted is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a map of names to values, got {value!r}.")
+        return {str(key).replace("-", "_"): item for key, item in value.items()}
     if value is False and "no" in choices:  # YAML reads a bare `no` so
         return "no"
     try:
         if isinstance(value, bool) != (accepted is bool) or isinstance(value, list | dict | None):
             raise ValueError
-        converted = accepted(value)
-        if (accepted is int and float(value) != converted) or (choices and converted not in choices):
+        result = accepted(value)
+        if (accepted is int and not isinstance(value, int) and float(value) != result) or (
+            choices and result not in choices
+        ):
             raise ValueError
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         wanted = " or ".join(choices) if choices else accepted.__name__
-        raise UserError(f"the config file {path}: `{name}` must be {wanted}, got {value!r}.") from None
-    return converted
+        raise UserError(f"{where} must be {wanted}, got {value!r}.") from None
+    return result
 
 
-def field_type(kind: type[Config], name: str) -> tuple[type, tuple[str, ...]]:
+def check_types(config: Settings) -> None:
+    """Bring each setting to the type of its field: a path to a text, a number of numpy's to Python's.
+
+    Raises UserError for a value of another type.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            continue  # its range is checked where it has one
+        object.__setattr__(config, field.name, converted(type(config), field.name, value, f"`{field.name}`"))
+
+
+Options = TypeVar("Options")
+
+
+def with_options(base: Options, given: Mapping[str, Any], owner: str) -> Options:
+    """``base``, an object of options or None for an owner without any, with the values that are given.
+
+    A value may be a text, as the command line has it.  Raises UserError, in one line, for a name that is no option, for
+    a value of another type and for a number out of its range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(base)} if base is not None else {}  # type: ignore[arg-type]
+    changed = {}
+    for name, value in given.items():
+        if name not in fields:
+            has = f"It has: {', '.join(fields)}" if fields else "It has none"
+            raise UserError(f"{owner} has no option {name!r}. {has}.")
+        where = f"{owner}: the option `{name}`"
+        accepted, _ = field_type(type(base), name)
+        if isinstance(value, str) and accepted is bool and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        if isinstance(value, str) and fields[name].default is None and value.lower() in ("none", "null"):
+            value = None
+        value = converted(type(base), name, value, where)
+        _check_limits(value, fields[name].metadata, where)
+        changed[name] = value
+    return dataclasses.replace(base, **changed) if changed else base  # type: ignore[type-var]
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any], where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, got {value}.")
+    if "above" in limits and not value > limits["above"]:
+        raise UserError(f"{where} must be above {limits['above']:g}, got {value}.")
+    if "at_least" in limits and not value >= limits["at_least"]:
+        raise UserError(f"{where} must be at least {limits['at_least']:g}, got {value}.")
+    if "at_most" in limits and not value <= limits["at_most"]:
+        raise UserError(f"{where} must be at most {limits['at_most']:g}, got {value}.")
+
+
+def type_name(kind: type[Any], name: str) -> str:
+    """What a field accepts, for people."""
+    accepted, choices = field_type(kind, name)
+    optional = " or none" if kind.__dataclass_fields__[name].default is None else ""
+    return (" | ".join(choices) if choices else accepted.__name__) + optional
+
+
+def field_type(kind: type[Any], name: str) -> tuple[type, tuple[str, ...]]:
     """(type, choices) of a field, None being left out of a union."""
     hint = typing.get_type_hints(kind)[name]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # the latter of a Literal and None
@@ -89,6 +171,8 @@ def field_type(kind: type[Config], name: str) -> tuple[type, tuple[str, ...]]:
         return str, typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return tuple, ()
+    if typing.get_origin(hint) in (dict, Mapping):
+        return dict, ()
     return hint, ()
 
 

@@ -43,6 +43,11 @@ def parse_prompts(value: str) -> list[str]:
     return [prompt for prompt, _ in read_prompts(value).grouped]
 
 
+def from_anywhere(value: str) -> str:
+    """``FILE`` with its whole path, so that it means the same in any working folder; other texts as they are."""
+    return str(Path(value).expanduser().resolve()) if _names_a_file(value) else value
+
+
 def parse_grouped_prompts(value: str) -> list[tuple[str, str]]:
     """The (prompt, group) of :func:`read_prompts`."""
     return read_prompts(value).grouped

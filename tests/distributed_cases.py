@@ -18,6 +18,7 @@ from fastunlearn.training.deepspeed_config import read_deepspeed
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.engine_deepspeed import DeepSpeedEngine
 from fastunlearn.training.export import overlay
+from fastunlearn.training.selection import Selection
 
 NAMES = ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias"]
 LR, DECAY, STEPS, ROWS = 1e-2, 0.1, 4, 8
@@ -101,20 +102,19 @@ def deepspeed_engine(folder, name, world, *, bits, clip, scope="selected", accum
     module = Net()
     return DeepSpeedEngine(
         module,
-        NAMES,
+        Selection.of(module, NAMES, bits),
         settings=settings(folder, name, world, clip, accumulation),
         world=world,
         learning_rate=LR,
         weight_decay=DECAY,
-        bits=bits,
         clip_scope=scope,
     )
 
 
 def torch_engine(*, bits, clip, scope="selected"):
-    return TorchEngine(
-        Net(), NAMES, learning_rate=LR, weight_decay=DECAY, max_grad_norm=clip, bits=bits, clip_scope=scope
-    )
+    module = Net()
+    selection = Selection.of(module, NAMES, bits)
+    return TorchEngine(module, selection, learning_rate=LR, weight_decay=DECAY, max_grad_norm=clip, clip_scope=scope)
 
 
 def whole(engine, values):
@@ -164,11 +164,12 @@ def check_case(folder, name, world, *, label="", **options):
         trained, moved, selected, furthest = whole(engine, values), 0, 0, 0.0
         outside = int(changed)
         for key, before in original.items():
-            inside = engine.selection.mask(key).view(before.shape) if key in NAMES else torch.zeros_like(before).bool()
+            known = key in engine.selection.shapes
+            inside = engine.selection.mask(key).view(before.shape) if known else torch.zeros_like(before).bool()
             outside += int((trained[key].view(torch.int32) != before.view(torch.int32))[~inside].sum())
             moved += int((trained[key] != before)[inside].sum())
             selected += int(inside.sum())
-            if key in NAMES and len(values[key]):
+            if known:
                 furthest = max(furthest, float((values[key] - expected[key]).abs().max()))
         error = max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True))
         kind = type(engine.deepspeed.optimizer).__name__
@@ -198,10 +199,9 @@ def check_resume(folder, name, other, world, bits):
     alone.load(folder / f"checkpoint {name}")
     train(alone, 2, 4)
     distance = [
-        max(float((values[n] - expected[n]).abs().max()) for n in NAMES if len(expected[n]))
-        for values in (*result, alone.values())
+        max(float((values[n] - expected[n]).abs().max()) for n in expected) for values in (*result, alone.values())
     ]
-    equal = all(torch.equal(result[0][n].view(torch.int32), expected[n].view(torch.int32)) for n in NAMES)
+    equal = all(torch.equal(result[0][n].view(torch.int32), expected[n].view(torch.int32)) for n in expected)
     return {"name": name, "bitwise": equal, "other_stage": distance[1], "one_process": distance[2]}
 
 

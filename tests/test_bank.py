@@ -1,11 +1,14 @@
 """The bank: what it holds is what a fresh computation gives, at the promised number of UNet evaluations."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
-from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Alternate, Recipe, Row, Sum
+from fastunlearn.errors import UserError
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Recipe, Row
+from fastunlearn.methods.rules import Alternate, Sum
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.models.sampling import initial_noise, sample
 from fastunlearn.training.bank import build_bank, plan_bank
@@ -175,3 +178,97 @@ def test_a_sampler_may_have_more_points_than_steps(bundled):
     assert planned.points == 4
     assert len(bank) == planned.rows == 4 * 4
     assert bank.timesteps.view(4, 4).tolist() == [model.new_scheduler(3).timesteps.tolist()] * 4
+
+
+# ---- weights, windows and embeddings of rows -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window", "points", "expected"),
+    [
+        (None, 7, range(7)),
+        ((0.0, 1.0), 7, range(7)),
+        ((0.0, 0.5), 4, range(2)),
+        ((0.5, 1.0), 4, range(2, 4)),
+        ((0.0, 0.5), 5, range(3)),  # a point in the middle is in the first half alone
+        ((0.5, 1.0), 5, range(3, 5)),
+        ((0.2, 0.6), 10, range(2, 6)),
+        ((0.1, 0.3), 50, range(5, 15)),
+    ],
+)
+def test_a_window_is_a_share_of_the_points_in_the_samplers_order(window, points, expected):
+    assert Row("forget", "a", "a", {"a": 1.0}, timesteps=window).window(points) == expected
+
+
+def test_windows_side_by_side_hold_every_point_once():
+    edges = [0, 0.07, 0.33, 0.5, 0.51, 0.9, 1]
+    for points in (100, 313, 1000):
+        rows = [Row("forget", "a", "a", {"a": 1.0}, timesteps=pair) for pair in itertools.pairwise(edges)]
+        assert [n for row in rows for n in range(points) if n in row.window(points)] == list(range(points))
+
+
+@pytest.mark.parametrize("window", [(0.5, 0.5), (0.6, 0.2), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 1.0)])
+def test_a_window_that_is_none_is_refused(window):
+    with pytest.raises(ValueError, match=r"a window \(first, last\) within 0 and 1"):
+        Row("forget", "a", "a", {"a": 1.0}, timesteps=window)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(ValueError, match="a row's weight must be a finite number"):
+        Row("forget", "a", "a", {"a": 1.0}, weight=weight)
+
+
+def test_rows_are_trained_on_within_their_window_with_their_weight(bundled):
+    recipe = Recipe(
+        [
+            Row("forget", FORGET, FORGET, {FORGET: 1.0}, weight=2.5, timesteps=(0.0, 0.5)),
+            Row("retain", RETAIN, RETAIN, {RETAIN: 1.0}),
+        ],
+        Sum(),
+    )
+    planned = plan(bundled, trajectories=2, steps=4, recipe=recipe)
+    assert (planned.rows, planned.trained_rows) == (16, 12)
+    bank = build_bank(bundled, recipe, planned)
+    timesteps = bundled.new_scheduler(4).timesteps
+    forget = bank.role_rows["forget"]
+    assert bank.timesteps[forget].tolist() == [*timesteps[:2].tolist()] * 2, "the noisy half of each trajectory"
+    assert len(bank.role_rows["retain"]) == 8
+    batch = bank.batch([("forget", 9), ("retain", 5)], 3, 0)
+    assert batch.weights.tolist() == [2.5] * 9 + [1.0] * 5
+    assert set(batch.row_index[:9].tolist()) <= set(forget.tolist())
+
+
+def test_a_window_without_a_point_is_refused_by_the_plan(bundled):
+    recipe = Recipe([Row("forget", FORGET, FORGET, {FORGET: 1.0}, timesteps=(0.9, 0.95))], Sum())
+    with pytest.raises(UserError, match=r"\(0\.9, 0\.95\) holds none of a trajectory's 3 points.*--trajectory-steps"):
+        plan(bundled, recipe=recipe)
+
+
+def test_a_named_embedding_stands_where_a_prompt_could(bundled):
+    """An embedding equal to a prompt's encoding gives the rows of the prompt; as a trajectory it has its own noise."""
+    states = {key: values[0] for key, values in bundled.encode([ANCHOR]).tensors.items()}
+    mixed = {key: (values[0] + states[key]) / 2 for key, values in bundled.encode([FORGET]).tensors.items()}
+
+    def rows(anchor, condition):
+        return [Row("forget", FORGET, condition, {anchor: 2.0, UNCONDITIONAL: -1.0})]
+
+    plain = Recipe(rows(ANCHOR, FORGET), Sum())
+    named = Recipe(rows("as the anchor", "between"), Sum(), {"as the anchor": states, "between": mixed})
+    assert named.prompts() == [UNCONDITIONAL, FORGET]
+    banks = [build_bank(bundled, recipe, plan(bundled, recipe=recipe)) for recipe in (plain, named)]
+    torch.testing.assert_close(banks[0].teacher_preds, banks[1].teacher_preds, atol=1e-5, rtol=1e-4)
+    assert torch.equal(banks[0].coefficients, banks[1].coefficients)
+    conditions = banks[1].batch([("forget", 2)], 0, 0).conditions
+    for key, values in mixed.items():
+        assert torch.equal(conditions[key], torch.stack([values, values]))
+    own = Recipe([Row("retain", "between", "between", {"between": 1.0})], Sum(), {"between": mixed})
+    bank = build_bank(bundled, own, plan(bundled, recipe=own, trajectories=1))
+    prediction = bundled.predict(bank.latents[:1], bank.timesteps[:1], {key: v[None] for key, v in mixed.items()})
+    torch.testing.assert_close(bank.teacher_preds[1, :1], prediction, atol=1e-4, rtol=1e-4)
+
+
+def test_an_embedding_that_lacks_a_part_is_named(bundled):
+    recipe = Recipe([Row("forget", "e", "e", {"e": 1.0})], Sum(), {"e": {"pooled": torch.zeros(3)}})
+    with pytest.raises(ValueError, match=r"the embedding 'e' must have \['encoder_hidden_states'\], got \['pooled'\]"):
+        build_bank(bundled, recipe, plan(bundled, recipe=recipe))

@@ -39,7 +39,7 @@ FLAGS = {
         *("mask", "mask-density", "mask-granularity", "clip-scope", "gradient-accumulation-steps", "save"),
         *("deepspeed", "num-processes"),
         *("steps", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories", "trajectory-steps"),
-        *("trajectory-guidance-scale", "trainable", "retain-weight", "negative-guidance", "kappa", "weight-decay"),
+        *("trajectory-guidance-scale", "trainable", "retain-weight", "set", "weight-decay"),
         *("max-grad-norm", "seed", "mixed-precision", "device", "checkpoint-every", "log-every"),
         *("evaluation-prompts", "dry-run", "resume", "overwrite"),
     },
@@ -119,7 +119,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
             assert words[0] == "fastunlearn"
             assert cli(*words[1:]).status == 0, line
-    assert len(taken) == 16
+    assert len(taken) == 17
 
 
 def test_the_version_is_the_packages(cli):
@@ -149,7 +149,7 @@ def test_train_writes_a_run_and_says_where(cli, tmp_path):
     answer = cli(*TRAIN, "--output", tmp_path / "run")
     assert (answer.status, answer.err) == (0, "")
     assert str(tmp_path / "run" / "model") in answer.out
-    names = {"checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json"}
+    names = {"checkpoints", "config.yaml", "metrics.jsonl", "model", "run-key.json", "run.json"}
     assert names_in(tmp_path / "run") == names
     assert not temporary_files_in(tmp_path)
 
@@ -240,7 +240,7 @@ NUMBERS = [
     *(("train", flag, "-1") for flag in ("--checkpoint-every", "--seed", "--retain-weight", "--weight-decay")),
     *(("train", flag, value) for flag in ("--mask-density",) for value in ("0", "1.5", "nan")),
     ("train", "--gradient-accumulation-steps", "0"),
-    *(("train", flag, "nan") for flag in ("--kappa", "--negative-guidance", "--weight-decay", "--retain-weight")),
+    *(("train", flag, "nan") for flag in ("--weight-decay", "--retain-weight")),
     *(("evaluate", flag, "0") for flag in ("--seeds-per-prompt", "--batch-size", "--num-inference-steps")),
     *(("evaluate", "--guidance-scale", value) for value in ("-1", "nan", "inf")),
     ("demo", "--seed", "-1"),
@@ -339,7 +339,15 @@ ASKED = {
     "empty selector": (["--trainable", ","], r"selects no parameter"),
     "anchor that is the concept": (["--anchor", "Star"], r"`--anchor` 'Star' leaves"),
     "anchor of a method without": (["--method", "saddle", "--anchor", "ring"], r"saddle takes no `--anchor`"),
-    "another method's setting": (["--kappa", "2"], r"`--kappa` is no setting of the method ovw"),
+    "another method's option": (["--set", "kappa=2"], r"the method ovw has no option 'kappa'\. It has none\."),
+    "unknown option": (
+        ["--method", "saddle", "--set", "kapa=2"],
+        r"saddle has no option 'kapa'\. It has: kappa, dual_rate, lambda_start, lambda_max\.",
+    ),
+    "option of another type": (["--method", "esd", "--set", "negative_guidance=far"], r"must be float, got 'far'"),
+    "option out of range": (["--method", "saddle", "--set", "kappa=0"], r"`kappa` must be above 0, got 0"),
+    "option that is no number": (["--method", "esd", "--set", "negative-guidance=nan"], r"a finite number, got nan"),
+    "steps of an edit": (["--method", "uce"], r"uce computes its weights in no steps\. Leave `--steps` out"),
     "more trajectory steps than the sampler has": (["--trajectory-steps", 1001], r"1000"),
 }
 
@@ -624,7 +632,7 @@ def test_a_disk_too_small_for_a_checkpoint_holds_no_half_one(refused, small_disk
     line = refused(*TRAIN, "--output", disk / "run")
     assert "the disk is full" in line
     assert "Free some space" in line
-    assert names_in(disk / "run") == {"checkpoints", "config.yaml", "metrics.jsonl"}
+    assert names_in(disk / "run") == {"checkpoints", "config.yaml", "metrics.jsonl", "run-key.json"}
     assert not list((disk / "run" / "checkpoints").iterdir())
     assert_whole(disk)
 
@@ -635,7 +643,7 @@ def test_a_disk_too_small_for_the_model_holds_no_half_one_and_the_run_goes_on_wh
     pipeline = sum(path.stat().st_size for path in pipeline_folder("shapes").rglob("*") if path.is_file())
     disk = small_disk(pipeline)
     assert "the disk is full" in refused(*TRAIN, "--output", disk / "run")
-    assert names_in(disk / "run") == {"checkpoints", "config.yaml", "metrics.jsonl"}
+    assert names_in(disk / "run") == {"checkpoints", "config.yaml", "metrics.jsonl", "run-key.json"}
     assert_whole(disk)
     subprocess.run(["mount", "-o", f"remount,size={4 * pipeline}", str(disk)], check=True, timeout=60)
     assert cli("train", "--resume", "--output", disk / "run").status == 0
@@ -791,7 +799,7 @@ def test_stopping_an_evaluation_keeps_the_earlier_results(cli, refused, tmp_path
 
 
 def test_a_demo_can_be_stopped_and_run_again(refused, tmp_path, monkeypatch, finished):
-    def stopped(config, reporter):
+    def stopped(config, reporter=None):
         shutil.copytree(finished, config.output)
         raise trainer_module.Interrupted("stopped at step 2 of 60")
 

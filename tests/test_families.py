@@ -26,12 +26,14 @@ from tiny_models import (
 from fastunlearn import TrainConfig, plugins, unlearn
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
-from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Recipe, Row, Sum
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Recipe, Row
+from fastunlearn.methods.rules import Sum
 from fastunlearn.models.base import Model
 from fastunlearn.models.families import all_families, family_of
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.sampling import SamplerSpec, initial_noise
 from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.edit import text_matrices
 from fastunlearn.training.selection import select_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # KDPM2 and numpy
@@ -237,6 +239,26 @@ def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(fo
     moved = {name for name in old if old[name].numpy().tobytes() != new[name].numpy().tobytes()}
     assert moved
     assert moved <= set(select_parameters(model, trainable))
+    ours = images_of(model)
+    assert_same(ours, images_of_diffusers(result))
+    assert not torch.equal(ours, images_of_diffusers(folder))
+
+
+EDITED = {"sd1 DDIM": "cross-attention-kv", "sdxl": "cross-attention-kv", "pixart": "all"}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder_of, tmp_path, case):
+    """Which weights these are is found by one forward: PixArt's text goes through a projection of its own."""
+    folder = folder_of(case)
+    settings = {"steps": None, "learning_rate": None, "trainable": EDITED[case]}
+    unlearn(settings_of(folder, tmp_path / "run", "uce", **settings))
+    result = tmp_path / "run" / "model"
+    model = load_model(str(result), "cpu")
+    (weights,) = {path.relative_to(result) for path in (result / model.denoiser_folder).glob("*.safetensors")}
+    old, new = load_file(folder / weights), load_file(result / weights)
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert moved == set(text_matrices(model))
     ours = images_of(model)
     assert_same(ours, images_of_diffusers(result))
     assert not torch.equal(ours, images_of_diffusers(folder))

@@ -1,6 +1,7 @@
 """The plan of the packages, held by reading imports: who may know whom, what is heavy, what is shipped."""
 
 import ast
+import dataclasses
 import graphlib
 import subprocess
 import sys
@@ -87,8 +88,10 @@ def test_the_kernels_know_nothing_of_the_engine():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("fastunlearn.methods.")])
 def test_a_method_knows_the_recipe_and_little_else(name):
-    assert ours(ALL[name]) <= {"fastunlearn.methods.recipe", "fastunlearn.methods"}
-    assert not tops(ALL[name]) & HEAVY
+    known = {"fastunlearn.methods.recipe", "fastunlearn.methods.rules", "fastunlearn.methods", "fastunlearn.errors"}
+    assert ours(ALL[name]) <= known
+    assert not tops(AT_IMPORT[name]) & HEAVY
+    assert tops(ALL[name]) & HEAVY <= {"torch"}, "an edit is linear algebra"
 
 
 def test_the_vocabulary_and_the_settings_are_light():
@@ -113,6 +116,30 @@ def test_metrics_know_worlds_but_no_single_one():
         if name.startswith("fastunlearn.metrics"):
             known = {other for other in ours(ALL[name]) if other.startswith("fastunlearn.worlds")}
             assert known <= {"fastunlearn.worlds", "fastunlearn.worlds.base"}, name
+
+
+def test_training_calls_evaluation_in_one_place():
+    wing = {name for name in MODULES if name.startswith("fastunlearn.training.")}
+    knowing = {name for name in wing if any(other.startswith("fastunlearn.evaluation") for other in ours(ALL[name]))}
+    assert knowing == {"fastunlearn.training.conclude"}
+
+
+def test_a_methods_options_and_a_rules_name_are_known_to_nobody_else():
+    """Else a method with an option, or another rule, would cost more than its own file."""
+    from fastunlearn.methods import all_methods, rules
+
+    options = {
+        f.name for method in all_methods().values() if method.options for f in dataclasses.fields(method.options)
+    }
+    own = {"Alternate", "Saddle", "Project", *options}
+    for name, path in MODULES.items():
+        if not name.startswith("fastunlearn.methods."):
+            tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            words = {
+                getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None) for node in tree
+            }
+            assert not words & own, name
+    assert {"Alternate", "Saddle", "Project"} <= set(dir(rules))
 
 
 def test_only_the_engine_may_import_deepspeed_and_only_inside():

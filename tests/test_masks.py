@@ -8,9 +8,12 @@ from fastunlearn_kernels import unpack_bits
 from safetensors.torch import load_file
 from torch import nn
 
-from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row, Sum
+from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row
+from fastunlearn.methods.rules import Sum
+from fastunlearn.models.loading import load_model
 from fastunlearn.training.bank import build_bank, plan_bank
-from fastunlearn.training.selection import GradMask, load_mask, make_mask, select_parameters
+from fastunlearn.training.saliency import make_mask
+from fastunlearn.training.selection import Selection, load_mask, save_mask, select_parameters
 
 
 class Attention(nn.Module):
@@ -121,8 +124,12 @@ def mask(bundled):
 @pytest.mark.parametrize("granularity", ["element", "sector", "row"])
 def test_a_mask_has_its_density_and_granularity(bundled, granularity):
     result = make(bundled, granularity=granularity)
-    total = sum(math.prod(shape) for shape in result.shapes.values())
-    assert sum(result.count(name) for name in result.bits) == total // 4
+    named = dict(bundled.denoiser.named_parameters())
+    total = sum(named[name].numel() for name in select_parameters(bundled.denoiser, KV))
+    assert result.total == total // 4
+    assert {name: int(unpack_bits(bits, result.shapes[name]).sum()) for name, bits in result.bits.items()} == dict(
+        result.lengths
+    )
     for name, bits in result.bits.items():
         unpacked = unpack_bits(bits, result.shapes[name])
         if granularity == "row":
@@ -159,7 +166,7 @@ def test_making_a_mask_leaves_the_model_as_it_was(bundled):
 
 
 def test_a_mask_is_read_as_it_was_written(bundled, mask, tmp_path):
-    mask.save(tmp_path / "mask.safetensors")
+    save_mask(mask, tmp_path / "mask.safetensors", bundled)
     result = load_mask(tmp_path / "mask.safetensors", bundled)
     assert result.shapes == mask.shapes
     assert result.made == mask.made
@@ -172,20 +179,23 @@ def test_a_mask_is_read_as_it_was_written(bundled, mask, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_hash": "0" * 64}, "of other weights"),
-        ({"rename": "somewhere.else"}, "of another model: it names 'somewhere.else'"),
-        ({"shape": "flat"}, "of another model: .* has the shape"),
+        ("weights", "of other weights"),
+        ("rename", "of another model: it names 'somewhere.else'"),
+        ("shape", "of another model: .* has the shape"),
     ],
 )
-def test_a_mask_of_another_model_is_refused(bundled, mask, tmp_path, change, said):
+def test_a_mask_of_another_model_is_refused(bundled, mask, tmp_path, pipeline_copy, change, said):
     name = next(iter(mask.bits))
     bits, shapes = dict(mask.bits), dict(mask.shapes)
-    if "rename" in change:
-        bits[change["rename"]], shapes[change["rename"]] = bits.pop(name), shapes.pop(name)
-    if "shape" in change:
-        shapes[name] = (math.prod(shapes[name]),)
-    other = GradMask(bits, shapes, change.get("model_hash", mask.model_hash))
-    other.save(tmp_path / "mask.safetensors")
+    if change == "rename":
+        bits["somewhere.else"], shapes["somewhere.else"] = bits.pop(name), shapes.pop(name)
+    if change == "shape":
+        shapes[name] = torch.Size([math.prod(shapes[name])])
+    made_for = bundled
+    if change == "weights":
+        (pipeline_copy / "unet" / "config.json").write_text((pipeline_copy / "unet" / "config.json").read_text() + " ")
+        made_for = load_model(str(pipeline_copy), "cpu")
+    save_mask(Selection(shapes, bits), tmp_path / "mask.safetensors", made_for)
     with pytest.raises(ValueError, match=said):
         load_mask(tmp_path / "mask.safetensors", bundled)
 

@@ -8,21 +8,31 @@ import pytest
 
 from fastunlearn import plugins
 from fastunlearn.methods import Method, all_methods, broken_methods, get_method
-from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Alternate, Concept, Recipe, Row, Saddle, Sum
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edit, Recipe, Row
+from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
-NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "placebo", "identity")
+NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "uce", "placebo", "identity")
 FAMILIES = ("shapes", "stable-diffusion")
 
 
-def concept(name, family="shapes", **settings):
-    defaults = dataclasses.replace(get_method(name).defaults[family], **settings)
+def concept(name, family="shapes", options=None, **settings):
+    method = get_method(name)
+    defaults = dataclasses.replace(method.defaults_for(family), **settings)
+    defaults = method.with_options(defaults, options or {})
     anchors = {"a star": "a circle", "star": "circle"}
     return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults)
 
 
 def recipe(name, **settings):
     return get_method(name).recipe(concept(name, **settings))
+
+
+def trains(name):
+    return not isinstance(recipe(name), Edit)
+
+
+TRAINED = [name for name in NAMES if trains(name)]
 
 
 def rows_of(result, role):
@@ -42,7 +52,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("eta", [0.5, 1.0, 2.0, 7.5])
 def test_esd_guides_the_concept_away_from_itself(eta):
     """T(c) - eta * (T(c) - T("")), on the concept's own trajectory, and nothing about other prompts."""
-    told = dataclasses.replace(concept("esd", negative_guidance=eta), anchor=None, anchors={})
+    told = dataclasses.replace(concept("esd", options={"negative_guidance": eta}), anchor=None, anchors={})
     result = get_method("esd").recipe(told)
     assert result.rule == Sum()
     assert [row.condition for row in result.rows] == ["a star", "star"]
@@ -53,7 +63,7 @@ def test_esd_guides_the_concept_away_from_itself(eta):
 
 def test_esd_with_an_anchor_starts_from_the_anchor():
     """T(a) - eta * (T(c) - T(""))."""
-    rows = recipe("esd", negative_guidance=2.0).rows
+    rows = recipe("esd", options={"negative_guidance": 2.0}).rows
     assert [(row.trajectory, row.condition, dict(row.target)) for row in rows] == [
         ("a star", "a star", {"a circle": 1.0, "a star": -2.0, UNCONDITIONAL: 2.0}),
         ("star", "star", {"circle": 1.0, "star": -2.0, UNCONDITIONAL: 2.0}),
@@ -62,7 +72,7 @@ def test_esd_with_an_anchor_starts_from_the_anchor():
 
 def test_esd_with_the_empty_anchor_counts_the_unconditional_once():
     told = dataclasses.replace(
-        concept("esd", negative_guidance=2.0), anchor="", anchors={"a star": EMPTY, "star": EMPTY}
+        concept("esd", options={"negative_guidance": 2.0}), anchor="", anchors={"a star": EMPTY, "star": EMPTY}
     )
     assert [dict(row.target) for row in get_method("esd").recipe(told).rows] == [
         {EMPTY: 1.0, "a star": -2.0, UNCONDITIONAL: 2.0},
@@ -77,6 +87,7 @@ def test_which_methods_take_an_anchor():
         "saddle": "none",
         "salun": "needed",
         "neggrad": "none",
+        "uce": "needed",
         "placebo": "none",
         "identity": "none",
     }
@@ -96,7 +107,7 @@ def test_ovw_overwrites_by_the_anchor_and_holds_the_rest():
 
 
 def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
-    result = recipe("saddle", kappa=2.5)
+    result = recipe("saddle", options={"kappa": 2.5})
     assert isinstance(result.rule, Saddle)
     assert result.rule.kappa == 2.5
     assert [dict(row.target) for row in rows_of(result, "forget")] == [
@@ -143,26 +154,33 @@ def test_the_identity_has_no_rows():
 
 @pytest.mark.parametrize(("name", "family"), list(itertools.product(NAMES, FAMILIES)))
 def test_defaults_are_settings_that_a_user_could_give(name, family):
-    defaults = dataclasses.asdict(get_method(name).defaults[family])
-    config = TrainConfig(forget="star", output="run", **defaults)
+    method = get_method(name)
+    defaults = dataclasses.asdict(method.defaults_for(family))
+    options = defaults.pop("options") or {}
+    config = TrainConfig(forget="star", output="run", options=options, **defaults)
     assert all(getattr(config, field) == value for field, value in defaults.items())
+    again = method.with_options(method.defaults_for(family), {name: str(value) for name, value in options.items()})
+    assert again == method.defaults_for(family), "as texts of the command line, too"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle"), ("mask_density", "salun")]
-)
-def test_a_methods_own_setting_belongs_to_it_alone(setting, owner, family):
-    having = [m.name for m in all_methods().values() if getattr(m.defaults[family], setting) is not None]
+@pytest.mark.parametrize(("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle"), ("ridge", "uce")])
+def test_a_methods_own_option_belongs_to_it_alone(setting, owner, family):
+    having = [m.name for m in all_methods().values() if hasattr(m.defaults_for(family).options, setting)]
     assert having == [owner]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_salun_alone_makes_a_mask_by_default(family):
+    assert [m.name for m in all_methods().values() if m.defaults_for(family).mask_density is not None] == ["salun"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_method_that_uses_retain_rows_asks_for_retain_prompts(name):
     assert get_method(name).needs_retain == bool(rows_of(recipe(name), "retain"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_controls_are_those_without_forget_rows(name):
     assert get_method(name).is_control == (not rows_of(recipe(name), "forget"))
 
@@ -173,7 +191,9 @@ def test_controls_are_those_without_forget_rows(name):
 )
 def test_a_world_or_a_family_picks_its_defaults(key, chosen):
     method = get_method("esd")
-    assert method.defaults_for(key) is method.defaults[chosen]
+    defaults = method.defaults_for(key)
+    assert dataclasses.replace(defaults, options=None) == method.defaults[chosen]
+    assert defaults.options == method.options()
 
 
 @pytest.mark.parametrize("target", [{}, {"a": 0.5}, {"a": 1.0, "": 1.0}, {"a": float("nan")}, {"a": 1 + 1e-6}], ids=str)

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from fastunlearn import plugins
-from fastunlearn.cli import console
+from fastunlearn.cli import methods
 from fastunlearn.errors import UserError
 from fastunlearn.methods import all_methods, get_method
 
@@ -44,7 +44,7 @@ def test_a_faulty_plug_in_is_named_and_harms_nobody_else(faulty, refused, cli, c
         get_method("theirs")
     line = refused("train", "--forget", "star", "--method", "theirs", "--output", tmp_path / "run")
     assert faulty in line
-    console.methods_table()
+    methods.methods_table()
     said = " ".join(capsys.readouterr().out.split())
     assert "theirs: cannot be loaded (" in said
     assert faulty in said

@@ -183,8 +183,10 @@ def test_clearing_leaves_the_folder_and_what_is_to_stay(tmp_path):
 def test_a_used_folder_is_refused_without_a_flag(name, tmp_path):
     folder = run_of(name, tmp_path / "run")
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"is not empty.*--overwrite.*--resume"):
-        prepare_output(folder, OURS[name][0], overwrite=False)
+    command = OURS[name][0]
+    with pytest.raises(UserError, match=r"is not empty.*--overwrite") as error:
+        prepare_output(folder, command, overwrite=False)
+    assert ("--resume" in str(error.value)) == (command in ("train", "evaluate")), "only these have the flag"
     assert snapshot(folder) == before
 
 

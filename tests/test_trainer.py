@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from toys import names_in
 
 from fastunlearn.methods import get_method
-from fastunlearn.methods.recipe import Alternate, Saddle, Sum
+from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.progress import Reporter
@@ -20,9 +20,10 @@ from fastunlearn.training.bank import build_bank
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.export import overlay
+from fastunlearn.training.plan import plan_lines, plan_training
 from fastunlearn.training.selection import select_parameters
 from fastunlearn.training.trainer import Interrupted, Schedule, Trainer
-from fastunlearn.training.unlearn import plan_training, unlearn
+from fastunlearn.training.unlearn import unlearn
 
 TINY = {"forget": "star", "trajectories": 1, "trajectory_steps": 4, "micro_batch_size": 4, "evaluation_prompts": "none"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -41,7 +42,7 @@ def make_trainer(tmp_path, method="ovw", rule=None, steps=4, **settings):
     model = load_model("shapes", "cpu")
     plan = plan_training(config(tmp_path, method=method), get_method(method), model)
     bank = build_bank(model, plan.recipe, plan.bank)
-    engine = TorchEngine(model.denoiser, list(plan.names), learning_rate=1e-3, **settings)
+    engine = TorchEngine(model.denoiser, plan.selection, learning_rate=1e-3, **settings)
     schedule = Schedule(steps, micro_batch_size=4, seed=0, log_every=1, checkpoint_every=0)
     return Trainer(model, bank, rule or plan.recipe.rule, engine, schedule, tmp_path)
 
@@ -118,7 +119,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, finished):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="step 2 of 4"):
-        unlearn(config(tmp_path, steps=4, log_every=1, checkpoint_every=0), Stop())
+        unlearn(config(tmp_path, steps=4, log_every=1, checkpoint_every=0), reporter=Stop())
     assert not (tmp_path / "run" / "model").exists()
     unlearn(config(tmp_path, steps=4, log_every=1, checkpoint_every=0, resume=True))
     ours, theirs = weights(tmp_path / "run"), weights(finished)
@@ -181,6 +182,69 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_its_roles(tmp_path):
     assert seen["loss"] == pytest.approx(seen["forget_loss"] + 3.0 * seen["retain_loss"], rel=1e-5)
 
 
+def test_a_rows_weight_multiplies_its_loss_and_its_gradient(tmp_path):
+    """Twice the weight on every row is twice the loss of its role."""
+    logged = {}
+    for weight in (1.0, 2.0):
+        run = make_trainer(tmp_path / str(weight), rule=Sum(retain_weight=3.0), steps=1, max_grad_norm=1e9)
+        run.checkpoints.parent.mkdir(parents=True, exist_ok=True)
+        run.bank.weights[run.bank.role_rows["forget"]] = weight
+        logged[weight] = seen = {}
+        run.run(lambda step, metrics, seen=seen: seen.update(metrics))
+    assert logged[2.0]["forget_loss"] == pytest.approx(2 * logged[1.0]["forget_loss"], rel=1e-5)
+    assert logged[2.0]["retain_loss"] == pytest.approx(logged[1.0]["retain_loss"], rel=1e-5)
+    assert logged[2.0]["grad_norm"] == pytest.approx(2 * logged[1.0]["grad_norm"], rel=1e-3)
+
+
+def test_every_forget_prompt_takes_part_unless_fewer_trajectories_are_asked_for(tmp_path, bundled):
+    """ESD's default on the bundled model is 8 trajectories; here are 11 forget and 13 retain prompts."""
+    forget = ";".join(f"a star of kind {n}" for n in range(11))
+    retain = ";".join(f"a ring of kind {n}" for n in range(13))
+    given = {"forget_prompts": forget, "retain_prompts": retain, "trajectories": None}
+    for method, changes, taking in (
+        ("esd", {}, (11, 0)),
+        ("esd", {"trajectories": 5}, (5, 0)),
+        ("ovw", {}, (11, 13)),
+        ("ovw", {"trajectories": 3}, (3, 3)),
+        ("ovw", {"trajectories": 12}, (11, 12)),
+    ):
+        plan = plan_training(config(tmp_path, method=method, **{**given, **changes}), get_method(method), bundled)
+        used = [{r.trajectory for r, _ in plan.bank.assignments if r.role == role} for role in ("forget", "retain")]
+        assert tuple(map(len, used)) == taking
+        lines = {line[:6]: line for line in plan_lines(plan)}
+        assert ("5 of 11 take part; `--trajectories 11` for all" in lines["forget"]) == (taking[0] == 5)
+        assert ("12 of 13 take part; `--trajectories 13` for all" in lines.get("keep  ", "")) == (taking[1] == 12)
+
+
+def test_prompts_that_are_read_in_part_are_told(tmp_path, bundled):
+    """Forget prompts are refused; of the others the plan names those that take part."""
+    long = "a ring " * 10
+    given = {"retain_prompts": f"{long};a heart", "trajectories": 2, "anchor": "b " * 20}
+    for method in ("ovw", "uce"):
+        settings = given | ({"steps": None} if method == "uce" else {})
+        plan = plan_training(config(tmp_path, method=method, **settings), get_method(method), bundled)
+        assert long.strip() in plan.cut
+        (line,) = [line for line in plan_lines(plan) if line.startswith("cut")]
+        assert "prompts are longer than the model reads, and read in part: " in line
+    plan = plan_training(config(tmp_path, retain_prompts="a heart;a ring"), get_method("ovw"), bundled)
+    assert plan.cut == ()
+    assert not any(line.startswith("cut") for line in plan_lines(plan))
+
+
+def test_a_stray_folder_among_the_checkpoints_and_a_stray_line_are_passed_over(tmp_path, finished):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-abc").mkdir()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": "four"}\n{"step": true, "loss": 1}\n[4]\n{"st')
+    run = make_trainer(tmp_path)
+    run.checkpoints, run.metrics_path = tmp_path / "run" / "checkpoints", tmp_path / "run" / "metrics.jsonl"
+    run.resume()
+    assert run.step == 4
+    assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
 def test_retain_rows_start_at_zero_loss(tmp_path):
     """Student and teacher agree before training: self-distillation has nothing to correct yet."""
     run = make_trainer(tmp_path, method="placebo", steps=1)
@@ -192,13 +256,13 @@ def test_retain_rows_start_at_zero_loss(tmp_path):
 def test_the_dual_rises_below_the_margin_and_falls_above_it(tmp_path):
     run = make_trainer(tmp_path, method="saddle", steps=1)
     assert isinstance(run.rule, Saddle)
-    start = run.dual.item()
+    start = run.state["dual"].item()
     run.run()
-    assert run.dual.item() > start
-    run.margin = 1e-9  # far exceeded
+    assert run.state["dual"].item() > start
+    run.state["margin"].fill_(1e-9)  # far exceeded
     run.schedule = dataclasses.replace(run.schedule, steps=2)
     run.run()
-    assert run.dual.item() == 0.0
+    assert run.state["dual"].item() == 0.0
 
 
 def test_saddle_starts_one_unit_from_its_reference(tmp_path):
@@ -222,6 +286,7 @@ def test_a_run_leaves_its_files_and_no_scraps(finished):
         "config.yaml",
         "metrics.jsonl",
         "model",
+        "run-key.json",
         "run.json",
     }
     record = json.loads((finished / "run.json").read_text())

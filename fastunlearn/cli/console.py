@@ -188,24 +188,6 @@ def images_table(evaluation: FoldersEvaluation, folder: Path) -> None:
     plain.print(f"report: {folder / 'report.html'}")
 
 
-def methods_table() -> None:
-    """Every method: paper, what it needs, what it changes."""
-    from ..methods import all_methods, broken_methods
-    from ..training.selection import GROUPS
-
-    grid = Table()
-    for name in ("method", "paper", "needs", "what it does", "changes by default"):
-        grid.add_column(name)
-    for method in all_methods().values():
-        selector = method.defaults["stable-diffusion"].trainable
-        changes = "nothing" if method.name == "identity" else f"{selector}: {GROUPS.get(selector, selector)}"
-        grid.add_row(method.name, method.paper, method.needs, method.summary, changes)
-    out = terminal()
-    out.print(grid)
-    for name, why in broken_methods().items():
-        out.print(f"{name}: cannot be loaded ({why})")
-
-
 def info() -> None:
     """Versions, devices, and which kernels, metrics and judges can run here."""
     import torch

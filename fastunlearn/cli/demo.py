@@ -42,8 +42,9 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluatio
     from ..models.loading import load_model
     from ..models.sampling import SamplerSpec
     from ..schema import Demo
+    from ..training.conclude import describe_run
     from ..training.config import TrainConfig
-    from ..training.unlearn import describe_run, unlearn
+    from ..training.unlearn import unlearn
 
     reporter = reporter or Reporter()
     folder = Path(config.output).expanduser()
@@ -59,7 +60,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluatio
             for method in METHODS
         }
         for run in runs.values():
-            unlearn(run, reporter)
+            unlearn(run, reporter=reporter)
         reporter.stage("evaluation")
         original = load_model("shapes")
         assert original.world is not None

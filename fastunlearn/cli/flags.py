@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, field_type, read_yaml
+from ..config import Config, field_type, flag_of, is_required, read_yaml
 from ..errors import UserError
 
 
@@ -16,10 +16,10 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
     parser.add_argument("--config", metavar="YAML", help="file with the same names; flags win over it")
     for field in dataclasses.fields(kind):
         accepted, choices = field_type(kind, field.name)
-        default = "required" if field.default is dataclasses.MISSING else _shown(field.default)
+        default = "required" if is_required(field) else _shown(field.default)
         text = f"{field.metadata['help']} ({default})" if default else field.metadata["help"]
         options: dict[str, Any] = {"help": text.replace("%", "%%")}
-        flag = "--" + field.name.replace("_", "-")
+        flag = flag_of(field)
         if field.metadata.get("positional"):
             # Absent when empty, so that what is missing is told in the same words as for flags.
             options["help"] = field.metadata["help"]
@@ -27,6 +27,10 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
             continue
         if accepted is tuple:
             options |= {"action": "append", "metavar": field.name.upper()}
+            parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **options)
+            continue
+        if accepted is dict:
+            options |= {"action": "append", "type": _named_value, "metavar": "NAME=VALUE"}
             parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **options)
             continue
         if accepted is bool:
@@ -46,14 +50,22 @@ def build(kind: type[Config], flags: dict[str, Any]) -> Config:
     Raises UserError, in one line, for an unreadable file, unknown names and values out of range.
     """
     values: dict[str, Any] = {}
+    flags = dict(flags)
     path = flags.pop("config", None)
     if path is not None:
         values |= read_yaml(Path(path), kind)
-    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    for field in dataclasses.fields(kind):
+        if field.name not in flags:
+            continue
+        value = flags.pop(field.name)
+        if field_type(kind, field.name)[0] is dict and isinstance(value, list):
+            value = {**values.get(field.name, {}), **dict(value)}  # one by one over those of the file
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    values |= flags
     missing = [
-        "RUN" if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
+        "RUN" if field.metadata.get("positional") else flag_of(field)
         for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.name not in values
+        if is_required(field) and field.name not in values
     ]
     if missing:
         raise UserError(f"missing: {', '.join(missing)}.")
@@ -61,4 +73,11 @@ def build(kind: type[Config], flags: dict[str, Any]) -> Config:
 
 
 def _shown(default: Any) -> str:
-    return "" if default is None or default is False else f"default {default}"
+    return "" if default is None or default is False or default is dataclasses.MISSING else f"default {default}"
+
+
+def _named_value(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise argparse.ArgumentTypeError(f"wants NAME=VALUE, got {text!r}")
+    return name.strip().replace("-", "_"), value.strip()

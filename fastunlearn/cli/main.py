@@ -41,6 +41,7 @@ _TRAIN_EXAMPLES = """examples:
                     --retain-prompts "a photo of a dog;a painting by Monet" --output run
   fastunlearn train --model ./stable-diffusion-v1-5 --method salun --forget "Van Gogh" --mask-density 0.5 \\
                     --retain-prompts prompts.txt --save delta --output run
+  fastunlearn train --forget star --method esd --set negative_guidance=3 --output run
   fastunlearn train --resume --output run
 """
 _MASK_EXAMPLES = """examples:
@@ -135,7 +136,7 @@ def _train(flags: dict[str, Any]) -> int:
     world = world_of_environment()
     with Console(quiet=not world.is_main) as console:
         try:
-            model = unlearn(config, console if world.is_main else Reporter())
+            result = unlearn(config, reporter=console if world.is_main else Reporter())
         except Interrupted as stop:
             console.close()
             return _fail(f"{stop}; the state is saved. Continue with: {again}") if world.is_main else 2
@@ -152,10 +153,10 @@ def _train(flags: dict[str, Any]) -> int:
             return _fail(f"stopped. Continue with: {again}" if begun else "stopped before anything was written.")
     if not world.is_main:
         return 0
-    if model is None:
+    if result.model is None:
         print("dry run: nothing was computed or written.")
     else:
-        console.result(Path(config.output), model)
+        console.result(result.folder, result.model)
     return 0
 
 
@@ -181,19 +182,18 @@ def _train_in_processes(config: TrainConfig, again: str) -> int:
 
 def _mask(flags: dict[str, Any]) -> int:
     config = build(MaskConfig, flags)
-    from ..training.unlearn import mask
+    from ..training.saliency import mask
     from .console import Console
 
     with Console():
         result = mask(config)
-    selected = sum(result.count(name) for name in result.names)
-    print(f"mask: {config.output}, {selected:,} elements of {len(result.names)} parameters (`train --mask`)")
+    print(f"mask: {config.output}, {result.total:,} elements of {len(result.names)} parameters (`train --mask`)")
     return 0
 
 
 def _apply(flags: dict[str, Any]) -> int:
     config = build(ApplyConfig, flags)
-    from ..training.unlearn import apply
+    from ..training.export import apply
 
     print(f"model: {apply(config)}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
     return 0
@@ -261,9 +261,12 @@ def _demo(flags: dict[str, Any]) -> int:
 
 
 def _methods(flags: dict[str, Any]) -> int:
-    from .console import methods_table
+    from .methods import method_page, methods_table
 
-    methods_table()
+    if (name := flags.get("name")) is not None:
+        method_page(name)
+    else:
+        methods_table()
     return 0
 
 
@@ -287,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(
         name: str, command: Callable[[dict[str, Any]], int], help: str, kind: Any = None, examples: str = ""
-    ) -> None:
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=help,
@@ -299,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         if kind is not None:
             add_flags(sub, kind)
         sub.set_defaults(command=command)
+        return sub
 
     add("demo", _demo, 'forget "star" in the bundled model three ways and compare them', DemoConfig)
     add("train", _train, "make a model forget a concept", TrainConfig, _TRAIN_EXAMPLES)
@@ -313,7 +317,8 @@ def _parser() -> argparse.ArgumentParser:
         _EVALUATE_IMAGES_EXAMPLES,
     )
     add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
-    add("methods", _methods, "list the methods: paper, what each needs, what it changes")
+    methods = add("methods", _methods, "list the methods, or show one: paper, equation, needs, options, defaults")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="the method to show")
     add("info", _info, "show versions, devices, and which kernels and metrics can run here")
     return parser
 

@@ -25,7 +25,15 @@ _RESULTS = ("pairs.jsonl", "evaluation.json", "grid.png", "report.html")
 #: What each command writes, by path in its folder; `*` is any name.  Names that a run chooses are added by ``own``.
 _OWNED = {
     "train": (
-        *("config.yaml", "run.json", "metrics.jsonl", "mask.safetensors", "delta.safetensors", *_RESULTS),
+        *(
+            "config.yaml",
+            "run-key.json",
+            "run.json",
+            "metrics.jsonl",
+            "mask.safetensors",
+            "delta.safetensors",
+            *_RESULTS,
+        ),
         *("checkpoints/step-*/state.json", "checkpoints/step-*/rank-*.safetensors"),
     ),
     "evaluate": (*_RESULTS, "journal/*"),
@@ -34,6 +42,8 @@ _OWNED = {
     "demo": ("demo.json", *_RESULTS),
     "apply": (),
 }
+
+_RESUMABLE = ("train", "evaluate")
 
 
 def check_output(folder: Path, command: str, *, overwrite: bool, resume: bool = False) -> None:
@@ -51,9 +61,8 @@ def check_output(folder: Path, command: str, *, overwrite: bool, resume: bool = 
     elif resume:
         _refuse_foreign(folder, "--resume", command)
     else:
-        raise UserError(
-            f"`--output` {folder} is not empty. Use another folder, `--overwrite`, or `--resume` to continue."
-        )
+        goes_on = ", `--overwrite`, or `--resume` to continue" if command in _RESUMABLE else " or `--overwrite`"
+        raise UserError(f"`--output` {folder} is not empty. Use another folder{goes_on}.")
 
 
 def prepare_output(folder: Path, command: str, *, overwrite: bool, resume: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The methods: each is data.  A file here turns a :class:`~fastunlearn.methods.recipe.Concept` into a recipe.
+"""The methods: each is data.  A file turns a :class:`~fastunlearn.methods.recipe.Concept` into a recipe or an edit.
 
 Other packages add methods through the entry-point group ``fastunlearn.methods``: an entry names a :class:`Method`.
 """
@@ -6,11 +6,13 @@ Other packages add methods through the entry-point group ``fastunlearn.methods``
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
+from ..config import with_options
 from ..plugins import Registry, registry
-from .recipe import Concept, Defaults, Recipe
+from .recipe import Concept, Defaults, Edit, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,23 +20,54 @@ class Method:
     """A method's recipe and what a user must know of it.
 
     ``defaults``: by family of models or bundled world; ``stable-diffusion`` serves all that have none of their own.
+    ``options``: a frozen dataclass of the settings that this method alone has, each with a default
+    (:func:`~fastunlearn.methods.recipe.option`).  A recipe reads them from ``concept.options``.
     """
 
     name: str
     paper: str
     needs: str
     summary: str
-    recipe: Callable[[Concept], Recipe]
+    recipe: Callable[[Concept], Recipe | Edit]
     defaults: Mapping[str, Defaults]
+    options: type | None = None
     anchor: Literal["none", "optional", "needed"] = "none"
     concept_alone: bool = False  # unless told otherwise, trains on the bare concept, as its authors do
     needs_retain: bool = False
     is_control: bool = False
     is_reconstruction: bool = False  # of a paper whose full text was not at hand
 
+    def __post_init__(self) -> None:
+        if "stable-diffusion" not in self.defaults:
+            raise TypeError(f"the method {self.name} has no defaults for stable-diffusion")
+        if self.options is not None and not (isinstance(self.options, type) and dataclasses.is_dataclass(self.options)):
+            raise TypeError(f"the options of the method {self.name} must be a dataclass, got {self.options!r}")
+        for defaults in self.defaults.values():
+            if defaults.options is not None and type(defaults.options) is not self.options:
+                raise TypeError(
+                    f"the method {self.name} has defaults with options of another kind: {defaults.options!r}"
+                )
+
     def defaults_for(self, key: str) -> Defaults:
         """The defaults of a family or a bundled world; those of ``stable-diffusion`` where it has none of its own."""
-        return self.defaults.get(key, self.defaults["stable-diffusion"])
+        defaults = self.defaults.get(key, self.defaults["stable-diffusion"])
+        if defaults.options is None and self.options is not None:
+            defaults = dataclasses.replace(defaults, options=self.options())
+        return defaults
+
+    def with_options(self, defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
+        """``defaults`` with the options that are given, texts from the command line or values.
+
+        Raises UserError for an option that the method lacks, listing those it has, and for a value of another type.
+        """
+        options = with_options(defaults.options, given, f"the method {self.name}")
+        return dataclasses.replace(defaults, options=options)
+
+    @property
+    def about(self) -> str:
+        """Source, equation and what differs from the authors' code: the text at the top of the method's file."""
+        module = inspect.getmodule(self.recipe)
+        return inspect.cleandoc(module.__doc__ or "") if module else ""
 
 
 def all_methods() -> dict[str, Method]:
@@ -59,8 +92,9 @@ def _registry() -> Registry[Method]:
     from .ovw import OVW
     from .saddle import SADDLE
     from .salun import SALUN
+    from .uce import UCE
 
-    ours = {method.name: method for method in (ESD, OVW, SADDLE, SALUN, NEGGRAD, PLACEBO, IDENTITY)}
+    ours = {method.name: method for method in (ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, PLACEBO, IDENTITY)}
     return registry(
         "method",
         "fastunlearn.methods",

@@ -9,7 +9,8 @@ harm, not what training on other data would do.
 from __future__ import annotations
 
 from . import Method
-from .recipe import Concept, Defaults, Recipe, Row, Sum
+from .recipe import Concept, Defaults, Recipe, Row
+from .rules import Sum
 
 
 def placebo_recipe(concept: Concept) -> Recipe:

@@ -12,13 +12,20 @@ resolution is the model's native one.
 
 from __future__ import annotations
 
+import dataclasses
+
 from . import Method
-from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, Sum, mix
+from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, mix, option
+from .rules import Sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    negative_guidance: float = option("eta: how far the prediction is guided away from the concept", 2.0)
 
 
 def recipe(concept: Concept) -> Recipe:
-    eta = concept.settings.negative_guidance
-    assert eta is not None
+    eta = concept.options.negative_guidance
     rows = []
     for c in concept.forget_prompts:
         rows.append(Row("forget", c, c, mix((concept.anchors.get(c, c), 1.0), (c, -eta), (UNCONDITIONAL, eta))))
@@ -31,10 +38,11 @@ ESD = Method(
     needs="the concept (an anchor if wanted)",
     summary="guides the prediction for the concept away from it",
     recipe=recipe,
+    options=Options,
     anchor="optional",
     concept_alone=True,
     defaults={
-        "shapes": Defaults(60, 7e-4, 16, 8, "cross-attention", "linear", negative_guidance=2.0),
-        "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention", negative_guidance=2.0),
+        "shapes": Defaults(60, 7e-4, 16, 8, "cross-attention", "linear"),
+        "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention"),
     },
 )

@@ -9,7 +9,8 @@ generates.  Nothing bounds the first term: more steps or a larger rate forget mo
 from __future__ import annotations
 
 from . import Method
-from .recipe import NOISE, Concept, Defaults, Recipe, Row, Sum
+from .recipe import NOISE, Concept, Defaults, Recipe, Row
+from .rules import Sum
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -11,7 +11,8 @@ correct.  The paper's full text was not available: the exact losses, data and hy
 from __future__ import annotations
 
 from . import Method
-from .recipe import Alternate, Concept, Defaults, Recipe, Row
+from .recipe import Concept, Defaults, Recipe, Row
+from .rules import Alternate
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -1,15 +1,24 @@
-"""The vocabulary of methods: a recipe says which rows a method trains on and how their losses are put together.
+"""The vocabulary of methods: a recipe says which rows a method trains on and by which rule; an edit computes weights.
 
 A row is a latent on a sampling trajectory of the frozen teacher, what the student is asked there, and a target: a
 linear mix of the teacher's own predictions.  Nothing in a recipe depends on the student, so rows are made in advance.
+How the rows' losses become steps is a rule (``rules.py``).  An edit needs neither rows nor steps: it computes new
+weights in closed form.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .rules import Rule
 
 Role = Literal["forget", "retain"]
 ROLES: tuple[Role, ...] = ("forget", "retain")
@@ -28,12 +37,19 @@ class Row:
     :data:`UNCONDITIONAL`.  A target of :data:`NOISE` alone is the usual training loss: x_t is then the trajectory's
     last latents with fresh noise, and the target what was added (or the velocity, where that is what the model
     predicts).
+
+    A prompt may be the name of one of the recipe's ``embeddings``.  ``weight`` multiplies the row's squared error.
+    ``timesteps`` keeps the points of a window of the trajectory, in shares of its points in the sampler's order: 0 is
+    the first point, pure noise, and 1 the end, the image.  So (0.0, 0.2) are the first fifth, where the layout is made,
+    whatever numbers the sampler gives to its timesteps.
     """
 
     role: Role
     trajectory: str
     condition: str
     target: Mapping[str, float]
+    weight: float = 1.0
+    timesteps: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -44,6 +60,21 @@ class Row:
             raise ValueError(f"a row's target mix must sum to 1, got {total:g} from {dict(self.target)}.")
         if NOISE in self.target and len(self.target) > 1:
             raise ValueError(f"a row's target is noise or a mix of predictions, not both, got {dict(self.target)}.")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"a row's weight must be a finite number, got {self.weight}.")
+        if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
+            raise ValueError(f"a row's timesteps are a window (first, last) within 0 and 1, got {self.timesteps}.")
+
+    def window(self, points: int) -> range:
+        """Which of a trajectory's ``points`` the row is made at.  Raises UserError for a window that holds none."""
+        first, last = self.timesteps or (0.0, 1.0)
+        window = range(math.ceil(first * points - 1e-9), math.ceil(last * points - 1e-9))
+        if not window:
+            raise UserError(
+                f"a row's window of timesteps {self.timesteps} holds none of a trajectory's {points} points. Use more "
+                "`--trajectory-steps`."
+            )
+        return window
 
 
 def mix(*parts: tuple[str, float]) -> dict[str, float]:
@@ -55,59 +86,58 @@ def mix(*parts: tuple[str, float]) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum:
-    """One step on ``forget_weight`` times the mean forget loss plus ``retain_weight`` times the mean retain loss."""
-
-    retain_weight: float = 1.0
-    forget_weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Alternate:
-    """A step on the forget loss, then a step on ``retain_weight`` times the retain loss."""
-
-    retain_weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Saddle:
-    """Minimise over weights, maximise over lambda >= 0: ``retain + lambda * (margin - forget)``.
-
-    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - teacher(unconditional)|^2``;
-    lambda, the price of missing it, follows by dual ascent, ``lambda += dual_rate * (1 - forget / margin)``, in
-    [0, lambda_max].
-    """
-
-    kappa: float
-    dual_rate: float = 0.1
-    lambda_start: float = 0.1
-    lambda_max: float = 1.0
-
-
-Rule = Sum | Alternate | Saddle
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a method trains on.  No rows means that nothing is trained."""
+    """What a method trains on.  No rows means that nothing is trained.
+
+    ``embeddings``: name -> the tensors that a prompt's encoding would be, by argument of the denoiser, without a batch
+    dimension, e.g. ``{"encoder_hidden_states": (L, D)}``.  A row names them where it could name a prompt.
+    """
 
     rows: Sequence[Row]
     rule: Rule
+    embeddings: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
 
     def prompts(self) -> list[str]:
         """Every prompt that must be encoded, each once, the unconditional first."""
         prompts = [UNCONDITIONAL]
         for row in self.rows:
             prompts += [row.trajectory, row.condition, *(key for key in row.target if key != NOISE)]
-        return list(dict.fromkeys(prompts))
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.embeddings]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What an edit is given.
+
+    ``parameters``: the denoiser's parameters that may change, name -> float32; an edit must not write to them.
+    ``text``: the names of those that are the matrix W of a layer W c, or W c + b, on the text encoder's states c.
+    """
+
+    parameters: Mapping[str, Tensor]
+    text: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """Weights to weights, in closed form: no rows, no steps.
+
+    ``change`` returns new values, float32 and of the same shape, for any of the parameters that it is given.
+    """
+
+    change: Callable[[Weights], Mapping[str, Tensor]]
+
+
+def option(help: str, default: Any, **limits: float) -> Any:
+    """A field of a method's options.  ``limits``: ``above``, ``at_least``, ``at_most``, for numbers."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
     """A method's settings for a family of models, used where the user says nothing.
 
-    ``negative_guidance`` (ESD's eta) and ``kappa`` (Saddle's margin) are None for methods without them;
     ``mask_density`` is the share of the trainable elements that a saliency mask lets change, None without a mask.
+    ``options``: an object of the method's own options, None where their own defaults hold.
     """
 
     steps: int
@@ -117,9 +147,12 @@ class Defaults:
     trainable: str
     lr_scheduler: str = "constant"
     retain_weight: float = 1.0
-    negative_guidance: float | None = None
-    kappa: float | None = None
     mask_density: float | None = None
+    options: Any = None
+
+
+def _no_encoder(prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    raise RuntimeError("a concept without a model cannot encode prompts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +160,8 @@ class Concept:
     """What a method is told: prompts that show the concept, what each becomes, and prompts to keep.
 
     ``anchor`` takes the concept's place and ``anchors`` maps every forget prompt to the prompt with it; None and empty
-    where the method needs no anchor and the user names none.
+    where the method needs no anchor and the user names none.  ``encode``: N prompts -> the denoiser's conditions, by
+    argument, (N, ...) float32, for methods that compute with embeddings.
     """
 
     anchor: str | None
@@ -135,3 +169,9 @@ class Concept:
     anchors: Mapping[str, str]
     retain_prompts: tuple[str, ...]
     settings: Defaults
+    encode: Callable[[Sequence[str]], Mapping[str, Tensor]] = dataclasses.field(default=_no_encoder, compare=False)
+
+    @property
+    def options(self) -> Any:
+        """The method's own options."""
+        return self.settings.options

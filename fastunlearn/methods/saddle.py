@@ -15,16 +15,25 @@ paper's full text was not available: the exact losses, data and hyper-parameters
 
 from __future__ import annotations
 
+import dataclasses
+
 from . import Method
-from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, Saddle
+from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, option
+from .rules import Saddle
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    kappa: float = option("the margin, in units of the concept's strength", 3.0, above=0)
+    dual_rate: float = option("how fast lambda, the price of missing the margin, moves", 0.1, above=0)
+    lambda_start: float = option("lambda before the first step", 0.1, at_least=0)
+    lambda_max: float = option("the largest lambda", 1.0, above=0)
 
 
 def recipe(concept: Concept) -> Recipe:
-    kappa = concept.settings.kappa
-    assert kappa is not None
     rows = [Row("forget", c, c, {c: 2.0, UNCONDITIONAL: -1.0}) for c in concept.forget_prompts]
     rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
-    return Recipe(rows, Saddle(kappa=kappa))
+    return Recipe(rows, Saddle(**dataclasses.asdict(concept.options)))
 
 
 SADDLE = Method(
@@ -33,9 +42,10 @@ SADDLE = Method(
     needs="the concept, retain prompts",
     summary="pushes away from the concept up to a margin, priced against integrity",
     recipe=recipe,
+    options=Options,
     defaults={
-        "shapes": Defaults(60, 1e-3, 32, 16, "cross-attention-kv", "linear", kappa=3.0),
-        "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention", kappa=3.0),
+        "shapes": Defaults(60, 1e-3, 32, 16, "cross-attention-kv", "linear"),
+        "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention"),
     },
     needs_retain=True,
     is_reconstruction=True,

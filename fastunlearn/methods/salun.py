@@ -2,7 +2,7 @@
 
 The student, asked for the concept, learns the teacher's prediction for another class, ``T(a)``; on images to keep it
 learns the noise, as in training, with weight alpha.  Only the elements of a saliency mask change: the share of all
-weights on which the gradient of the concept's denoising loss, summed over its rows, is largest (``masks.py``).
+weights on which the gradient of the concept's denoising loss, summed over its rows, is largest (``saliency.py``).
 
 Differs from the authors' code: both kinds of rows lie on the frozen teacher's own generations, not on a data set's
 images; the target is the frozen teacher's prediction, not the student's of the moment; the other class is the anchor,
@@ -13,7 +13,8 @@ AdamW without decay, and what the mask leaves out is not written at all, where t
 from __future__ import annotations
 
 from . import Method
-from .recipe import NOISE, Concept, Defaults, Recipe, Row, Sum
+from .recipe import NOISE, Concept, Defaults, Recipe, Row
+from .rules import Sum
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -22,7 +22,10 @@ _PURPOSE = "training"  # of the noise: what a model is evaluated on, it was not 
 
 @dataclasses.dataclass
 class Batch:
-    """Rows for one student forward; all of length B but ``teacher_preds`` (K, P, C, H, W), the bank's own storage."""
+    """Rows for one student forward; all of length B but ``teacher_preds`` (K, P, C, H, W), the bank's own storage.
+
+    ``weights``: (B,) float32, of the rows' squared errors.
+    """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -30,6 +33,7 @@ class Batch:
     teacher_preds: torch.Tensor
     row_index: torch.Tensor
     coefficients: torch.Tensor
+    weights: torch.Tensor
     roles: tuple[tuple[Role, int], ...]
 
 
@@ -39,13 +43,15 @@ class Bank:
 
     All are float32, timesteps too: many samplers ask at fractions, and there the teacher answered.
     ``coefficients``: (P, K) mixes the K predictions into the row's target.  ``condition``: (P,) indexes ``conditions``.
-    ``role_rows`` lists the rows of each role.
+    ``weights``: (P,), of each row's squared error.  ``role_rows`` lists, for each role, the rows that are trained on:
+    those within their kind's window of timesteps.
     """
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     teacher_preds: torch.Tensor
     coefficients: torch.Tensor
+    weights: torch.Tensor
     condition: torch.Tensor
     conditions: Conditions
     role_rows: dict[Role, torch.Tensor]
@@ -72,6 +78,7 @@ class Bank:
             teacher_preds=self.teacher_preds,
             row_index=index,
             coefficients=self.coefficients[index],
+            weights=self.weights[index],
             roles=tuple(roles),
         )
 
@@ -113,6 +120,11 @@ class BankPlan:
         return len(self.assignments) * self.points
 
     @property
+    def trained_rows(self) -> int:
+        """The rows that are trained on: those within their row's window of timesteps."""
+        return sum(len(row.window(self.points)) for row, _ in self.assignments)
+
+    @property
     def unet_evaluations(self) -> int:
         return sum(self.points * len(_branch_prompts(row)) for row, _ in self.assignments)
 
@@ -122,7 +134,8 @@ def plan_bank(
 ) -> BankPlan:
     """Deal ``trajectories`` trajectories to each role, its kinds of row taking turns in a seeded order.
 
-    Raises ValueError for more steps than the model's sampler has.
+    Where a role has more kinds of row than trajectories, some have none.  Raises UserError for more steps than the
+    model's sampler has, and for a window of timesteps that holds no point.
     """
     points = len(model.new_scheduler(num_inference_steps).timesteps)
     assignments: list[tuple[Row, int]] = []
@@ -131,6 +144,8 @@ def plan_bank(
         kinds = [row for row in recipe.rows if row.role == role]
         order = torch.randperm(len(kinds), generator=generator).tolist()
         assignments += [(kinds[order[n % len(kinds)]], n) for n in range(trajectories if kinds else 0)]
+    for row, _ in assignments:
+        row.window(points)  # holds a point, or says so
     branches = max((len(_branch_prompts(row)) for row, _ in assignments), default=2)
     return BankPlan(tuple(assignments), branches, num_inference_steps, points, guidance_scale, seed)
 
@@ -143,7 +158,7 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
     the other prompts in the row's target.  ``micro_batch_size`` trajectories run at once.  No evaluation shares their
     noise.  Raises UserError for predictions that are no numbers.
     """
-    conditions = model.encode(recipe.prompts())
+    conditions = _encoded(model, recipe)
     # What a denoiser takes of the guidance, the student is told as the teacher was.
     guided = model.with_guidance(conditions.tensors, plan.guidance_scale)
     conditions = dataclasses.replace(conditions, tensors=guided)
@@ -153,6 +168,7 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
     timesteps = torch.empty(total, device=model.device)
     teacher_preds = torch.zeros(plan.branches, total, *shape, device=model.device)
     coefficients = torch.zeros(total, plan.branches, device=model.device)
+    weights = torch.ones(total, device=model.device)
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
     role_rows: dict[Role, list[torch.Tensor]] = {}
 
@@ -179,14 +195,29 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
         for row, branch, where in zip(kinds, prompts, rows, strict=True):
             condition[where] = conditions.prompts.index(row.condition)
             coefficients[where, : len(branch)] = torch.tensor(_coefficients(row, branch), device=model.device)
-            role_rows.setdefault(row.role, []).append(where.cpu())
+            weights[where] = row.weight
+            window = row.window(points)
+            role_rows.setdefault(row.role, []).append(where[window.start : window.stop].cpu())
     if not (latents.isfinite().all() and teacher_preds.isfinite().all()):
         raise UserError(
             f"{model.name}'s {type(model.pipeline.scheduler).__name__} leads to latents that are no finite numbers: "
             "its settings (`prediction_type`, `rescale_betas_zero_snr`) do not fit the model. Mend its scheduler."
         )
     indexed = {role: torch.cat(rows) for role, rows in role_rows.items()}
-    return Bank(latents, timesteps, teacher_preds, coefficients, condition, conditions, indexed)
+    return Bank(latents, timesteps, teacher_preds, coefficients, weights, condition, conditions, indexed)
+
+
+def _encoded(model: Model, recipe: Recipe) -> Conditions:
+    """The recipe's prompts, encoded, and its named embeddings behind them."""
+    conditions = model.encode(recipe.prompts())
+    for name, embedding in recipe.embeddings.items():
+        if embedding.keys() != conditions.tensors.keys():
+            raise ValueError(f"the embedding {name!r} must have {sorted(conditions.tensors)}, got {sorted(embedding)}.")
+    tensors = {
+        key: torch.cat([values, *(given[key][None].to(values) for given in recipe.embeddings.values())])
+        for key, values in conditions.tensors.items()
+    }
+    return Conditions((*conditions.prompts, *recipe.embeddings), tensors)
 
 
 def _branch_prompts(row: Row) -> list[str]:

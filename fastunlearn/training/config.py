@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from ..config import LARGEST, above, at_least, setting, share
+from ..config import above, at_least, check_types, map_setting, setting, share
 from ..errors import UserError
 
 
@@ -28,15 +29,16 @@ class TrainConfig:
     learning_rate: float | None = setting("AdamW's rate", None)
     lr_scheduler: Literal["constant", "linear"] | None = setting("linear falls to 0 over the steps", None)
     micro_batch_size: int | None = setting("rows per student forward", None)
-    trajectories: int | None = setting("teacher trajectories per role; more means less correlated rows", None)
+    trajectories: int | None = setting(
+        "teacher trajectories per role, more for less correlated rows; default: enough for all forget prompts", None
+    )
     trajectory_steps: int = setting("sampler steps of a trajectory", 50)
     trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     trainable: str | None = setting(
         "cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", None
     )
     retain_weight: float | None = setting("weight of the retain loss", None)
-    negative_guidance: float | None = setting("esd: eta", None)
-    kappa: float | None = setting("saddle: the margin, in units of the concept's strength", None)
+    options: Mapping[str, Any] = map_setting("an option of the method's own (`fastunlearn methods METHOD`)", flag="set")
     mask: str | None = setting("FILE of `fastunlearn mask`: only the elements that it selects may change", None)
     mask_density: float | None = setting("share of the trainable elements that may change, the most salient", None)
     mask_granularity: Literal["element", "sector", "row"] = setting(
@@ -62,11 +64,11 @@ class TrainConfig:
     overwrite: bool = setting("replace what an earlier run left in the output folder", False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
         at_least(self, 0, "trajectory_guidance_scale")
-        at_least(self, -LARGEST, "negative_guidance")
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
         at_least(self, 1, "gradient_accumulation_steps", "num_processes")
         share(self.mask_density, "mask_density")
@@ -74,7 +76,7 @@ class TrainConfig:
             raise UserError("`--mask` brings its own density: leave `--mask-density` out.")
         if self.num_processes is not None and self.deepspeed is None:
             raise UserError("`--num-processes` needs `--deepspeed FILE`, which says how they divide the work.")
-        above(self, 0, "learning_rate", "max_grad_norm", "kappa")
+        above(self, 0, "learning_rate", "max_grad_norm")
         if self.learning_rate is not None and self.learning_rate > 1:
             raise UserError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
         if self.resume and self.overwrite:
@@ -106,6 +108,7 @@ class MaskConfig:
     overwrite: bool = setting("replace the file", False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "seed", "trajectory_guidance_scale")
@@ -121,3 +124,6 @@ class ApplyConfig:
     delta: str = setting("FILE that `train --save delta` wrote")
     output: str = setting("folder for the pipeline")
     overwrite: bool = setting("replace a pipeline that an earlier `apply` left in the output folder", False)
+
+    def __post_init__(self) -> None:
+        check_types(self)

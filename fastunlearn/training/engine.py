@@ -7,79 +7,32 @@ Engines are interchangeable behind these verbs.  :class:`TorchEngine` is the one
 from __future__ import annotations
 
 import contextlib
-import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from fastunlearn_kernels import MaskedAdamW, unpack_bits
+from fastunlearn_kernels import MaskedAdamW, gradient_dots, projection_coefficient
 from torch import nn
 
 from ..distributed import ALONE, World
 from ..errors import UserError
-from ..files.atomic import whole_folder
 from ..models.base import Model
 from .checkpoint import Piece, load_checkpoint, save_checkpoint
-from .export import export_delta, export_model
+from .export import Save, export
+from .selection import Selection
 
 ClipScope = Literal["selected", "all"]
 
 
-class Selection:
-    """Which parameters train, and which elements of them: ``bits`` has a packed mask for those not trained whole."""
+class Engine(ABC):
+    """What the trainer and the exports need of an engine, whichever it is.
 
-    def __init__(self, module: nn.Module, names: list[str], bits: Mapping[str, torch.Tensor] | None = None) -> None:
-        named = dict(module.named_parameters())
-        self.names = list(names)
-        self.shapes = {name: named[name].shape for name in names}
-        self.bits = {name: packed for name, packed in (bits or {}).items() if name in self.shapes}
-        self.lengths = {name: self._length(name) for name in names}
+    ``can_project``: whether it has :meth:`set_aside`.
+    """
 
-    def mask(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The bool mask of the elements start to stop of the flattened parameter, on the CPU."""
-        numel = self.shapes[name].numel()
-        if name not in self.bits:
-            return torch.ones((numel if stop is None else stop) - start, dtype=torch.bool)
-        return unpack_bits(self.bits[name], numel)[start:stop]
-
-    def range(self, name: str, start: int, stop: int) -> tuple[int, int]:
-        """Which of the parameter's selected elements lie among its elements start to stop."""
-        if name not in self.bits:
-            return start, stop
-        mask = self.mask(name)
-        first = int(mask[:start].sum())
-        return first, first + int(mask[start:stop].sum())
-
-    def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The selected elements of a tensor of the parameter's shape, (k,)."""
-        flat = tensor.detach().reshape(-1)
-        return flat if name not in self.bits else flat[self.mask(name).to(flat.device)]
-
-    def put(self, name: str, tensor: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the selected elements of a contiguous tensor of the parameter's shape, in place."""
-        flat = tensor.detach().view(-1)
-        values = values.to(flat.device, flat.dtype)
-        if name in self.bits:
-            flat[self.mask(name).to(flat.device)] = values
-        else:
-            flat.copy_(values)
-
-    def digest(self) -> str:
-        """Tells two selections apart."""
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            digest.update(name.encode() + b"\0")
-            digest.update(self.bits[name].cpu().numpy().tobytes() if name in self.bits else b"\0")
-        return digest.hexdigest()
-
-    def _length(self, name: str) -> int:
-        return int(self.mask(name).sum()) if name in self.bits else self.shapes[name].numel()
-
-
-class Engine:
-    """What the trainer and the exports need of an engine, whichever it is."""
-
+    can_project: ClassVar[bool] = False
     module: nn.Module
     selection: Selection
     optimizer: MaskedAdamW
@@ -87,32 +40,40 @@ class Engine:
     world: World = ALONE
     accumulation: int = 1
 
+    @abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the student's forward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss' gradient; ``accumulation`` of them, in each process, make a step: their mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> torch.Tensor:
         """Clip, update, forget the gradients.  Returns the gradient's norm before clipping, a scalar on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """What this process holds of the trained elements and of the optimizer's states, for a checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self) -> dict[str, torch.Tensor]:
         """The trained elements of every parameter, (k,) float32; whole only in the main process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, folder: Path) -> dict[str, Any]:
         """Take weights and states from a checkpoint, and give its ``state`` back."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - may have nothing to do
         """Give back what the engine holds."""
+
+    def set_aside(self, along: float) -> None:
+        """Keep the gradient so far as the one that the next step must not point against.
+
+        The next :meth:`step` is along its own gradient without the part against this one, plus ``along`` times this
+        one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot project gradients")
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the rate of the next steps to ``factor`` times the one the engine was made with."""
@@ -135,52 +96,45 @@ class Engine:
             raise UserError(f"the checkpoint {folder} is of another run: it trained other elements.")
         return content["state"]
 
-    def export(self, model: Model, path: Path, save: Literal["model", "delta"] = "model") -> None:
-        """Write the pipeline, or the delta, of the original's files with the trained elements laid over them.
-
-        A tensor keeps the type that it has in the original's file.
-        """
+    def export(self, model: Model, path: Path, save: Save = "model") -> None:
+        """Write the pipeline, or the delta, of the original's files with the trained elements laid over them."""
         values = self.values()
         if self.world.is_main:
-            parts = (model.source, model.denoiser_folder)
-            if save == "delta":
-                dtypes = export_delta(*parts, path, values, self.selection.bits)
-            else:
-                with whole_folder(path) as unfinished:
-                    dtypes = export_model(*parts, unfinished, values, self.selection.bits)
-            self.exported(dtypes)
+            self.exported(export(model, path, save, values, self.selection))
         self.world.barrier()
 
-    def exported(self, dtypes: Mapping[str, torch.dtype]) -> None:
+    def exported(self, dtypes: Mapping[str, torch.dtype]) -> None:  # noqa: B027 - may have nothing to do
         """Told the types to which an export has rounded the weights."""
 
 
 class TorchEngine(Engine):
-    """AdamW in float32 on one device, changing only the named parameters of the module, or elements of them.
+    """AdamW in float32 on one device, changing only what is selected of the module.
 
-    Weights stay float32 also under ``mixed_precision="bf16"`` (autocast), so no update is lost to rounding.  ``bits``
-    (see :class:`Selection`) lets only the selected elements change, and the optimizer's states hold only those.
+    Weights stay float32 also under ``mixed_precision="bf16"`` (autocast), so no update is lost to rounding.  The
+    optimizer's states hold only the selected elements.
     ``clip_scope`` says whose gradients the norm sees: ``selected`` elements', or those of ``all`` elements of the
     parameters.
     """
 
+    can_project = True
+
     def __init__(
         self,
         module: nn.Module,
-        names: list[str],
+        selection: Selection,
         *,
         learning_rate: float,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         mixed_precision: str = "no",
-        bits: Mapping[str, torch.Tensor] | None = None,
         clip_scope: ClipScope = "selected",
         accumulation: int = 1,
     ) -> None:
         parameters = dict(module.named_parameters())
         self.module = module.requires_grad_(False)
-        self.selection = Selection(module, names, bits)
-        self.parameters: dict[str, torch.Tensor] = {name: parameters[name].requires_grad_(True) for name in names}
+        self.selection = selection
+        self.parameters: dict[str, torch.Tensor] = {n: parameters[n].requires_grad_(True) for n in selection.names}
+        self._aside: tuple[dict[torch.Tensor, torch.Tensor], float] | None = None
         self.learning_rate, self.max_grad_norm, self.mixed_precision = learning_rate, max_grad_norm, mixed_precision
         self.clip_scope, self.accumulation = clip_scope, accumulation
         masks = {
@@ -197,13 +151,39 @@ class TorchEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         (loss if self.accumulation == 1 else loss / self.accumulation).backward()
 
+    def set_aside(self, along: float) -> None:
+        self._aside = {p: p.grad for p in self.parameters.values() if p.grad is not None}, along
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self) -> torch.Tensor:
+        if self._aside is not None:
+            return self._projected_step(*self._aside)
         factor, norm = self.optimizer.clip_factor(self.max_grad_norm)
         if self.clip_scope == "all" and self.selection.bits:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.step(grad_scale=factor)
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _projected_step(self, other: dict[torch.Tensor, torch.Tensor], along: float) -> torch.Tensor:
+        """A step along g + c h, h being ``other``: c takes the part against h out of g, and adds ``along`` times h."""
+        parameters = [p for p in self.parameters.values() if p.grad is not None or p in other]
+        grads, others = [], []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+            others.append(other.setdefault(parameter, torch.zeros_like(parameter)))
+        dots = gradient_dots(grads, others, grad_masks=[self.optimizer.grad_mask(p) for p in parameters])
+        coefficient = projection_coefficient(dots) + along
+        if self.clip_scope == "all" and self.selection.bits:
+            dots = gradient_dots(grads, others)
+        norm = (dots[0] + 2 * coefficient * dots[1] + coefficient.square() * dots[2]).clamp(min=0).sqrt()
+        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.optimizer.step(grad_scale=factor, other_grads=other, other_coefficient=coefficient)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._aside = None
         return norm
 
     def pieces(self) -> Iterator[Piece]:

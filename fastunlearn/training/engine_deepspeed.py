@@ -21,14 +21,16 @@ import torch
 from fastunlearn_kernels import MaskedAdamW, pack_bits, unpack_bits
 from torch import nn
 
-from ..distributed import World, join, leave
+from .. import distributed
+from ..distributed import World, join
 from ..errors import UserError
 from .checkpoint import Piece, load_checkpoint
-from .engine import ClipScope, Engine, Selection
+from .engine import ClipScope, Engine
+from .selection import Selection
 
 
 class DeepSpeedEngine(Engine):
-    """AdamW under DeepSpeed, changing only the named parameters of the module, or the elements of them in ``bits``.
+    """AdamW under DeepSpeed, changing only what is selected of the module.
 
     ``settings``: a DeepSpeed configuration, as :func:`.deepspeed_config.read_deepspeed` checks it; its batch sizes
     must agree with ``world``.  All processes make the engine together and call every verb together.
@@ -41,21 +43,20 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self,
         module: nn.Module,
-        names: list[str],
+        selection: Selection,
         *,
         settings: Mapping[str, Any],
         world: World,
         learning_rate: float,
         weight_decay: float = 0.0,
         mixed_precision: str = "no",
-        bits: Mapping[str, torch.Tensor] | None = None,
         clip_scope: ClipScope = "selected",
     ) -> None:
         named = dict(module.named_parameters())
         module.requires_grad_(False)
         self.world, self.learning_rate = world, learning_rate
-        self.selection = Selection(module, names, bits)
-        self.parameters = {name: named[name].requires_grad_(True) for name in names}
+        self.selection = selection
+        self.parameters = {name: named[name].requires_grad_(True) for name in selection.names}
         self.device = next(iter(named.values())).device
         self.accumulation = int(settings["gradient_accumulation_steps"])
         self._micro = 0
@@ -75,6 +76,7 @@ class DeepSpeedEngine(Engine):
         )
         # Until close: stage 3 looks into the environment at every forward.
         self._environment = _complete_environment(world)
+        self._linear = nn.functional.linear  # which stage 3 replaces for the whole process
         with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, model_parameters=list(self.parameters.values()), optimizer=self.optimizer, config=options
@@ -145,6 +147,7 @@ class DeepSpeedEngine(Engine):
         for hook in self._hooks:
             hook.remove()
         self.deepspeed.destroy()
+        nn.functional.linear = self._linear
         for name in self._environment:
             os.environ.pop(name, None)
         leave()
@@ -330,6 +333,18 @@ def import_deepspeed(device: torch.device) -> Any:
     # It calls torch by names that a newer torch would rather not hear; neither is a caller's to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
+
+
+def leave() -> None:
+    """Take the process group down by DeepSpeed's own verb, which forgets the groups that it has made.
+
+    Else a second training in this process would meet groups that are gone.
+    """
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    distributed.leave()
 
 
 def check_deepspeed(settings: Mapping[str, Any], device: torch.device) -> None:

@@ -4,28 +4,89 @@ A delta is one safetensors file.  For every tensor NAME of the denoiser that cha
 the type that the original's file has, and which elements of the flattened tensor they replace: ``NAME.indices`` (k,)
 int32, or int64 in a tensor of 2^31 elements, or ``NAME.bits``, where that is shorter: element i is bit i % 8 of byte
 i // 8.
-The metadata names the format, the original's hash, the folder of the denoiser and the tensors' shapes.
+The metadata (see ``files/tensors.py``) has the original's hash, the folder of the denoiser and the tensors' shapes.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
 from ..errors import UserError
-from ..files.atomic import whole_file
+from ..files.atomic import whole_folder
+from ..files.run_folder import check_output, claimed, files_below, own
+from ..files.tensors import load_tensors, save_tensors
 from ..files.weights import hash_pipeline, pipeline_files, read_tensors
+from ..models.base import Model
+from ..models.loading import resolve_source
+from .config import ApplyConfig
+from .selection import Selection
 
-DELTA_FORMAT = "fastunlearn-delta-1"
+DELTA_FORMAT = "fastunlearn-delta-2"
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Values = Mapping[str, torch.Tensor]  # parameter -> (k,) float32, the elements that its mask selects, or all
-Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter without one is trained whole
+Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter without one is changed whole
+Save = Literal["model", "delta"]
+
+
+def check_export(model: Model, selection: Selection, save: Save) -> None:
+    """UserError for a model whose files cannot take new values of what is selected.  Reads names and shapes only.
+
+    To be called before any work: what it refuses would be lost at the end.
+    """
+    from safetensors import safe_open
+
+    folder = model.source / model.denoiser_folder
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name not in selection.shapes:
+                    continue
+                if name in found and save == "delta":
+                    raise UserError(
+                        f"{folder} has {name} in two files, {found[name].name} and {path.name}, which a delta cannot "
+                        "tell apart. Use `--save model`, or take the file that is not loaded out of the folder."
+                    )
+                found[name] = path
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(selection.shapes[name]):
+                    raise UserError(
+                        f"{path} has {name} of the shape {shape}, the model as it is loaded has "
+                        f"{tuple(selection.shapes[name])}: a result cannot be written back into it."
+                    )
+    _check_found(folder, dict.fromkeys(selection.shapes), found)
+
+
+def export(model: Model, path: Path, save: Save, values: Values, selection: Selection) -> dict[str, torch.dtype]:
+    """Write the pipeline (a folder), or the delta (a file), of the model's files with ``values`` laid over them.
+
+    A tensor keeps the type that it has in the original's file; returns these types.
+    """
+    parts = (model.source, model.denoiser_folder)
+    if save == "delta":
+        return export_delta(*parts, path, values, selection.bits)
+    with whole_folder(path) as unfinished:
+        return export_model(*parts, unfinished, values, selection.bits)
+
+
+def apply(config: ApplyConfig) -> Path:
+    """Rebuild an unlearned pipeline from its original and a delta; returns its folder."""
+    folder = Path(config.output).expanduser().resolve()
+    source = resolve_source(config.model)
+    if folder == source:
+        raise UserError(f"`--output` {folder} is the original itself. Name another folder.")
+    check_output(folder, "apply", overwrite=config.overwrite)
+    with claimed(folder), whole_folder(folder) as unfinished:
+        apply_delta(source, Path(config.delta).expanduser(), unfinished)
+        own(unfinished, "apply", files_below(unfinished))
+    return folder
 
 
 def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
@@ -39,15 +100,13 @@ def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bi
 
 def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
     """Write the delta between ``source`` and what :func:`export_model` would write; returns the types likewise."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for file in sorted((source / part).glob("*.safetensors")):
         for name, original in read_tensors(file, values)[0].items():
             if name in dtypes:
-                raise UserError(f"{source / part} has {name} in two files, which a delta cannot tell. Save the model.")
+                raise UserError(f"{source / part} has {name} in two files, which a delta cannot tell apart.")
             dtypes[name] = original.dtype
             trained = _replaced(name, original, values[name], bits.get(name))
             changed = (_integers(trained) != _integers(original)).view(-1)
@@ -61,9 +120,7 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
             else:
                 tensors[f"{name}.indices"] = indices
     _check_found(source / part, values, dtypes)
-    metadata = {"format": DELTA_FORMAT, "original": hash_pipeline(source), "part": part, "shapes": json.dumps(shapes)}
-    with whole_file(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata)
+    save_tensors(path, tensors, DELTA_FORMAT, {"original": hash_pipeline(source), "part": part, "shapes": shapes})
     return dtypes
 
 
@@ -74,16 +131,13 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     """
     if not delta.is_file():
         raise UserError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
-    try:
-        tensors, result = read_tensors(delta)
-        metadata = result or {}
-        if metadata.get("format") != DELTA_FORMAT:
-            raise UserError(f"its format is {metadata.get('format')!r}, not {DELTA_FORMAT!r}")
-        shapes = json.loads(metadata["shapes"])
-        values = {name: tensors[f"{name}.values"] for name in shapes}
-        bits = {name: _selection(tensors, name, shape) for name, shape in shapes.items()}
-    except Exception as error:
-        raise UserError(f"{delta} is no delta of fastunlearn: {' '.join(str(error).split())}.") from error
+    tensors, metadata = load_tensors(delta, DELTA_FORMAT, "delta of fastunlearn")
+    shapes = metadata["shapes"]
+    values = {name: tensors[f"{name}.values"] for name in shapes}
+    bits = {name: _bits_of(tensors, name, shape) for name, shape in shapes.items()}
+    for name, replaced in values.items():
+        if not torch.isfinite(replaced).all():
+            raise UserError(f"{delta} is no delta of fastunlearn: {name} has values that are no numbers.")
     if (ours := hash_pipeline(source)) != metadata["original"]:
         raise UserError(
             f"the delta {delta} belongs to another original: its hash is {metadata['original'][:12]}, that of {source} "
@@ -92,7 +146,7 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     export_model(source, metadata["part"], folder, values, bits)
 
 
-def _selection(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
+def _bits_of(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
     """The packed mask of a delta's tensor."""
     if f"{name}.bits" in tensors:
         mask = unpack_bits(tensors[f"{name}.bits"], shape).view(-1)
@@ -129,7 +183,8 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     stored = values.detach().cpu().to(original.dtype)
     if not torch.isfinite(stored).all():
         raise UserError(
-            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`."
+            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`, or "
+            "other options of the method."
         )
     if bits is None:
         return stored.reshape(original.shape).contiguous()
@@ -138,7 +193,7 @@ def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: tor
     return result
 
 
-def _check_found(folder: Path, wanted: Values, result: Mapping[str, torch.dtype]) -> None:
+def _check_found(folder: Path, wanted: Mapping[str, object], result: Mapping[str, object]) -> None:
     if missing := set(wanted) - set(result):
         raise UserError(f"{folder} has no tensor {min(missing)!r}: the pipeline's weights are not in the usual form.")
 

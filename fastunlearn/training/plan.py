@@ -1,44 +1,239 @@
-"""What a training will do, known and said before its first step."""
+"""What a training will do, known and said before its first step, and every check that it would fail by later."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..distributed import World
+import torch
+
+from .. import prompts
+from ..distributed import ALONE, World
+from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import Concept, Defaults, Recipe
-from .bank import BankPlan
-from .memory import MemoryEstimate
-from .selection import GradMask
+from ..methods.recipe import UNCONDITIONAL, Concept, Defaults, Edit, Recipe, Role
+from ..methods.rules import Sum
+from ..models.base import Model
+from ..models.schedulers import check_deterministic
+from ..worlds import get_world, world_with_model
+from .bank import BankPlan, plan_bank
+from .concept import make_concept
+from .config import TrainConfig
+from .deepspeed_config import read_deepspeed
+from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
+from .export import check_export
+from .memory import MemoryEstimate, estimate_memory, measure_activations
+from .selection import Selection, load_mask, select_parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
-    """What a training will do, known before its first step.  Sizes in bytes, work in UNet evaluations of one sample."""
+    """What a training will do, known before its first step.  Sizes in bytes, work in UNet evaluations of one sample.
+
+    ``selection``: what may change; of it a saliency mask, where the settings ask for one, takes its share later.
+    ``bank``: without rows for an edit.
+    """
 
     method: Method
     settings: Defaults
     concept: Concept
-    recipe: Recipe
-    names: tuple[str, ...]
-    mask: GradMask | None
+    recipe: Recipe | Edit
+    selection: Selection
+    has_mask_file: bool
     world: World
     deepspeed: Mapping[str, Any] | None  # the checked configuration
     accumulation: int
     memory: MemoryEstimate | None  # only for a dry run, which it is for
     trainable_parameters: int
     total_parameters: int
-    trainable_bytes: int
     bank: BankPlan
     loop_forwards: int
     seconds_per_evaluation: float
+    cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
 
     @property
     def loop_evaluations(self) -> int:
         """Forward and backward of the student, a backward counted as two forwards."""
         return 3 * self.loop_forwards
+
+    @property
+    def trainable_bytes(self) -> int:
+        return 4 * self.trainable_parameters
+
+    def prompts(self) -> set[str]:
+        """Every prompt of the method."""
+        return _prompts_of(self.concept, self.recipe)
+
+
+def plan_training(config: TrainConfig, method: Method, model: Model, world: World = ALONE) -> TrainPlan:
+    """Resolve settings and prompts, check them, count the work, and time one forward for the estimate.
+
+    Raises UserError for all that can be known now: also for what only the export would fail by.
+    """
+    settings = _settings(config, method, model)
+    accumulation = config.gradient_accumulation_steps or 1
+    deepspeed = None
+    if config.deepspeed is not None:
+        deepspeed = read_deepspeed(
+            Path(config.deepspeed).expanduser(),
+            world_size=world.size,
+            micro_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            max_grad_norm=config.max_grad_norm,
+            default_micro_batch_size=settings.micro_batch_size,
+        )
+        check_deepspeed(deepspeed, model.device)
+        accumulation = deepspeed["gradient_accumulation_steps"]
+        settings = dataclasses.replace(settings, micro_batch_size=deepspeed["train_micro_batch_size_per_gpu"])
+    concept = make_concept(config, method, model, settings)
+    recipe = method.recipe(concept)
+    _check_engine(config, method, recipe, settings)
+    is_edit = isinstance(recipe, Edit)
+    rows = Recipe([], Sum()) if isinstance(recipe, Edit) else recipe
+    if config.trajectories is None:
+        forget = sum(row.role == "forget" for row in rows.rows)
+        settings = dataclasses.replace(settings, trajectories=max(settings.trajectories, forget))
+    names = select_parameters(model, settings.trainable)
+    selection = Selection.of(model.denoiser, names)
+    trainable = selection.total
+    if config.mask is not None:
+        selection = load_mask(Path(config.mask).expanduser(), model)
+        selection = selection.restrict(names) if config.trainable else selection
+        trainable = selection.total
+        settings = dataclasses.replace(settings, mask_density=None)
+    elif settings.mask_density is not None:
+        trainable = round(settings.mask_density * trainable)
+    check_export(model, selection, config.save)
+    check_deterministic(model.pipeline.scheduler)
+    settings = dataclasses.replace(settings, steps=settings.steps if rows.rows else 0)
+    bank = plan_bank(
+        model,
+        rows,
+        trajectories=settings.trajectories,
+        num_inference_steps=config.trajectory_steps,
+        guidance_scale=config.trajectory_guidance_scale,
+        seed=config.seed,
+    )
+    if rows.rows and bank.trained_rows < world.size:
+        raise UserError(
+            f"there are more processes, {world.size}, than rows, {bank.trained_rows}. Use more `--trajectories`."
+        )
+    memory = None
+    if config.dry_run and not is_edit:
+        memory = _estimate(config, model, selection, trainable, bank, settings, world, deepspeed)
+    return TrainPlan(
+        method=method,
+        settings=settings,
+        concept=concept,
+        recipe=recipe,
+        selection=selection,
+        has_mask_file=config.mask is not None,
+        world=world,
+        deepspeed=deepspeed,
+        accumulation=accumulation,
+        memory=memory,
+        trainable_parameters=trainable,
+        total_parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
+        bank=bank,
+        loop_forwards=settings.steps * rows.rule.passes * settings.micro_batch_size * accumulation,
+        seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
+        cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
+    )
+
+
+def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
+    """The config with every default filled in and every path whole, as it is saved with the run.
+
+    It makes the same run from any working folder.
+    """
+    settings = dataclasses.asdict(plan.settings)
+    settings |= {"anchor": plan.concept.anchor, "options": settings["options"] or {}}
+    settings |= {"dry_run": False, "resume": False, "overwrite": False}
+    for name in ("output", "model", "mask", "deepspeed"):
+        value = getattr(config, name)
+        is_bundled = name == "model" and world_with_model(value) is not None
+        if value is not None and not is_bundled and (name == "output" or Path(value).expanduser().exists()):
+            settings[name] = str(Path(value).expanduser().resolve())
+    for name in ("forget_prompts", "retain_prompts", "evaluation_prompts"):
+        value = getattr(config, name)
+        if value is not None and value != "none" and get_world(value) is None:
+            settings[name] = prompts.from_anywhere(value)
+    return dataclasses.replace(config, **settings)
+
+
+def _prompts_of(concept: Concept, recipe: Recipe | Edit, bank: BankPlan | None = None) -> set[str]:
+    """The prompts of a method; with ``bank``, those that have a trajectory in it."""
+    if isinstance(recipe, Edit):
+        return {*concept.forget_prompts, *concept.anchors.values(), *concept.retain_prompts}
+    rows = recipe.rows if bank is None else [row for row, _ in bank.assignments]
+    return set(Recipe(rows, recipe.rule, recipe.embeddings).prompts())
+
+
+def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
+    """The method's defaults for this model, overridden by what the user set."""
+    defaults = method.defaults_for(model.defaults_key)
+    names = [field.name for field in dataclasses.fields(Defaults) if field.name != "options"]
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return method.with_options(dataclasses.replace(defaults, **chosen), config.options)
+
+
+def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, settings: Defaults) -> None:
+    """UserError for settings that the method's kind has no use for, and for a rule that the engine cannot do."""
+    if isinstance(recipe, Edit):
+        if config.deepspeed is not None:
+            raise UserError(
+                f"the method {method.name} computes its weights and trains nothing. Leave `--deepspeed` out."
+            )
+        if settings.steps:
+            raise UserError(f"the method {method.name} computes its weights in no steps. Leave `--steps` out.")
+    elif recipe.rule.projects and config.deepspeed is not None and not DeepSpeedEngine.can_project:
+        raise UserError(
+            f"the method {method.name} projects gradients on each other, which is not possible with DeepSpeed. Leave "
+            "`--deepspeed` out."
+        )
+
+
+def _estimate(
+    config: TrainConfig,
+    model: Model,
+    selection: Selection,
+    selected: int,
+    bank: BankPlan,
+    settings: Defaults,
+    world: World,
+    deepspeed: Mapping[str, Any] | None,
+) -> MemoryEstimate:
+    in_bf16 = deepspeed is not None and deepspeed.get("bf16", {}).get("enabled", False)
+    precision = "bf16" if in_bf16 else config.mixed_precision
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return estimate_memory(
+        total=sum(parameter.numel() for parameter in model.denoiser.parameters()),
+        trainable=sum(shape.numel() for shape in selection.shapes.values()),
+        selected=selected,
+        is_masked=bool(selection.bits) or settings.mask_density is not None,
+        world_size=world.size,
+        deepspeed=deepspeed,
+        other_parts=sum(p.numel() for part in parts if part is not model.denoiser for p in part.parameters()),
+        activations=settings.micro_batch_size * measure_activations(model, selection.names, precision),
+        bank=bank.rows * (1 + bank.branches) * math.prod(model.latent_shape) * 4,
+    )
+
+
+@torch.no_grad()
+def _time_evaluation(model: Model, batch_size: int) -> float:
+    """Seconds per sample of one forward, the second of two."""
+    latents = torch.zeros(batch_size, *model.latent_shape, device=model.device)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+    conditions = model.encode([""]).rows([0] * batch_size)
+    for _ in range(2):
+        started = time.monotonic()
+        model.predict(latents, timesteps, conditions).sum().item()
+        seconds = time.monotonic() - started
+    return seconds / batch_size
 
 
 def plan_lines(plan: TrainPlan) -> list[str]:
@@ -48,18 +243,26 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     total = plan.bank.unet_evaluations + plan.loop_evaluations
     lines = [
         f"method      {plan.method.name}: {plan.method.summary}",
-        f"forget      {_some(concept.forget_prompts)}",
+        f"forget      {_some(concept.forget_prompts)}{_left_out(plan, 'forget')}",
     ]
-    used = {row.role for row in plan.recipe.rows}
     if concept.anchors:
         lines.append(f"becomes     {_some(list(concept.anchors.values()))}")
-    if "retain" in used:
-        lines.append(f"keep        {_some(concept.retain_prompts)}")
+    is_edit = isinstance(plan.recipe, Edit)
+    if concept.retain_prompts and (is_edit or any(row.role == "retain" for row, _ in plan.bank.assignments)):
+        lines.append(f"keep        {_some(concept.retain_prompts)}{_left_out(plan, 'retain')}")
+    if plan.cut:
+        more = f"{len(plan.cut)} prompts are" if len(plan.cut) > 1 else "one prompt is"
+        lines.append(f"cut         {more} longer than the model reads, and read in part: {_some(plan.cut, 2)}")
     lines += [
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
         *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
-        f"bank        {plan.bank.rows:,} rows from {len(plan.bank.assignments)} trajectories, "
+    ]
+    if is_edit:
+        return [*lines, "edit        in closed form: no rows, no steps"]
+    windows = f" ({plan.bank.trained_rows:,} in their windows)" if plan.bank.trained_rows < plan.bank.rows else ""
+    lines += [
+        f"bank        {plan.bank.rows:,} rows{windows} from {len(plan.bank.assignments)} trajectories, "
         f"{plan.bank.unet_evaluations:,} UNet evaluations",
         f"loop        {settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations (a backward counts as two)",
     ]
@@ -81,10 +284,22 @@ def _bytes(size: int) -> str:
 
 
 def _mask_line(plan: TrainPlan) -> str:
-    if plan.mask is not None:
-        return f"from a file, made for {_some([plan.mask.made.get('prompts', '?')])}"
+    if plan.has_mask_file:
+        return f"from a file, made for {_some([plan.selection.made.get('prompts', '?')])}"
     density = plan.settings.mask_density
     return f"the {density:.0%} of the elements that are most salient for the concept" if density is not None else ""
+
+
+def _left_out(plan: TrainPlan, role: Role) -> str:
+    """How many prompts of a role have a trajectory, where it is not all of them."""
+    if isinstance(plan.recipe, Edit):
+        return ""
+    kinds = {row.trajectory for row in plan.recipe.rows if row.role == role}
+    used = {row.trajectory for row, _ in plan.bank.assignments if row.role == role}
+    rows = sum(row.role == role for row in plan.recipe.rows)
+    return (
+        f" ({len(used)} of {len(kinds)} take part; `--trajectories {rows}` for all)" if len(used) < len(kinds) else ""
+    )
 
 
 def _some(prompts: Sequence[str], limit: int = 3) -> str:

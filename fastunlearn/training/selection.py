@@ -1,27 +1,24 @@
-"""What a method may change: parameters by name, and elements of them by a saliency mask of one bit per element."""
+"""What may change: parameters by name, and elements of them by one bit per element."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from fastunlearn_kernels import accumulate_saliency_, pack_bits, saliency_mask, unpack_bits
+from fastunlearn_kernels import pack_bits, unpack_bits
 from torch import nn
 
 from ..errors import UserError
-from ..files.atomic import whole_file
-from ..files.weights import hash_part, read_tensors
-from ..methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row, Sum
+from ..files.tensors import load_tensors, save_tensors
+from ..files.weights import hash_part
 from ..models.base import Model, matches
 from ..models.sd import UNET_GROUPS
-from .bank import Bank, build_bank, plan_bank
 
-MASK_FORMAT = "fastunlearn-mask-1"
-SALIENCY_GUIDANCE = 7.5  # of the loss whose gradient is the saliency, as SalUn's authors have it
+MASK_FORMAT = "fastunlearn-mask-2"
 
 #: name -> description, of the groups that the method's table names: those of a UNet.
 GROUPS = {name: group.description for name, group in UNET_GROUPS.items()}
@@ -54,62 +51,122 @@ def _nothing(names: list[str], groups: Iterable[str], selector: str, pattern: st
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class GradMask:
-    """Which elements of a denoiser may change.  A parameter that is not named, or has no bit set, may not at all.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """What may change of a module, from the mask's file to the optimizer.
 
-    ``bits``: parameter -> (ceil(numel / 8),) uint8 on the CPU: element i of the flattened tensor is bit i % 8 of byte
-    i // 8, padding bits are 0.  ``model_hash`` tells the weights that it was made for, ``made`` how, in words.
+    ``shapes``: every parameter of which any element may change, in the module's order.  ``bits``: those of them that
+    may not change whole -> (ceil(numel / 8),) uint8 on the CPU: element i of the flattened tensor is bit i % 8 of byte
+    i // 8, padding bits are 0.  ``made``: how the bits were found, in words.
     """
 
-    bits: dict[str, torch.Tensor]
-    shapes: dict[str, tuple[int, ...]]
-    model_hash: str
-    made: dict[str, str] = dataclasses.field(default_factory=dict)
+    shapes: Mapping[str, torch.Size]
+    bits: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    made: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[str, int] = dataclasses.field(init=False)  # elements that may change, by parameter
+
+    def __post_init__(self) -> None:
+        counts = {
+            name: int(unpack_bits(self.bits[name], shape).sum()) if name in self.bits else shape.numel()
+            for name, shape in self.shapes.items()
+        }
+        # Whole parameters of no element stay: an optimizer knows what to do with them.
+        names = [name for name in self.shapes if counts[name] or name not in self.bits]
+        object.__setattr__(self, "shapes", {name: torch.Size(self.shapes[name]) for name in names})
+        object.__setattr__(self, "bits", {name: self.bits[name] for name in names if name in self.bits})
+        object.__setattr__(self, "lengths", {name: counts[name] for name in names})
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        names: Sequence[str],
+        bits: Mapping[str, torch.Tensor] | None = None,
+        made: Mapping[str, str] | None = None,
+    ) -> Selection:
+        """These parameters of the module: all their elements, or those that ``bits`` selects."""
+        named = dict(module.named_parameters())
+        selected = {name: packed for name, packed in (bits or {}).items() if name in names}
+        return cls({name: named[name].shape for name in names}, selected, made or {})
 
     @property
     def names(self) -> list[str]:
         """The parameters of which any element may change."""
-        return [name for name, bits in self.bits.items() if bool(bits.any())]
+        return list(self.shapes)
 
-    def count(self, name: str) -> int:
-        """How many elements of a parameter may change."""
-        return int(unpack_bits(self.bits[name], self.shapes[name]).sum())
+    @property
+    def total(self) -> int:
+        """How many elements may change."""
+        return sum(self.lengths.values())
 
-    def restrict(self, names: Sequence[str]) -> GradMask:
-        """The mask of these parameters alone.  UserError if it lets nothing of them change."""
-        bits = {name: self.bits[name] for name in names if name in self.bits and bool(self.bits[name].any())}
-        if not bits:
+    def restrict(self, names: Sequence[str]) -> Selection:
+        """Only what it selects of these parameters.  Raises UserError if that is nothing."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
+        if not shapes:
             raise UserError("the mask lets no element of the trainable parameters change. Use another `--trainable`.")
-        return dataclasses.replace(self, bits=bits, shapes={name: self.shapes[name] for name in bits})
+        return Selection(shapes, {name: bits for name, bits in self.bits.items() if name in shapes}, self.made)
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file: one uint8 tensor per parameter, shapes and hash in its metadata."""
-        from safetensors.torch import save_file
+    def mask(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The bool mask of the elements start to stop of the flattened parameter, on the CPU."""
+        numel = self.shapes[name].numel()
+        if name not in self.bits:
+            return torch.ones((numel if stop is None else stop) - start, dtype=torch.bool)
+        return unpack_bits(self.bits[name], numel)[start:stop]
 
-        metadata = {"format": MASK_FORMAT, "denoiser": self.model_hash, "made": json.dumps(self.made)}
-        metadata["shapes"] = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
-        with whole_file(path) as unfinished:
-            save_file(self.bits, unfinished, metadata=metadata)
+    def range(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """Which of the parameter's selected elements lie among its elements start to stop."""
+        if name not in self.bits:
+            return start, stop
+        mask = self.mask(name)
+        first = int(mask[:start].sum())
+        return first, first + int(mask[start:stop].sum())
+
+    def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The selected elements of a tensor of the parameter's shape, (k,)."""
+        flat = tensor.detach().reshape(-1)
+        return flat if name not in self.bits else flat[self.mask(name).to(flat.device)]
+
+    def put(self, name: str, tensor: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the selected elements of a contiguous tensor of the parameter's shape, in place."""
+        flat = tensor.detach().view(-1)
+        values = values.to(flat.device, flat.dtype)
+        if name in self.bits:
+            flat[self.mask(name).to(flat.device)] = values
+        else:
+            flat.copy_(values)
+
+    def digest(self) -> str:
+        """Tells two selections apart."""
+        digest = hashlib.sha256()
+        for name in sorted(self.names):
+            digest.update(name.encode() + b"\0")
+            digest.update(self.bits[name].cpu().numpy().tobytes() if name in self.bits else b"\0")
+        return digest.hexdigest()
 
 
-def load_mask(path: Path, model: Model) -> GradMask:
-    """Read what :meth:`GradMask.save` wrote.  UserError if it is no mask, or one of another model."""
+def save_mask(selection: Selection, path: Path, model: Model) -> None:
+    """Write a selection's bits: a uint8 tensor per parameter; shapes and a hash in the metadata.
+
+    The hash is that of the denoiser's files, which the mask was made for.
+    """
+    content = {
+        "denoiser": hash_part(model.source, model.denoiser_folder),
+        "made": dict(selection.made),
+        "shapes": {name: list(selection.shapes[name]) for name in selection.bits},
+    }
+    save_tensors(path, selection.bits, MASK_FORMAT, content)
+
+
+def load_mask(path: Path, model: Model) -> Selection:
+    """Read what :func:`save_mask` wrote.  UserError if it is no mask, or one of another model."""
     if not path.is_file():
         raise UserError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
-    try:
-        bits, result = read_tensors(path)
-        metadata = result or {}
-        if metadata.get("format") != MASK_FORMAT:
-            raise UserError(f"its format is {metadata.get('format')!r}, not {MASK_FORMAT!r}")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        if shapes.keys() != bits.keys():
-            raise UserError("names and shapes differ")
-        for name, packed in bits.items():
-            if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
-                raise UserError(f"{name} has bits beyond its last element")
-    except Exception as error:
-        raise UserError(f"{path} is no mask of `fastunlearn mask`: {' '.join(str(error).split())}") from error
+    bits, content = load_tensors(path, MASK_FORMAT, "mask of `fastunlearn mask`")
+    shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+    made = {str(key): str(value) for key, value in content["made"].items()}
+    for name, packed in bits.items():
+        if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
+            raise UserError(f"{path} is no mask of `fastunlearn mask`: {name} has bits beyond its last element.")
     parameters = dict(model.denoiser.named_parameters())
     for name, shape in shapes.items():
         if name not in parameters:
@@ -119,79 +176,12 @@ def load_mask(path: Path, model: Model) -> GradMask:
                 f"the mask {path} is of another model: {name} has the shape {shape} there and "
                 f"{tuple(parameters[name].shape)} in {model.name}."
             )
-    if (ours := hash_part(model.source, model.denoiser_folder)) != metadata.get("denoiser"):
+    if (ours := hash_part(model.source, model.denoiser_folder)) != content["denoiser"]:
         raise UserError(
-            f"the mask {path} is of other weights: their hash is {str(metadata.get('denoiser'))[:12]}, that of "
+            f"the mask {path} is of other weights: their hash is {content['denoiser'][:12]}, that of "
             f"{model.name} is {ours[:12]}. Make one for this model with `fastunlearn mask`."
         )
-    in_order = [name for name in parameters if name in bits]
-    made = json.loads(metadata.get("made", "{}"))
-    return GradMask({name: bits[name] for name in in_order}, {n: shapes[n] for n in in_order}, ours, made)
-
-
-def make_mask(
-    model: Model,
-    forget_prompts: Sequence[str],
-    names: Sequence[str],
-    *,
-    density: float,
-    granularity: str = "element",
-    trajectories: int,
-    num_inference_steps: int,
-    trajectory_guidance_scale: float,
-    micro_batch_size: int,
-    seed: int,
-    mixed_precision: str = "no",
-) -> GradMask:
-    """SalUn's mask: the share ``density`` of the elements on which the concept's denoising loss is steepest.
-
-    The gradient of ``|(1 + w) S(c) - w S("") - noise|^2``, w = 7.5, is summed over all forget rows, signs and all, and
-    the largest magnitudes are selected over all parameters together (Fan et al. 2024; ``generate_mask.py``).  A
-    function of model, prompts, ``names`` and settings alone.  ``granularity``: element, sector (8 neighbours) or row.
-    """
-    rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
-    recipe = Recipe(rows, Sum())
-    plan = plan_bank(
-        model,
-        recipe,
-        trajectories=trajectories,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=trajectory_guidance_scale,
-        seed=seed,
-    )
-    bank = build_bank(model, recipe, plan)
-    totals = _concept_saliency(model, bank, names, micro_batch_size, mixed_precision)
-    bits = saliency_mask(list(totals.values()), density, granularity=granularity)
-    mask = GradMask(
-        {name: packed.cpu() for name, packed in zip(totals, bits, strict=True)},
-        {name: tuple(total.shape) for name, total in totals.items()},
-        hash_part(model.source, model.denoiser_folder),
-        {"density": f"{density:g}", "granularity": granularity, "prompts": "; ".join(forget_prompts)},
-    )
-    if not mask.names:
-        raise UserError(f"a density of {density:g} selects no element of {len(totals)} parameters. Use a larger one.")
-    return mask
-
-
-def _concept_saliency(
-    model: Model, bank: Bank, names: Sequence[str], micro_batch_size: int, mixed_precision: str
-) -> dict[str, torch.Tensor]:
-    """name -> the summed gradient of the guided denoising loss over all rows of the bank, float32."""
-    named = dict(model.denoiser.named_parameters())
-    parameters = {name: named[name].requires_grad_(True) for name in names}
-    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    try:
-        for rows in torch.arange(len(bank), device=model.device).split(micro_batch_size):
-            conditional = bank.conditions.rows(bank.condition[rows])
-            unconditional = bank.conditions.of([UNCONDITIONAL] * len(rows))
-            conditions = {key: torch.cat([unconditional[key], conditional[key]]) for key in conditional}
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-                both = model.predict(bank.latents[rows].repeat(2, 1, 1, 1), bank.timesteps[rows].repeat(2), conditions)
-            without, with_concept = both.chunk(2)
-            guided = torch.lerp(without, with_concept, 1 + SALIENCY_GUIDANCE)
-            loss = (guided - bank.teacher_preds[0, rows]).square().mean() * (len(rows) / len(bank))
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            accumulate_saliency_(list(totals.values()), list(gradients), mode="signed")
-    finally:
-        model.denoiser.requires_grad_(False)
-    return totals
+    selection = Selection.of(model.denoiser, [name for name in parameters if name in bits], bits, made)
+    if not selection.names:
+        raise UserError(f"the mask {path} selects no element. Make one with `fastunlearn mask`.")
+    return selection

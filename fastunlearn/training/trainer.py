@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from fastunlearn_kernels import noise_pred_loss
 
 from ..errors import UserError
 from ..files.atomic import remove_folder, remove_temporaries, write_text
-from ..methods.recipe import ROLES, Alternate, Role, Rule, Saddle, Sum
+from ..methods.recipe import ROLES, Role
+from ..methods.rules import Rule
 from ..models.base import Model
 from .bank import Bank
 from .engine import Engine
@@ -55,11 +55,7 @@ class Trainer:
         device = model.device
         # Stay on the device, so that the loop never waits for it.
         self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.dual = torch.zeros((), device=device)
-        self.margin = 1.0
-        if isinstance(rule, Saddle):
-            self.dual.fill_(rule.lambda_start)
-            self.margin = rule.kappa * bank.concept_strength()
+        self.state = {name: torch.full((), value, device=device) for name, value in rule.start(bank).items()}
 
     def run(self, on_log: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train to the last step.
@@ -92,7 +88,8 @@ class Trainer:
         if not self.engine.all_finite():  # the weights are one update ahead of the loss
             self._diverged()
         self.checkpoints.mkdir(exist_ok=True, parents=True)
-        state = {"step": self.step, "seconds": self.seconds, "dual": self.dual.item(), "rows": self._rows_per_step}
+        rule = {name: value.item() for name, value in self.state.items()}
+        state = {"step": self.step, "seconds": self.seconds, "rule": rule, "rows": self._rows_per_step}
         self.engine.save(self._checkpoint(), state)
         if self.engine.world.is_main:
             for path in self._saved()[:-_KEPT_CHECKPOINTS]:
@@ -108,7 +105,10 @@ class Trainer:
                     f"batch x accumulation x processes). Choose a micro batch or accumulation that makes them equal."
                 )
             self.step, self.seconds = state["step"], state["seconds"]
-            self.dual.fill_(state["dual"])
+            if state["rule"].keys() != self.state.keys():
+                raise UserError(f"the checkpoint {saved[-1]} is of another run: its method has another rule.")
+            for name, value in state["rule"].items():
+                self.state[name].fill_(value)
         if self.engine.world.is_main and self.checkpoints.is_dir():
             remove_temporaries(self.checkpoints)
         if self.engine.world.is_main and self.metrics_path.exists():
@@ -120,24 +120,40 @@ class Trainer:
         metrics: dict[str, torch.Tensor] = {}
         if self.schedule.lr_scheduler == "linear":
             self.engine.scale_learning_rate(1 - self.step / self.schedule.steps)
-        for role_weights in self._updates():
-            counts = dict(self._counts(list(role_weights)))
-            # The loss, then of each role the sum of its rows' losses.
-            sums = torch.zeros(1 + len(counts), device=self.model.device)
-            for micro in range(self.engine.accumulation):
-                loss, row_sums = self._backward(micro, role_weights, counts)
-                sums += torch.stack([loss / self._parts, *row_sums])
+        for update in self.rule.updates(self.state):
+            passes = []
+            if against := self._present(update.against):
+                passes.append((update.along, *self._accumulate(against)))
+                self.engine.set_aside(update.along)
+            if not (weights := self._present(update.weights)):
+                continue
+            passes.append((1.0, *self._accumulate(weights)))
             metrics["grad_norm"] = self.engine.step()
-            loss, *row_sums = self.engine.world.sum(sums)
-            metrics["loss"] = metrics.get("loss", 0.0) + loss
-            for (role, count), row_sum in zip(counts.items(), row_sums, strict=True):
-                metrics[f"{role}_loss"] = row_sum / count
-        if isinstance(self.rule, Saddle):
-            metrics["dual"] = self.dual.clone()
-            ascent = self.rule.dual_rate * (1 - metrics["forget_loss"] / self.margin)
-            self.dual.add_(ascent).clamp_(0.0, self.rule.lambda_max)
+            for share, counts, sums in passes:
+                loss, *row_sums = self.engine.world.sum(sums)
+                metrics["loss"] = metrics.get("loss", 0.0) + share * loss
+                for (role, count), row_sum in zip(counts.items(), row_sums, strict=True):
+                    metrics[f"{role}_loss"] = row_sum / count
+        self.rule.after_step(metrics, self.state)
         self.finite &= torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"])
         return metrics
+
+    def _accumulate(self, role_weights: dict[Role, torch.Tensor]) -> tuple[dict[Role, int], torch.Tensor]:
+        """The gradient of one pass over an update's rows: how many each role has, and what this process summed.
+
+        That is the loss, then of each role the sum of its rows' losses.
+        """
+        counts = dict(self._counts(list(role_weights)))
+        sums = torch.zeros(1 + len(counts), device=self.model.device)
+        for micro in range(self.engine.accumulation):
+            loss, row_sums = self._backward(micro, role_weights, counts)
+            sums += torch.stack([loss / self._parts, *row_sums])
+        return counts, sums
+
+    def _present(self, weights: Mapping[Role, float | torch.Tensor]) -> dict[Role, torch.Tensor]:
+        """The weights of the roles that have rows, () float32 on the device."""
+        one = torch.ones((), device=self.model.device)
+        return {role: one * weights[role] for role in ROLES if role in weights and role in self.bank.role_rows}
 
     def _backward(
         self, micro: int, role_weights: dict[Role, torch.Tensor], counts: dict[Role, int]
@@ -151,10 +167,12 @@ class Trainer:
         # Each role's loss is a mean over all its rows, whatever its share of this batch; the engine means over parts.
         scale = len(batch.timesteps) * parts
         weights = torch.cat([(role_weights[role] * scale / counts[role]).expand(n) for role, n in batch.roles])
+        weights = weights * batch.weights
         loss, row_losses = noise_pred_loss(
             noise_pred, batch.teacher_preds, batch.coefficients, weights, row_index=batch.row_index
         )
         self.engine.backward(loss)
+        row_losses = row_losses * batch.weights
         split = dict(zip((role for role, _ in batch.roles), row_losses.split([n for _, n in batch.roles]), strict=True))
         return loss.detach(), [split[role].sum() if role in split else loss.new_zeros(()) for role in counts]
 
@@ -166,18 +184,6 @@ class Trainer:
     @property
     def _rows_per_step(self) -> int:
         return self.schedule.micro_batch_size * self._parts
-
-    def _updates(self) -> list[dict[Role, torch.Tensor]]:
-        """The weights of the roles in each update of a step."""
-        one = torch.ones((), device=self.model.device)
-        match self.rule:
-            case Sum(retain_weight, forget_weight):
-                weights = {"forget": one * forget_weight, "retain": one * retain_weight}
-                return [{role: weights[role] for role in ROLES if role in self.bank.role_rows}]
-            case Alternate(retain_weight):
-                return [{"forget": one}, {"retain": one * retain_weight}]
-            case Saddle():
-                return [{"forget": -self.dual, "retain": one}]
 
     def _counts(self, roles: list[Role]) -> list[tuple[Role, int]]:
         """The batch shared out over the roles, at least one row each."""
@@ -208,8 +214,8 @@ class Trainer:
         return self.checkpoints / f"step-{self.step}"
 
     def _saved(self) -> list[Path]:
-        result = [path for path in self.checkpoints.glob("step-*") if path.is_dir()]
-        return sorted(result, key=lambda path: int(path.name.removeprefix("step-")))
+        result = [path for path in self.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+        return sorted(result, key=lambda path: int(path.name[5:]))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -218,7 +224,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and math.isfinite(record.get("step", math.nan)) else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 @contextlib.contextmanager

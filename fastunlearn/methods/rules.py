@@ -1,0 +1,132 @@
+"""How the losses of a recipe's rows become steps of the optimizer.  A rule is data with three verbs.
+
+``start`` gives the rule's state before the first step, ``updates`` the updates of a step, and ``after_step`` changes
+the state by what the step has measured.  The trainer knows no rule by name.  The state is saved in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from .recipe import Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Weight = float | Tensor
+    State = dict[str, Tensor]
+
+
+class Measured(Protocol):
+    """What a rule may ask of the training rows before the first step."""
+
+    def concept_strength(self) -> float:
+        """Mean over the forget rows of ``(teacher(concept) - teacher(unconditional))^2``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One step of the optimizer, on the weighted sum of the roles' mean losses.
+
+    ``weights``: role -> its weight, a number or a () tensor.  Roles without rows are passed over.
+    ``against``: the same for a second gradient g, computed on rows of its own.  The step's gradient then loses its part
+    that points against g (gradient surgery), and ``along`` times g is added to it.
+    """
+
+    weights: Mapping[Role, Weight]
+    against: Mapping[Role, Weight] = dataclasses.field(default_factory=dict)
+    along: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(ABC):
+    """What every rule is.
+
+    ``passes``: student batches in a step, for the plan.  ``projects``: whether any update has a gradient ``against``,
+    which not every engine can compute.
+    """
+
+    passes: ClassVar[int] = 1
+    projects: ClassVar[bool] = False
+
+    def start(self, rows: Measured) -> dict[str, float]:
+        """The state before the first step, name -> value; the trainer keeps each as a () float32 tensor."""
+        return {}
+
+    @abstractmethod
+    def updates(self, state: State) -> Sequence[Update]:
+        """The updates of one step, in order."""
+
+    def after_step(self, metrics: dict[str, Tensor], state: State) -> None:  # noqa: B027 - most have nothing to do
+        """Change the state in place by the step's metrics: ``loss``, ``grad_norm``, ``forget_loss``, ``retain_loss``.
+
+        What is added to ``metrics``, () tensors, is logged.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Rule):
+    """One step on ``forget_weight`` times the mean forget loss plus ``retain_weight`` times the mean retain loss."""
+
+    retain_weight: float = 1.0
+    forget_weight: float = 1.0
+
+    def updates(self, state: State) -> Sequence[Update]:
+        return [Update({"forget": self.forget_weight, "retain": self.retain_weight})]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternate(Rule):
+    """A step on the forget loss, then a step on ``retain_weight`` times the retain loss."""
+
+    retain_weight: float = 1.0
+    passes: ClassVar[int] = 2
+
+    def updates(self, state: State) -> Sequence[Update]:
+        return [Update({"forget": 1.0}), Update({"retain": self.retain_weight})]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saddle(Rule):
+    """Minimise over weights, maximise over lambda >= 0: ``retain + lambda * (margin - forget)``.
+
+    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - teacher(unconditional)|^2``;
+    lambda, the price of missing it, follows by dual ascent, ``lambda += dual_rate * (1 - forget / margin)``, in
+    [0, lambda_max].
+    """
+
+    kappa: float
+    dual_rate: float = 0.1
+    lambda_start: float = 0.1
+    lambda_max: float = 1.0
+
+    def start(self, rows: Measured) -> dict[str, float]:
+        return {"dual": self.lambda_start, "margin": self.kappa * rows.concept_strength()}
+
+    def updates(self, state: State) -> Sequence[Update]:
+        return [Update({"forget": -state["dual"], "retain": 1.0})]
+
+    def after_step(self, metrics: dict[str, Tensor], state: State) -> None:
+        metrics["dual"] = state["dual"].clone()
+        ascent = self.dual_rate * (1 - metrics["forget_loss"] / state["margin"])
+        state["dual"].add_(ascent).clamp_(0.0, self.lambda_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Project(Rule):
+    """A step along the forget gradient without its part against the retain gradient (Yu et al. 2020, 2001.06782).
+
+        g = g_f - min(<g_f, g_r>, 0) / <g_r, g_r> g_r + retain_weight * g_r
+
+    ``retain_weight`` 0: forgetting alone, but never, to first order, at the retain loss' expense.
+    """
+
+    retain_weight: float = 1.0
+    passes: ClassVar[int] = 2
+    projects: ClassVar[bool] = True
+
+    def updates(self, state: State) -> Sequence[Update]:
+        return [Update({"forget": 1.0}, against={"retain": 1.0}, along=self.retain_weight)]

@@ -1,0 +1,86 @@
+"""UCE: unified concept editing (Gandikota et al., WACV 2024, arXiv 2308.14761, equation 7).
+
+Every matrix W that reads the text states c, in cross-attention the keys' and the values', gets the least-squares answer
+to "the concept's states c_e give what the anchor's states c_g gave, states to keep c_p give what they gave":
+
+    W' = argmin  s_e sum |W' c_e - W c_g|^2 + s_p sum |W' c_p - W c_p|^2 + lambda |W' - W|^2  =  W M
+    M  = (lambda I + s_e sum c_g c_e^T + s_p sum c_p c_p^T) (lambda I + s_e sum c_e c_e^T + s_p sum c_p c_p^T)^-1
+
+M does not depend on W: one solve serves all layers, where the authors' code inverts a matrix for each.  A layer with a
+bias, W c + b, keeps its b: it stands on both sides and drops out (their FLUX code counts it twice).
+
+Differs from the authors' code: all positions of a prompt's states take part, where theirs takes the last token of the
+concept; position i of a forget prompt goes to position i of the prompt with the anchor; the prompts to keep are the
+retain prompts and the empty one.  s_p is ``retain_weight``.  The sums and the solve are in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from . import Method
+from .recipe import EMPTY, Concept, Defaults, Edit, Weights, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    ridge: float = option("lambda: what holds the weights where no prompt says anything", 0.5, above=0)
+    erase_weight: float = option("s_e: weight of the forget prompts", 1.0, above=0)
+
+
+def recipe(concept: Concept) -> Edit:
+    def change(weights: Weights) -> Mapping[str, Tensor]:
+        factor = right_factor(concept)
+        if not weights.text:
+            raise UserError(
+                "uce changes the matrices that read the text states, and `--trainable` selects none of them. Use "
+                "cross-attention-kv."
+            )
+        return {n: (weights.parameters[n].double() @ factor).float() for n in weights.text}
+
+    return Edit(change)
+
+
+def right_factor(concept: Concept) -> Tensor:
+    """M, (D, D) float64, for text states of D numbers."""
+    import torch
+
+    options, keep = concept.options, concept.settings.retain_weight
+
+    def states(prompts: Sequence[str]) -> Tensor:
+        encoded = concept.encode(prompts)["encoder_hidden_states"]
+        return encoded.reshape(-1, encoded.shape[-1]).double()
+
+    def product(left: Sequence[str], right: Sequence[str]) -> Tensor:
+        """The sum of c d^T over the positions of pairs of prompts, (D, D)."""
+        parts = range(0, len(left), 64)
+        return torch.stack([states(left[i : i + 64]).T @ states(right[i : i + 64]) for i in parts]).sum(0)
+
+    forget, retain = concept.forget_prompts, [*concept.retain_prompts, EMPTY]
+    wanted = [concept.anchors[prompt] for prompt in forget]
+    common = keep * product(retain, retain)
+    common += options.ridge * torch.eye(len(common), dtype=common.dtype, device=common.device)
+    numerator = common + options.erase_weight * product(wanted, forget)
+    denominator = common + options.erase_weight * product(forget, forget)
+    return torch.linalg.solve(denominator, numerator.T).T  # the denominator is symmetric
+
+
+UCE = Method(
+    name="uce",
+    paper="Gandikota et al. 2024, arXiv 2308.14761",
+    needs="the concept, an anchor; retain prompts are kept",
+    summary="maps the concept to the anchor in all text projections, in closed form, without training",
+    recipe=recipe,
+    options=Options,
+    anchor="needed",
+    defaults={
+        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv"),
+        "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
+    },
+)

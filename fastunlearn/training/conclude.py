@@ -1,0 +1,124 @@
+"""What follows a training: the run's record, and its evaluation.  The one place where training calls evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..evaluation.evaluator import evaluate_models
+from ..evaluation.plan import default_metric, file_groups, world_groups
+from ..evaluation.results import EvaluationReport, write_results
+from ..files.weights import hash_pipeline
+from ..methods import get_method
+from ..metrics.distances import Distance, load_perceptual
+from ..models.base import Model
+from ..models.loading import load_model
+from ..models.runtime import versions
+from ..models.sampling import SamplerSpec
+from ..progress import Reporter
+from ..prompts import PromptGroups
+from ..schema import RunRecord
+from ..worlds import get_world
+from .config import TrainConfig
+from .export import apply_delta
+from .plan import TrainPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What a run is evaluated on, and by which distance."""
+
+    groups: PromptGroups
+    metric: Distance
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: Model) -> Scoring | None:
+        """As the settings say, None where they want no evaluation.  Raises UserError for prompts that do not do."""
+        groups = _evaluation_groups(config, model)
+        return None if groups is None else cls(groups, load_perceptual(default_metric(model), model.device))
+
+
+def conclude(
+    config: TrainConfig,
+    plan: TrainPlan,
+    model: Model,
+    original: str,
+    exported: Path,
+    seconds: Mapping[str, float],
+    scoring: Scoring | None,
+    reporter: Reporter,
+) -> RunRecord:
+    """Write run.json beside what was exported, and, with ``scoring``, the evaluation.  Returns the record.
+
+    ``original``: the hash of the files that the model was read from.
+    """
+    folder, unlearned = exported.parent, exported
+    with contextlib.ExitStack() as scratch:
+        if config.save == "delta":
+            unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
+            apply_delta(model.source, exported, unlearned)
+        hashes = {"original": original, "unlearned": hash_pipeline(unlearned)}
+        record = _run_record(config, plan, model, hashes, seconds)
+        record.write(folder / "run.json")
+        if scoring is not None:
+            reporter.stage("evaluation")
+            # The original is loaded afresh: the model in memory has changed.
+            base = load_model(str(model.source), model.device)
+            base.name = model.name
+            result = evaluate_models(
+                base,
+                {config.method: load_model(str(unlearned), model.device)},
+                scoring.groups,
+                scoring.metric,
+                SamplerSpec(mixed_precision=config.mixed_precision),
+                describe={config.method: describe_run(config) | {"model": model.name}},
+                on_progress=reporter.scoring,
+            )
+            unseen = not set(scoring.groups.retain) & plan.prompts()
+            write_results(folder, EvaluationReport(result, scoring.groups, unseen=unseen))
+    return record
+
+
+def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None:
+    choice = config.evaluation_prompts or (model.world.name if model.world else "none")
+    if choice == "none":
+        return None
+    if (world := get_world(choice)) is None:
+        return file_groups(choice, config.forget if model.world else None)
+    if world is not model.world:
+        raise UserError(f"`--evaluation-prompts {choice}` are the bundled model's. Give a prompt file, or none.")
+    return world_groups(world, config.forget)
+
+
+def _run_record(
+    config: TrainConfig, plan: TrainPlan, model: Model, hashes: dict[str, str], seconds: Mapping[str, float]
+) -> RunRecord:
+    return RunRecord(
+        **(describe_run(config) | {"model": model.name}),
+        versions=versions(),
+        device=model.device.type,
+        threads=torch.get_num_threads(),
+        hashes=hashes,
+        trainable_parameters=plan.trainable_parameters,
+        total_parameters=plan.total_parameters,
+        rows=plan.bank.rows,
+        unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
+        seconds=dict(seconds),
+    )
+
+
+def describe_run(config: TrainConfig) -> dict[str, Any]:
+    """What a run's evaluation says of the run."""
+    return {
+        "method": config.method,
+        "concept": config.forget,
+        "model": config.model,
+        "is_reconstruction": get_method(config.method).is_reconstruction,
+    }

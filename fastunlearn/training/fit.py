@@ -1,0 +1,70 @@
+"""Trains a model on its rows as a plan says, and exports it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..methods.recipe import Edit
+from ..models.base import Model
+from ..progress import Reporter
+from .bank import Bank
+from .config import TrainConfig
+from .engine import Engine, TorchEngine
+from .engine_deepspeed import DeepSpeedEngine
+from .plan import TrainPlan
+from .selection import Selection
+from .trainer import Schedule, Trainer
+
+
+def fit(
+    model: Model,
+    plan: TrainPlan,
+    bank: Bank,
+    selection: Selection,
+    config: TrainConfig,
+    folder: Path,
+    reporter: Reporter,
+) -> Path:
+    """Train ``model.denoiser`` on a bank, leave the trained weights in it, export them and return where to."""
+    assert not isinstance(plan.recipe, Edit)
+    torch.manual_seed(config.seed)
+    settings = plan.settings
+    engine = _engine(model, plan, selection, config)
+    schedule = Schedule(
+        steps=settings.steps,
+        micro_batch_size=settings.micro_batch_size,
+        seed=config.seed,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        lr_scheduler=settings.lr_scheduler,
+    )
+    try:
+        trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder)
+        if config.resume:
+            trainer.resume()
+        trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
+        exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
+        engine.export(model, exported, config.save)
+    except BaseException:
+        if plan.world.size == 1:  # so that this process can train again; one of several ends, and waits for nobody
+            engine.close()
+        raise
+    engine.close()
+    return exported
+
+
+def _engine(model: Model, plan: TrainPlan, selection: Selection, config: TrainConfig) -> Engine:
+    options: dict[str, Any] = {
+        "learning_rate": plan.settings.learning_rate,
+        "weight_decay": config.weight_decay,
+        "mixed_precision": config.mixed_precision,
+        "clip_scope": config.clip_scope,
+    }
+    if plan.deepspeed is not None:
+        return DeepSpeedEngine(model.denoiser, selection, settings=plan.deepspeed, world=plan.world, **options)
+    return TorchEngine(
+        model.denoiser, selection, max_grad_norm=config.max_grad_norm, accumulation=plan.accumulation, **options
+    )
