@@ -237,7 +237,7 @@ def test_prompts_make_clusters_and_groups(command, folders):
     assert "prompt é 1" in report
 
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "brightness_metric.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin" / "brightness_metric.py"
 
 
 @pytest.fixture

@@ -302,7 +302,7 @@ def test_the_same_with_any_number_of_models_and_in_any_company():
 
 # ---- a judge of another package --------------------------------------------------------------------------------------
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "main_color_judge.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin" / "main_color_judge.py"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fastunlearn.methods.rules import Sum
 
 TINY = {"trajectories": 1, "trajectory_steps": 3, "micro_batch_size": 2, "steps": 2, "evaluation_prompts": "none"}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-EXAMPLE = Path(__file__).parents[1] / "examples" / "until_method.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin" / "until_method.py"
 UNET = "model/unet/diffusion_pytorch_model.safetensors"
 
 
@@ -46,12 +46,14 @@ def until(tmp_path, monkeypatch):
     site = tmp_path / "site"
     info = site / "until-1.0.dist-info"
     info.mkdir(parents=True)
-    shutil.copy(EXAMPLE, site / "until_method.py")
+    shutil.copy(EXAMPLE, site)
+    shutil.copy(EXAMPLE.with_name("until_rule.py"), site)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: until\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fastunlearn.methods]\nuntil = until_method:UNTIL\n")
     monkeypatch.syspath_prepend(site)
     yield importlib.import_module("until_method").UNTIL
-    sys.modules.pop("until_method", None)
+    for name in ("until_method", "until_rule"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
-"""A judge that another package brings: how much of an image is of the color that the concept names.
+"""A judge of another package: how much of an image is of the color that the concept names.
 
-Its package says so in pyproject.toml, and `fastunlearn evaluate --judge main-color --forget red ...` finds it:
-    [project.entry-points."fastunlearn.judges"]
-    main-color = "main_color_judge:MainColor"
+`fastunlearn evaluate --judge main-color --forget red ...` asks it.
 """
 
 import hashlib
