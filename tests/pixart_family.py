@@ -1,11 +1,13 @@
-"""A family as another package would add it: PixArt-Sigma, by the entry ``pixart = "pixart_family:PixArt"``."""
+"""A family as another package would add it: PixArt-Alpha, by the entry ``pixart-alpha = "pixart_family:PixArt"``."""
+
+import torch
 
 from fastunlearn.models.base import Group, Model
 
 
 class PixArt(Model):
-    family = "pixart"
-    pipelines = ("PixArtSigmaPipeline",)
+    family = "pixart-alpha"
+    pipelines = ("PixArtAlphaPipeline",)
     parts = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
     groups = {  # noqa: RUF012
         "cross-attention": Group("every parameter of the attn2 blocks", only=("attn2",)),
@@ -20,10 +22,16 @@ class PixArt(Model):
 
     def predict(self, latents, timesteps, conditions, denoiser=None):
         network = self.denoiser if denoiser is None else denoiser
+        _, height, width = self.latent_shape
+        size = {"resolution": None, "aspect_ratio": None}
+        if self.pipeline.transformer.config.sample_size == 128:  # the model for 1024 px is told the size
+            scale = self.pipeline.vae_scale_factor
+            pixels = torch.tensor([height * scale, width * scale], dtype=self.dtype, device=self.device)
+            size = {"resolution": pixels.expand(len(latents), 2), "aspect_ratio": (pixels[:1] / pixels[1:]).expand(len(latents), 1)}
         prediction = network(
             latents.to(self.dtype),
             timestep=timesteps.expand(len(latents)),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            added_cond_kwargs=size,
             return_dict=False,
             **{name: values.to(self.dtype) for name, values in conditions.items()},
         )

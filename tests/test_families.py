@@ -9,17 +9,25 @@ from pixart_family import PixArt
 from safetensors.torch import load_file
 from tiny_models import (
     ZERO_SNR,
+    auraflow,
     build,
     cosxl,
     ddim,
     diffusers,
+    dynamic,
     euler,
+    flow,
+    flux,
+    lumina2,
     pixart,
     playground,
     pndm,
+    sana,
     scheduler,
     sd1,
     sd2,
+    sd3,
+    sd35,
     sdxl,
 )
 
@@ -61,10 +69,24 @@ CASES = {
     "sdxl v": lambda: sdxl(euler(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
     "playground": playground,
     "cosxl": cosxl,
-    "pixart": pixart,
+    "pixart alpha": lambda: pixart(alpha=True),
+    "pixart sigma": pixart,
+    "sd3": sd3,
+    "sd3 without T5": lambda: sd3(with_t5=False),
+    "sd3 dynamic": lambda: sd3(flow(use_dynamic_shifting=True)),
+    "sd3 Heun": lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
+    "sd3.5": sd35,
+    "flux dev": flux,
+    "flux schnell": lambda: flux(flow(shift=1.0), guidance=False),
+    "sana": sana,
+    "sana Euler": lambda: sana(flow(shift=3.0)),
+    "lumina2": lumina2,
+    "lumina2 dynamic": lambda: lumina2(dynamic()),
+    "auraflow": auraflow,
 }
-FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd"), ("pixart", "esd")}
-FAST |= {("playground", "salun")}
+FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd")}
+FAST |= {("playground", "salun"), ("pixart alpha", "esd"), ("pixart sigma", "ovw"), ("sd3.5", "salun")}
+FAST |= {("flux dev", "esd"), ("sana", "salun"), ("lumina2", "esd"), ("auraflow", "ovw")}
 TRAINED = [
     pytest.param(case, method, marks=[] if (case, method) in FAST else slow)
     for case in CASES
@@ -78,6 +100,14 @@ LONG_TAIL = {
     "sd1 DEIS",
     "sd2 v PNDM",
     "sd2 zero SNR Euler",
+    "pixart alpha",
+    "sd3 without T5",
+    "sd3 dynamic",
+    "sd3 Heun",
+    "sd3",
+    "flux schnell",
+    "sana Euler",
+    "lumina2 dynamic",
 }
 PROMPTS = ["a painting by Van Gogh", "a photo of a dog"]
 STEPS, GUIDANCE = 4, 3.5
@@ -85,7 +115,7 @@ STEPS, GUIDANCE = 4, 3.5
 
 @pytest.fixture(scope="module", autouse=True)
 def _another_package_adds_pixart():
-    entry = types.SimpleNamespace(name="pixart", value="pixart_family:PixArt", load=lambda: PixArt)
+    entry = types.SimpleNamespace(name="pixart-alpha", value="pixart_family:PixArt", load=lambda: PixArt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "entry_points", lambda group: [entry] if group == "fastunlearn.families" else [])
         yield
@@ -119,10 +149,15 @@ def images_of_diffusers(folder, guidance=GUIDANCE, prompts=PROMPTS):
     """The same from the same noise, by the pipeline as a stranger would load it."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipeline).__name__ else {}
+    binned = type(pipeline).__name__.startswith(("PixArt", "Sana"))
+    options = {"use_resolution_binning": False, "clean_caption": False} if binned else {}
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    noise = initial_noise(prompts, [0] * len(prompts), (network.config.in_channels, 8, 8))
-    options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": 64, "width": 64}
+    packed = isinstance(pipeline, diffusers.FluxPipeline)
+    size, channels = network.config.sample_size, network.config.in_channels // (4 if packed else 1)
+    noise = initial_noise(prompts, [0] * len(prompts), (channels, size, size))
+    noise = pipeline._pack_latents(noise, *noise.shape) if packed else noise
+    side = size * pipeline.vae_scale_factor
+    options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": side, "width": side}
     images = pipeline(prompts, latents=noise, output_type="np", **options).images
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().int()
 
@@ -224,8 +259,7 @@ def files_in(folder):
 @pytest.mark.parametrize(("case", "method"), TRAINED)
 def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(folder_of, tmp_path, case, method):
     folder = folder_of(case)
-    trainable = "all" if method == "salun" else "cross-attention"
-    unlearn(settings_of(folder, tmp_path / "run", method, trainable=trainable))
+    unlearn(settings_of(folder, tmp_path / "run", method))
     result = tmp_path / "run" / "model"
     before, after = files_in(folder), files_in(result)
     changed = {name for name in before if before[name] != after.get(name)}
@@ -236,7 +270,7 @@ def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(fo
     old, new = load_file(folder / weights), load_file(result / weights)
     moved = {name for name in old if old[name].numpy().tobytes() != new[name].numpy().tobytes()}
     assert moved
-    assert moved <= set(select_parameters(model, trainable))
+    assert moved <= set(select_parameters(model, "all" if method == "salun" else model.default_group))
     ours = images_of(model)
     assert_same(ours, images_of_diffusers(result))
     assert not torch.equal(ours, images_of_diffusers(folder))
@@ -246,7 +280,7 @@ def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(fo
 
 
 def test_another_package_adds_a_family_in_few_lines():
-    assert all_families()["pixart"] is PixArt
+    assert all_families()["pixart-alpha"] is PixArt
     assert len(Path(__file__).with_name("pixart_family.py").read_text().splitlines()) <= 40
 
 
@@ -256,8 +290,8 @@ def test_a_family_that_cannot_be_loaded_is_named_where_it_is_missed(monkeypatch)
 
     entry = types.SimpleNamespace(name="theirs", value="theirs:Theirs", load=load)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
-    with pytest.raises(UserError, match=r"is a FluxPipeline, a family not supported.*'?theirs.*no module named theirs"):
-        family_of("FluxPipeline", "'flux'")
+    with pytest.raises(UserError, match=r"is a HunyuanDiTPipeline, a family not supported.*'?theirs.*no module named theirs"):
+        family_of("HunyuanDiTPipeline", "'theirs'")
     assert family_of("StableDiffusionPipeline", "'sd'").family == "stable-diffusion"
 
 
@@ -271,7 +305,7 @@ def test_no_file_but_a_familys_own_asks_for_a_family():
 
 
 def test_groups_are_the_familys_own(folder_of):
-    model = load_model(str(folder_of("pixart")), "cpu")
+    model = load_model(str(folder_of("pixart alpha")), "cpu")
     assert all(".attn2." in name for name in select_parameters(model, "cross-attention"))
     with pytest.raises(UserError, match=r"selects no parameter. Use cross-attention, all, or parts"):
         select_parameters(model, "cross-attention-kv")
@@ -280,7 +314,7 @@ def test_groups_are_the_familys_own(folder_of):
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "limit"), [("sd1 DDIM", 75), ("sdxl", 75), ("pixart", 299)])
+@pytest.mark.parametrize(("case", "limit"), [("sd1 DDIM", 75), ("sdxl", 75), ("pixart sigma", 299)])
 def test_prompts_whose_end_is_not_read_are_told(folder_of, case, limit):
     model = load_model(str(folder_of(case)), "cpu")
     assert model.max_tokens == limit

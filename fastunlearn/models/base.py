@@ -78,13 +78,15 @@ class Model(ABC):
     their ``variant``.  Between the verbs latents are (B, C, H, W) and timesteps what the scheduler lists, in float32.
 
     A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
-    bring; ``denoiser_folder``; ``groups``, what a method may change; ``load_options`` of ``from_pretrained``.
+    bring; ``denoiser_folder``; ``groups``, what a method may change; ``default_group``, the one of these that stands
+    where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``.
     """
 
     family: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     groups: ClassVar[Mapping[str, Group]]
+    default_group: ClassVar[str] = "cross-attention"
     denoiser_folder: ClassVar[str] = "transformer"
     load_options: ClassVar[Mapping[str, Any]] = {}
 
@@ -144,17 +146,25 @@ class Model(ABC):
 
     # ---- prompts
 
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """The tokenizer that reads furthest, and how many tokens it reads, begin and end marks among them.
+
+        Where there are several text encoders, the end of a long prompt may be read by one of them alone.
+        """
+        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
+
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the prompt, not counting begin and end marks, also where the prompt itself spells them."""
-        tokenizer = self.pipeline.tokenizer
+        tokenizer, _ = self.reader
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         return sum(token not in tokenizer.all_special_ids for token in ids)
 
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that the text encoder reads, not counting begin and end marks."""
-        tokenizer = self.pipeline.tokenizer
-        return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        tokenizer, limit = self.reader
+        return limit - tokenizer.num_special_tokens_to_add()
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts, each once, whose end the model does not read."""

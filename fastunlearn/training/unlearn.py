@@ -47,7 +47,7 @@ from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .export import apply_delta
 from .memory import MemoryEstimate, estimate_memory, measure_activations
 from .plan import TrainPlan, plan_lines
-from .selection import GradMask, load_mask, make_mask, select_parameters
+from .selection import GROUPS, GradMask, load_mask, make_mask, select_parameters
 from .trainer import Schedule, Trainer
 
 
@@ -398,6 +398,8 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     for name in ("negative_guidance", "kappa"):
         if name in chosen and getattr(defaults, name) is None:
             raise UserError(f"`--{name.replace('_', '-')}` is no setting of the method {method.name}. Leave it out.")
+    if defaults.trainable in GROUPS and defaults.trainable not in model.groups:
+        defaults = dataclasses.replace(defaults, trainable=model.default_group)
     return dataclasses.replace(defaults, **chosen)
 
 
