@@ -44,6 +44,12 @@ from fastunlearn.training.selection import select_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # KDPM2 and numpy
 slow = pytest.mark.slow
+
+
+def slow_case(*case):
+    return pytest.param(*case, marks=slow)
+
+
 CASES = {
     "sd1 PNDM": sd1,
     "sd1 DDIM": lambda: sd1(ddim()),
@@ -72,7 +78,6 @@ CASES = {
     "pixart alpha": lambda: pixart(alpha=True),
     "pixart sigma": pixart,
     "sd3": sd3,
-    "sd3 without T5": lambda: sd3(with_t5=False),
     "sd3 dynamic": lambda: sd3(flow(use_dynamic_shifting=True)),
     "sd3 Heun": lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
     "sd3.5": sd35,
@@ -88,7 +93,7 @@ FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw
 FAST |= {("playground", "salun"), ("pixart alpha", "esd"), ("pixart sigma", "ovw"), ("sd3.5", "salun")}
 FAST |= {("flux dev", "esd"), ("sana", "salun"), ("lumina2", "esd"), ("auraflow", "ovw")}
 TRAINED = [
-    pytest.param(case, method, marks=[] if (case, method) in FAST else slow)
+    (case, method) if (case, method) in FAST else slow_case(case, method)
     for case in CASES
     for method in ("esd", "ovw", "salun")
 ]
@@ -101,7 +106,6 @@ LONG_TAIL = {
     "sd2 v PNDM",
     "sd2 zero SNR Euler",
     "pixart alpha",
-    "sd3 without T5",
     "sd3 dynamic",
     "sd3 Heun",
     "sd3",
@@ -135,7 +139,7 @@ def folder_of(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=[pytest.param(case, marks=slow) if case in LONG_TAIL else case for case in CASES])
+@pytest.fixture(params=[slow_case(case) if case in LONG_TAIL else case for case in CASES])
 def model(request, folder_of):
     return load_model(str(folder_of(request.param)), "cpu")
 
@@ -147,7 +151,10 @@ def images_of(model, guidance=GUIDANCE, prompts=PROMPTS):
 
 def images_of_diffusers(folder, guidance=GUIDANCE, prompts=PROMPTS):
     """The same from the same noise, by the pipeline as a stranger would load it."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return drawn_by(diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True), guidance, prompts)
+
+
+def drawn_by(pipeline, guidance=GUIDANCE, prompts=PROMPTS):
     pipeline.set_progress_bar_config(disable=True)
     binned = type(pipeline).__name__.startswith(("PixArt", "Sana"))
     options = {"use_resolution_binning": False, "clean_caption": False} if binned else {}
@@ -175,7 +182,15 @@ def test_an_image_is_that_of_plain_diffusers(model):
     assert_same(images_of(model), images_of_diffusers(model.source))
 
 
-@pytest.mark.parametrize("case", ["sd1 DDIM", "sd1 distilled", "sdxl"])
+@slow
+def test_stable_diffusion_3_in_memory_may_lack_t5():
+    pipeline = build(lambda: sd3(with_t5=False))
+    model = wrap_pipeline(pipeline, "mine")
+    assert_same(images_of(model), drawn_by(pipeline))
+    assert model.max_tokens == 75
+
+
+@pytest.mark.parametrize("case", ["sd1 DDIM", "sd1 distilled", "sdxl", "flux dev", slow_case("lumina2")])
 def test_a_guidance_of_1_or_0_is_none_as_in_diffusers(folder_of, case):
     model = load_model(str(folder_of(case)), "cpu")
     ours = images_of(model, 1.0)
@@ -314,7 +329,11 @@ def test_groups_are_the_familys_own(folder_of):
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "limit"), [("sd1 DDIM", 75), ("sdxl", 75), ("pixart sigma", 299)])
+LIMITS = [("sd1 DDIM", 75), ("sdxl", 75), ("pixart sigma", 299), ("flux dev", 511), ("lumina2", 91), ("sana", 298)]
+LIMITS += [slow_case("sd3", 255), slow_case("auraflow", 255)]
+
+
+@pytest.mark.parametrize(("case", "limit"), LIMITS)
 def test_prompts_whose_end_is_not_read_are_told(folder_of, case, limit):
     model = load_model(str(folder_of(case)), "cpu")
     assert model.max_tokens == limit
