@@ -22,12 +22,10 @@ class PixArt(Model):
 
     def predict(self, latents, timesteps, conditions, denoiser=None):
         network = self.denoiser if denoiser is None else denoiser
-        _, height, width = self.latent_shape
         size = {"resolution": None, "aspect_ratio": None}
-        if self.pipeline.transformer.config.sample_size == 128:  # the model for 1024 px is told the size
-            scale = self.pipeline.vae_scale_factor
-            pixels = torch.tensor([height * scale, width * scale], dtype=self.dtype, device=self.device)
-            size = {"resolution": pixels.expand(len(latents), 2), "aspect_ratio": (pixels[:1] / pixels[1:]).expand(len(latents), 1)}
+        if self.denoiser.config.sample_size == 128:  # the model for 1024 px is told so
+            square = torch.ones(len(latents), 2, dtype=self.dtype, device=self.device)
+            size = {"resolution": 1024 * square, "aspect_ratio": square[:, :1]}
         prediction = network(
             latents.to(self.dtype),
             timestep=timesteps.expand(len(latents)),

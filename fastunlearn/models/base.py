@@ -108,8 +108,7 @@ class Model(ABC):
                 f"{self.name} has no {', '.join(missing)}, without which it generates nothing from a prompt alone. "
                 "Use a whole text-to-image pipeline."
             )
-        config = getattr(self.pipeline, self.denoiser_folder).config
-        if getattr(config, "sample_size", None) is None:
+        if self.sample_size is None:
             raise UserError(
                 f"{self.name} does not say its resolution: write the latents' size as `sample_size` into "
                 f"{self.denoiser_folder}/config.json."
@@ -137,12 +136,16 @@ class Model(ABC):
         return next(self.denoiser.parameters()).dtype
 
     @property
+    def sample_size(self) -> Any:
+        """The latents' native size, one number or (H, W); None where the denoiser's settings name none."""
+        return getattr(getattr(self.pipeline, self.denoiser_folder).config, "sample_size", None)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the model's native resolution."""
-        config: Any = getattr(self.pipeline, self.denoiser_folder).config
-        size = config.sample_size
+        size = self.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return getattr(self.pipeline, self.denoiser_folder).config.in_channels, height, width
 
     # ---- prompts
 
@@ -232,8 +235,9 @@ class Model(ABC):
     def new_scheduler(self, num_inference_steps: int) -> Any:
         """A fresh copy of the pipeline's scheduler with its timesteps set."""
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        options = self.timestep_options(num_inference_steps)
         try:
-            scheduler.set_timesteps(**self.timestep_options(num_inference_steps), device=self.device)
+            scheduler.set_timesteps(**options, device=self.device)
         except ValueError as error:
             raise UserError(
                 f"{self.name}'s sampler cannot take {num_inference_steps} steps: {one_line(error)}"

@@ -30,10 +30,13 @@ class Flux(Model):
     default_group = "text-attention"
 
     @property
+    def sample_size(self) -> Any:
+        return super().sample_size or self.pipeline.default_sample_size
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        config = self.pipeline.transformer.config
-        size = getattr(config, "sample_size", None) or self.pipeline.default_sample_size
-        return config.in_channels // 4, size, size
+        packed, height, width = super().latent_shape
+        return packed // 4, height, width
 
     @property
     def reader(self) -> tuple[Any, int]:
@@ -41,9 +44,7 @@ class Flux(Model):
         return self.pipeline.tokenizer_2, T5_TOKENS
 
     def encode_texts(self, texts: list[str]) -> Tensors:
-        states, pooled, _ = self.pipeline.encode_prompt(
-            texts, texts, device=self.device, max_sequence_length=T5_TOKENS
-        )
+        states, pooled, _ = self.pipeline.encode_prompt(texts, texts, device=self.device, max_sequence_length=T5_TOKENS)
         return self.with_guidance({"encoder_hidden_states": states, "pooled_projections": pooled}, 1.0)
 
     def with_guidance(self, conditions: Tensors, scale: float) -> Tensors:

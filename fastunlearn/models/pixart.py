@@ -7,25 +7,19 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import Group, Model, Tensors
+from .base import Model, Tensors
+from .sd import UNET_GROUPS
 
 T5_TOKENS = 300  # the pipeline's default
 
-DIT_GROUPS = {
-    "cross-attention": Group("every parameter of the attn2 blocks", only=("attn2",)),
-    "cross-attention-kv": Group("attn2.to_k and attn2.to_v", only=("attn2.to_k", "attn2.to_v")),
-    "non-cross-attention": Group("everything outside the attn2 blocks", without=("attn2",)),
-    "all": Group("every parameter"),
-}
-
 
 class PixArtSigma(Model):
-    """Prompts are read in lower case; they are not cleaned further, which diffusers does where it finds bs4 and ftfy."""
+    """Prompts are read in lower case, not cleaned further: what diffusers does there depends on what is installed."""
 
     family = "pixart-sigma"
     pipelines = ("PixArtSigmaPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
-    groups = DIT_GROUPS
+    groups = UNET_GROUPS  # its blocks have the names of a UNet's
 
     @property
     def reader(self) -> tuple[Any, int]:

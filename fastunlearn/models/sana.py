@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .base import Model, Tensors
-from .pixart import DIT_GROUPS
+from .sd import UNET_GROUPS
 
 TOKENS = 300  # the pipeline's default
 
@@ -20,7 +20,7 @@ class Sana(Model):
     family = "sana"
     pipelines = ("SanaPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
-    groups = DIT_GROUPS
+    groups = UNET_GROUPS  # its blocks have the names of a UNet's
 
     def count_tokens(self, prompt: str) -> int:
         return super().count_tokens(prompt.lower().strip())  # as the pipeline reads it

@@ -20,6 +20,7 @@ class TrainPlan:
 
     method: Method
     settings: Defaults
+    untried_on: str  # the family that the method has no defaults of its own for; empty where it has
     concept: Concept
     recipe: Recipe
     names: tuple[str, ...]
@@ -55,6 +56,8 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         lines.append(f"becomes     {_some(list(concept.anchors.values()))}")
     if "retain" in used:
         lines.append(f"keep        {_some(concept.retain_prompts)}")
+    if plan.untried_on:
+        lines.append(f"settings    where you chose none, those for stable-diffusion: untried on {plan.untried_on}")
     lines += [
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",

@@ -247,6 +247,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     return TrainPlan(
         method=method,
         settings=dataclasses.replace(settings, steps=steps),
+        untried_on="" if model.defaults_key in method.defaults else model.family,
         concept=concept,
         recipe=recipe,
         names=tuple(names),
