@@ -391,6 +391,14 @@ def test_flux_is_square_at_the_pipelines_default_size_unless_its_settings_name_a
     assert wrap_pipeline(pipeline, "mine").latent_shape == (16, 8, 4)
 
 
+def test_auraflow_is_as_large_as_its_pipeline_draws_where_it_has_positions():
+    pipeline = build(auraflow)
+    pipeline.transformer.register_to_config(sample_size=64)
+    for positions, size in [(16, 8), (4096, 128), (9216, 128)]:
+        pipeline.transformer.register_to_config(pos_embed_max_size=positions)
+        assert wrap_pipeline(pipeline, "mine").latent_shape == (4, size, size)
+
+
 def test_a_sampler_that_takes_no_noise_levels_is_named(folder_of):
     model = wrap_pipeline(build(lambda: flux(diffusers.FlowMatchHeunDiscreteScheduler())), "mine")
     with pytest.raises(UserError, match=r"^FlowMatchHeunDiscreteScheduler takes no noise levels"):

@@ -367,7 +367,7 @@ def auraflow():
         num_attention_heads=4,
         caption_projection_dim=32,
         joint_attention_dim=32,
-        pos_embed_max_size=64,
+        pos_embed_max_size=16,
     )
     # Untrained gates are nearly shut: opened, so that the text changes the image.
     torch.nn.init.normal_(network.joint_transformer_blocks[0].norm1.linear.weight, std=3.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from .base import Model, Tensors
 from .sd3 import MMDIT_GROUPS
 
 T5_TOKENS = 256  # the pipeline's default
+PIXELS = 1024  # likewise
 
 
 class AuraFlow(Model):
@@ -21,6 +23,12 @@ class AuraFlow(Model):
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
     groups = MMDIT_GROUPS
     default_group = "text-attention"
+
+    @property
+    def sample_size(self) -> int:
+        """The pipeline's default size, as far as the denoiser has positions; its ``sample_size`` is another."""
+        config = self.pipeline.transformer.config
+        return min(PIXELS // self.pipeline.vae_scale_factor, config.patch_size * math.isqrt(config.pos_embed_max_size))
 
     @property
     def reader(self) -> tuple[Any, int]:
