@@ -437,8 +437,8 @@ DAMAGE = {
     "index that is no json": (lambda f, c: truncate(f / "model_index.json"), r"model_index\.json is damaged"),
     "index of a list": (lambda f, c: (f / "model_index.json").write_text("[]"), r"model_index\.json is damaged"),
     "unknown family": (
-        lambda f, c: reindex(f, _class_name="FluxPipeline"),
-        r"is a FluxPipeline, a family not supported",
+        lambda f, c: reindex(f, _class_name="HunyuanDiTPipeline"),
+        r"is a HunyuanDiTPipeline, a family not supported",
     ),
     "weights of another shape": (
         lambda f, c: save_file({k: v[:1].clone() for k, v in load_file(f / UNET).items()}, f / UNET),

@@ -5,27 +5,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from pixart_family import PixArt
+from pixart_alpha_family import PixArtAlpha
 from safetensors.torch import load_file
 from tiny_models import (
     ZERO_SNR,
+    auraflow,
     build,
     cosxl,
     ddim,
     diffusers,
+    dynamic,
     euler,
+    flow,
+    flux,
+    lumina2,
     pixart,
     playground,
     pndm,
+    sana,
     scheduler,
     sd1,
     sd2,
+    sd3,
+    sd35,
     sdxl,
 )
 
 from fastunlearn import TrainConfig, plugins, unlearn
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.methods import get_method
 from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Recipe, Row
 from fastunlearn.methods.rules import Sum
 from fastunlearn.models.base import Model
@@ -34,10 +43,17 @@ from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.sampling import SamplerSpec, initial_noise
 from fastunlearn.training.bank import build_bank, plan_bank
 from fastunlearn.training.edit import text_matrices
+from fastunlearn.training.plan import plan_lines, plan_training
 from fastunlearn.training.selection import select_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # KDPM2 and numpy
 slow = pytest.mark.slow
+
+
+def slow_case(*case):
+    return pytest.param(*case, marks=slow)
+
+
 CASES = {
     "sd1 PNDM": sd1,
     "sd1 DDIM": lambda: sd1(ddim()),
@@ -63,12 +79,25 @@ CASES = {
     "sdxl v": lambda: sdxl(euler(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
     "playground": playground,
     "cosxl": cosxl,
-    "pixart": pixart,
+    "pixart alpha": lambda: pixart(alpha=True),
+    "pixart sigma": pixart,
+    "sd3": sd3,
+    "sd3 dynamic": lambda: sd3(flow(use_dynamic_shifting=True)),
+    "sd3 Heun": lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
+    "sd3.5": sd35,
+    "flux dev": flux,
+    "flux schnell": lambda: flux(flow(shift=1.0), guidance=False),
+    "sana": sana,
+    "sana Euler": lambda: sana(flow(shift=3.0)),
+    "lumina2": lumina2,
+    "lumina2 dynamic": lambda: lumina2(dynamic()),
+    "auraflow": auraflow,
 }
-FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd"), ("pixart", "esd")}
-FAST |= {("playground", "salun")}
+FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd")}
+FAST |= {("playground", "salun"), ("pixart alpha", "esd"), ("sd3.5", "esd"), ("flux dev", "esd")}
+FAST |= {("lumina2", "esd"), ("auraflow", "ovw")}
 TRAINED = [
-    pytest.param(case, method, marks=[] if (case, method) in FAST else slow)
+    (case, method) if (case, method) in FAST else slow_case(case, method)
     for case in CASES
     for method in ("esd", "ovw", "salun")
 ]
@@ -80,6 +109,13 @@ LONG_TAIL = {
     "sd1 DEIS",
     "sd2 v PNDM",
     "sd2 zero SNR Euler",
+    "pixart alpha",
+    "sd3 dynamic",
+    "sd3 Heun",
+    "sd3",
+    "flux schnell",
+    "sana Euler",
+    "lumina2 dynamic",
 }
 PROMPTS = ["a painting by Van Gogh", "a photo of a dog"]
 STEPS, GUIDANCE = 4, 3.5
@@ -87,7 +123,9 @@ STEPS, GUIDANCE = 4, 3.5
 
 @pytest.fixture(scope="module", autouse=True)
 def _another_package_adds_pixart():
-    entry = types.SimpleNamespace(name="pixart", value="pixart_family:PixArt", load=lambda: PixArt)
+    entry = types.SimpleNamespace(
+        name="pixart-alpha", value="pixart_alpha_family:PixArtAlpha", load=lambda: PixArtAlpha
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "entry_points", lambda group: [entry] if group == "fastunlearn.families" else [])
         yield
@@ -107,7 +145,7 @@ def folder_of(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=[pytest.param(case, marks=slow) if case in LONG_TAIL else case for case in CASES])
+@pytest.fixture(params=[slow_case(case) if case in LONG_TAIL else case for case in CASES])
 def model(request, folder_of):
     return load_model(str(folder_of(request.param)), "cpu")
 
@@ -119,12 +157,20 @@ def images_of(model, guidance=GUIDANCE, prompts=PROMPTS):
 
 def images_of_diffusers(folder, guidance=GUIDANCE, prompts=PROMPTS):
     """The same from the same noise, by the pipeline as a stranger would load it."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return drawn_by(diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True), guidance, prompts)
+
+
+def drawn_by(pipeline, guidance=GUIDANCE, prompts=PROMPTS):
     pipeline.set_progress_bar_config(disable=True)
-    options = {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipeline).__name__ else {}
+    binned = type(pipeline).__name__.startswith(("PixArt", "Sana"))
+    options = {"use_resolution_binning": False, "clean_caption": False} if binned else {}
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    noise = initial_noise(prompts, [0] * len(prompts), (network.config.in_channels, 8, 8))
-    options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": 64, "width": 64}
+    packed = isinstance(pipeline, diffusers.FluxPipeline)
+    size, channels = network.config.sample_size, network.config.in_channels // (4 if packed else 1)
+    noise = initial_noise(prompts, [0] * len(prompts), (channels, size, size))
+    noise = pipeline._pack_latents(noise, *noise.shape) if packed else noise
+    side = size * pipeline.vae_scale_factor
+    options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": side, "width": side}
     images = pipeline(prompts, latents=noise, output_type="np", **options).images
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().int()
 
@@ -142,7 +188,15 @@ def test_an_image_is_that_of_plain_diffusers(model):
     assert_same(images_of(model), images_of_diffusers(model.source))
 
 
-@pytest.mark.parametrize("case", ["sd1 DDIM", "sd1 distilled", "sdxl"])
+@slow
+def test_stable_diffusion_3_in_memory_may_lack_t5():
+    pipeline = build(lambda: sd3(with_t5=False))
+    model = wrap_pipeline(pipeline, "mine")
+    assert_same(images_of(model), drawn_by(pipeline))
+    assert model.max_tokens == 75
+
+
+@pytest.mark.parametrize("case", ["sd1 DDIM", "sd1 distilled", "sdxl", "flux dev", slow_case("lumina2")])
 def test_a_guidance_of_1_or_0_is_none_as_in_diffusers(folder_of, case):
     model = load_model(str(folder_of(case)), "cpu")
     ours = images_of(model, 1.0)
@@ -162,7 +216,16 @@ def test_the_empty_prompt_is_not_the_unconditional(folder_of):
     assert_same(images_of(model, prompts=["", "x"]), images_of_diffusers(folder_of("sdxl"), prompts=["", "x"]))
 
 
-@pytest.mark.parametrize("case", ["sd1 DDIM", "sd2 v", "sdxl encoded empty prompt"])
+@pytest.mark.parametrize("case", ["lumina2", slow_case("sana")])
+def test_the_unconditional_is_read_without_what_stands_before_a_prompt(folder_of, case):
+    model = load_model(str(folder_of(case)), "cpu")
+    encoded = model.encode([UNCONDITIONAL, EMPTY, "x"])
+    states = encoded.tensors["encoder_hidden_states"]
+    assert not torch.allclose(states[0], states[1], atol=0.1)
+    assert_same(images_of(model, prompts=["", "x"]), images_of_diffusers(folder_of(case), prompts=["", "x"]))
+
+
+@pytest.mark.parametrize("case", ["sd1 DDIM", "sd2 v", "sdxl encoded empty prompt", "sd3.5", "flux dev", "auraflow"])
 def test_where_the_unconditional_is_the_empty_prompt_both_are_equal(folder_of, case):
     encoded = load_model(str(folder_of(case)), "cpu").encode([EMPTY, "x", UNCONDITIONAL], 3)
     assert encoded.prompts == (EMPTY, "x", UNCONDITIONAL)
@@ -226,8 +289,7 @@ def files_in(folder):
 @pytest.mark.parametrize(("case", "method"), TRAINED)
 def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(folder_of, tmp_path, case, method):
     folder = folder_of(case)
-    trainable = "all" if method == "salun" else "cross-attention"
-    unlearn(settings_of(folder, tmp_path / "run", method, trainable=trainable))
+    unlearn(settings_of(folder, tmp_path / "run", method))
     result = tmp_path / "run" / "model"
     before, after = files_in(folder), files_in(result)
     changed = {name for name in before if before[name] != after.get(name)}
@@ -238,13 +300,13 @@ def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(fo
     old, new = load_file(folder / weights), load_file(result / weights)
     moved = {name for name in old if old[name].numpy().tobytes() != new[name].numpy().tobytes()}
     assert moved
-    assert moved <= set(select_parameters(model, trainable))
+    assert moved <= set(select_parameters(model, "all" if method == "salun" else model.default_group))
     ours = images_of(model)
     assert_same(ours, images_of_diffusers(result))
     assert not torch.equal(ours, images_of_diffusers(folder))
 
 
-EDITED = {"sd1 DDIM": "cross-attention-kv", "sdxl": "cross-attention-kv", "pixart": "all"}
+EDITED = {"sd1 DDIM": "cross-attention-kv", "sdxl": "cross-attention-kv", "pixart sigma": "all"}
 
 
 @pytest.mark.parametrize("case", EDITED)
@@ -267,9 +329,8 @@ def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder
 # ---- the registry ----------------------------------------------------------------------------------------------------
 
 
-def test_another_package_adds_a_family_in_few_lines():
-    assert all_families()["pixart"] is PixArt
-    assert len(Path(__file__).with_name("pixart_family.py").read_text().splitlines()) <= 40
+def test_another_package_adds_a_family():
+    assert all_families()["pixart-alpha"] is PixArtAlpha
 
 
 def test_a_family_that_cannot_be_loaded_is_named_where_it_is_missed(monkeypatch):
@@ -278,8 +339,10 @@ def test_a_family_that_cannot_be_loaded_is_named_where_it_is_missed(monkeypatch)
 
     entry = types.SimpleNamespace(name="theirs", value="theirs:Theirs", load=load)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
-    with pytest.raises(UserError, match=r"is a FluxPipeline, a family not supported.*'?theirs.*no module named theirs"):
-        family_of("FluxPipeline", "'flux'")
+    with pytest.raises(
+        UserError, match=r"is a HunyuanDiTPipeline, a family not supported.*'?theirs.*no module named theirs"
+    ):
+        family_of("HunyuanDiTPipeline", "'theirs'")
     assert family_of("StableDiffusionPipeline", "'sd'").family == "stable-diffusion"
 
 
@@ -293,16 +356,85 @@ def test_no_file_but_a_familys_own_asks_for_a_family():
 
 
 def test_groups_are_the_familys_own(folder_of):
-    model = load_model(str(folder_of("pixart")), "cpu")
+    model = load_model(str(folder_of("pixart alpha")), "cpu")
     assert all(".attn2." in name for name in select_parameters(model, "cross-attention"))
     with pytest.raises(UserError, match=r"selects no parameter. Use cross-attention, all, or parts"):
         select_parameters(model, "cross-attention-kv")
 
 
+def test_text_attention_is_what_belongs_to_the_text(folder_of):
+    """Stable Diffusion 3.5 has a self-attention that is called attn2: no group of its own picks it."""
+    model = load_model(str(folder_of("sd3.5")), "cpu")
+    names = select_parameters(model, "text-attention")
+    assert names
+    assert not any("attn2" in name for name in names)
+    assert {name.split(".")[3] for name in names} == {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    assert set(select_parameters(model, "text-attention-kv")) < set(names)
+    with pytest.raises(UserError, match=r"selects no parameter. Use text-attention, text-attention-kv, all, or parts"):
+        select_parameters(model, "cross-attention")
+
+
+@pytest.mark.parametrize("case", ["sd3.5", "flux dev", "sana", "lumina2", "auraflow"])
+def test_every_group_of_a_family_selects_something_and_all_selects_all(folder_of, case):
+    model = load_model(str(folder_of(case)), "cpu")
+    everything = {name for name, _ in model.denoiser.named_parameters()}
+    for group in model.groups:
+        selected = set(select_parameters(model, group))
+        assert (selected == everything) == (group == "all")
+    assert model.default_group in model.groups
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "taken"),
+    [
+        ("sd3.5", "esd", "text-attention"),
+        ("sd3.5", "neggrad", "all"),
+        ("lumina2", "saddle", "joint-attention"),
+        ("sana", "ovw", "cross-attention"),
+    ],
+)
+def test_the_plan_names_the_group_and_that_its_settings_are_untried(folder_of, tmp_path, case, method, taken):
+    model = load_model(str(folder_of(case)), "cpu")
+    changes = {"anchor": None} if method != "ovw" else {}
+    plan = plan_training(settings_of(folder_of(case), tmp_path, method, **changes), get_method(method), model)
+    text = "\n".join(plan_lines(plan))
+    assert f"may change  {taken}: " in text
+    assert f"those for stable-diffusion: untried on {model.family}\n" in text
+    chosen = settings_of(folder_of(case), tmp_path, method, trainable="all", **changes)
+    assert plan_training(chosen, get_method(method), model).settings.trainable == "all"
+
+
+def test_flux_is_square_at_the_pipelines_default_size_unless_its_settings_name_another():
+    pipeline = build(flux)
+    assert wrap_pipeline(pipeline, "mine").latent_shape == (16, 8, 8)
+    pipeline.transformer.register_to_config(sample_size=None)
+    assert wrap_pipeline(pipeline, "mine").latent_shape == (16, 128, 128)
+    pipeline.transformer.register_to_config(sample_size=[8, 4])
+    assert wrap_pipeline(pipeline, "mine").latent_shape == (16, 8, 4)
+
+
+def test_auraflow_is_as_large_as_its_pipeline_draws_where_it_has_positions():
+    pipeline = build(auraflow)
+    pipeline.transformer.register_to_config(sample_size=64)
+    for positions, size in [(16, 8), (4096, 128), (9216, 128)]:
+        pipeline.transformer.register_to_config(pos_embed_max_size=positions)
+        assert wrap_pipeline(pipeline, "mine").latent_shape == (4, size, size)
+
+
+def test_a_sampler_that_takes_no_noise_levels_is_named(folder_of):
+    model = wrap_pipeline(build(lambda: flux(diffusers.FlowMatchHeunDiscreteScheduler())), "mine")
+    with pytest.raises(UserError, match=r"^FlowMatchHeunDiscreteScheduler takes no noise levels"):
+        model.new_scheduler(STEPS)
+
+
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "limit"), [("sd1 DDIM", 75), ("sdxl", 75), ("pixart", 299)])
+LIMITS = [("sd1 DDIM", 75), ("sdxl", 75), ("pixart sigma", 299), ("flux dev", 511), ("lumina2", 91), ("sana", 298)]
+LIMITS += [slow_case("sd3", 255), slow_case("auraflow", 255)]
+
+
+@pytest.mark.parametrize(("case", "limit"), LIMITS)
 def test_prompts_whose_end_is_not_read_are_told(folder_of, case, limit):
     model = load_model(str(folder_of(case)), "cpu")
     assert model.max_tokens == limit

@@ -78,7 +78,7 @@ def test_the_metric_the_distance_and_the_judge(installed, cli, tmp_path):
 
 
 def test_the_family(installed, cli, refused, tmp_path):
-    model = tiny_models.pixart_alpha()
+    model = tiny_models.pixart(alpha=True)
     model.save_pretrained(tmp_path / "model")
     run = ("train", "--model", tmp_path / "model", "--forget", "Van Gogh", "--output", tmp_path / "run", *TINY)
     prompts = ("--retain-prompts", "a dog;a cat")
@@ -94,7 +94,7 @@ def test_without_the_package_nothing_of_it_is_known(refused, tmp_path):
     assert "unknown method 'until'" in refused(
         "train", "--forget", "star", "--method", "until", "--output", tmp_path / "r"
     )
-    tiny_models.pixart_alpha().save_pretrained(tmp_path / "model")
+    tiny_models.pixart(alpha=True).save_pretrained(tmp_path / "model")
     said = refused(
         "train", "--model", tmp_path / "model", "--forget", "x", "--method", "esd", "--output", tmp_path / "r"
     )

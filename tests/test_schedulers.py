@@ -11,7 +11,7 @@ from toys import MeanDifference
 
 from fastunlearn import evaluate
 from fastunlearn.errors import UserError
-from fastunlearn.models.schedulers import check_deterministic, noised, sampler_config
+from fastunlearn.models.schedulers import check_deterministic, dynamic_shift, noised, sampler_config
 
 PLAIN = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete", "LCM", "TCD")
 PLAIN += ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver")
@@ -176,3 +176,50 @@ def test_a_model_with_a_dpm_solver_can_be_evaluated(pipeline_copy, tmp_path):
     written = (tmp_path / "evaluation" / "evaluation.json").read_text()
     json.loads(written, parse_constant=refuse)
     assert '"lambda_min_clipped": "-inf"' in written
+
+
+# ---- flows -----------------------------------------------------------------------------------------------------------
+
+FLOWS = {
+    "Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+def test_a_flow_mixes_noise_in_as_diffusers_does(make):
+    sampler = make()
+    sampler.set_timesteps(5)
+    timesteps = sampler.timesteps.unique()
+    noise = noise_for(len(timesteps))
+    latents, truth = noised(sampler, CLEAN, noise, timesteps)
+    for timestep, latent, one in zip(timesteps, latents, noise, strict=True):
+        theirs = make()
+        theirs.set_timesteps(5)
+        assert torch.allclose(latent, theirs.scale_noise(CLEAN, timestep.view(1), one), atol=1e-6)
+    assert torch.equal(truth, noise - CLEAN)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep"])
+def test_a_solver_of_a_flow_reaches_the_image_by_the_truth(name):
+    """Told the truth at every point, it ends at the clean image, and its points are on the line to the noise."""
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    sampler = getattr(diffusers, f"{name}Scheduler")(**settings)
+    sampler.set_timesteps(8)
+    noise = noise_for(1)
+    latents = noise
+    for timestep in sampler.timesteps:
+        point, truth = noised(sampler, CLEAN, noise, timestep.float().view(1))
+        assert torch.allclose(latents, point, atol=2e-2)  # timesteps are whole numbers of a thousand
+        latents = sampler.step(truth, timestep, latents, return_dict=False)[0]
+    assert torch.allclose(latents, CLEAN[None], atol=2e-2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"base_shift": 0.6, "max_shift": 1.0, "max_image_seq_len": 8192}])
+def test_more_tokens_shift_a_flow_as_in_diffusers(settings):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    sampler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **settings)
+    theirs = {key: sampler.config[key] for key in ("base_shift", "max_shift")}
+    theirs |= {"base_seq_len": sampler.config.base_image_seq_len, "max_seq_len": sampler.config.max_image_seq_len}
+    assert dynamic_shift(sampler, 1234) == calculate_shift(1234, **theirs)

@@ -172,8 +172,8 @@ def cosxl():
     )
 
 
-def pixart():
-    """PixArt-Sigma: a transformer that also predicts a variance, and a T5 encoder."""
+def t5_tokenizer(limit=512):
+    """One token per character and an end mark."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((chr(c), -3.0) for c in [*range(33, 127), 0x2581])]
@@ -181,8 +181,42 @@ def pixart():
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
-    tokenizer = transformers.T5TokenizerFast(tokenizer_object=tokenizer, model_max_length=300, **marks)
-    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return transformers.T5TokenizerFast(tokenizer_object=tokenizer, model_max_length=limit, **marks)
+
+
+def t5(kind="T5", **settings):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": len(t5_tokenizer())}
+    config = getattr(transformers, f"{kind}Config")(**sizes | settings)
+    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def gemma():
+    config = transformers.Gemma2Config(
+        vocab_size=len(t5_tokenizer()),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return transformers.Gemma2Model(config)
+
+
+def flow(**settings):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+
+
+def flow_vae(**settings):
+    """With 16 channels, and a shift of the latents."""
+    return vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **settings)
+
+
+def pixart(*, alpha=False):
+    """PixArt-Sigma or Alpha: a transformer that also predicts a variance, and a T5 encoder."""
     network = diffusers.PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -195,12 +229,154 @@ def pixart():
         cross_attention_dim=24,
         use_additional_conditions=False,
     )
-    return diffusers.PixArtSigmaPipeline(
+    return (diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline)(
         transformer=network,
         vae=vae(scaling_factor=0.13025),
         scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
-        text_encoder=transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")),
-        tokenizer=tokenizer,
+        text_encoder=t5(feed_forward_proj="gated-gelu"),
+        tokenizer=t5_tokenizer(120 if alpha else 300),
+    )
+
+
+def sd3(sampler=None, *, with_t5=True, **settings):
+    network = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+        **settings,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=network,
+        scheduler=sampler or flow(shift=3.0),
+        vae=flow_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=clip_text(projection=32),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text(projection=32, activation="gelu"),
+        tokenizer_2=clip_tokenizer(pad="!"),
+        text_encoder_3=t5(d_model=64) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
+    )
+
+
+def sd35(sampler=None):
+    """Medium: normed queries and keys, and a second attention of the image, which is called attn2."""
+    return sd3(sampler, qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def dynamic():
+    """What FLUX.1 dev ships."""
+    return flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+
+
+def flux(sampler=None, *, guidance=True):
+    network = diffusers.FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 4, 8),
+    )
+    network.register_to_config(sample_size=8)
+    return diffusers.FluxPipeline(
+        transformer=network,
+        scheduler=sampler or dynamic(),
+        vae=flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+def sana(sampler=None):
+    """With the sampler that it ships: DPM-Solver over a flow."""
+    network = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=16,
+    )
+    blocks = {f"{side}_block_types": ("ResBlock", "EfficientViTBlock") for side in ("encoder", "decoder")}
+    decoder = diffusers.AutoencoderDC(
+        **blocks,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    dpm = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return diffusers.SanaPipeline(
+        transformer=network,
+        vae=decoder,
+        scheduler=sampler or diffusers.DPMSolverMultistepScheduler(**dpm),
+        text_encoder=gemma(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def lumina2(sampler=None):
+    network = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 128, 128),
+        cap_feat_dim=8,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=network,
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159),
+        scheduler=sampler or flow(shift=6.0),
+        text_encoder=gemma(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def auraflow():
+    network = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pos_embed_max_size=16,
+    )
+    # Untrained gates are nearly shut: opened, so that the text changes the image.
+    torch.nn.init.normal_(network.joint_transformer_blocks[0].norm1.linear.weight, std=3.0)
+    return diffusers.AuraFlowPipeline(
+        transformer=network,
+        vae=vae(scaling_factor=0.13025),
+        scheduler=flow(shift=1.73),
+        text_encoder=t5("UMT5"),
+        tokenizer=t5_tokenizer(),
     )
 
 

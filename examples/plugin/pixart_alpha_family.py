@@ -1,7 +1,4 @@
-"""A family of another package: PixArt-alpha, a diffusion transformer with a T5 text encoder.
-
-Every command takes such a folder as `--model`.
-"""
+"""A family of another package: PixArt-Alpha, a diffusion transformer, as `--model` of every command."""
 
 import torch
 
@@ -12,7 +9,10 @@ class PixArtAlpha(Model):
     family = "pixart-alpha"
     pipelines = ("PixArtAlphaPipeline",)
     parts = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
-    groups = {"cross-attention": Group("every parameter of the attn2 blocks", only=("attn2",)), "all": Group("all")}
+    groups = {  # noqa: RUF012
+        "cross-attention": Group("every parameter of the attn2 blocks", only=("attn2",)),
+        "all": Group("every parameter"),
+    }
 
     def encode_texts(self, texts):
         states, mask, _, _ = self.pipeline.encode_prompt(
@@ -21,15 +21,15 @@ class PixArtAlpha(Model):
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def predict(self, latents, timesteps, conditions, denoiser=None):
-        network, count, size = denoiser or self.denoiser, len(latents), self.denoiser.config.sample_size
-        more = {"resolution": None, "aspect_ratio": None}
-        if size == 128:  # the large model also reads the image's size
-            more = {"resolution": torch.tensor([[8.0 * size] * 2] * count), "aspect_ratio": torch.ones(count, 1)}
-            more = {name: value.to(latents) for name, value in more.items()}
+        network = self.denoiser if denoiser is None else denoiser
+        size = {"resolution": None, "aspect_ratio": None}
+        if self.denoiser.config.sample_size == 128:  # the model for 1024 px is told so
+            square = torch.ones(len(latents), 2, dtype=self.dtype, device=self.device)
+            size = {"resolution": 1024 * square, "aspect_ratio": square[:, :1]}
         prediction = network(
             latents.to(self.dtype),
-            timestep=timesteps.expand(count),
-            added_cond_kwargs=more,
+            timestep=timesteps.expand(len(latents)),
+            added_cond_kwargs=size,
             return_dict=False,
             **{name: values.to(self.dtype) for name, values in conditions.items()},
         )

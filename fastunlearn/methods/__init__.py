@@ -19,7 +19,8 @@ from .recipe import Concept, Defaults, Edit, Recipe
 class Method:
     """A method's recipe and what a user must know of it.
 
-    ``defaults``: by family of models or bundled world; ``stable-diffusion`` serves all that have none of their own.
+    ``defaults``: by family of models or bundled world; ``stable-diffusion`` serves all that have none of their own,
+    which a training's plan says.  A family without the group that they name takes its ``default_group``.
     ``options``: a frozen dataclass of the settings that this method alone has, each with a default
     (:func:`~fastunlearn.methods.recipe.option`).  A recipe reads them from ``concept.options``.
     """

@@ -78,13 +78,15 @@ class Model(ABC):
     their ``variant``.  Between the verbs latents are (B, C, H, W) and timesteps what the scheduler lists, in float32.
 
     A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
-    bring; ``denoiser_folder``; ``groups``, what a method may change; ``load_options`` of ``from_pretrained``.
+    bring; ``denoiser_folder``; ``groups``, what a method may change; ``default_group``, the one of these that stands
+    where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``.
     """
 
     family: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     groups: ClassVar[Mapping[str, Group]]
+    default_group: ClassVar[str] = "cross-attention"
     denoiser_folder: ClassVar[str] = "transformer"
     load_options: ClassVar[Mapping[str, Any]] = {}
 
@@ -106,8 +108,7 @@ class Model(ABC):
                 f"{self.name} has no {', '.join(missing)}, without which it generates nothing from a prompt alone. "
                 "Use a whole text-to-image pipeline."
             )
-        config = getattr(self.pipeline, self.denoiser_folder).config
-        if getattr(config, "sample_size", None) is None:
+        if self.sample_size is None:
             raise UserError(
                 f"{self.name} does not say its resolution: write the latents' size as `sample_size` into "
                 f"{self.denoiser_folder}/config.json."
@@ -135,26 +136,38 @@ class Model(ABC):
         return next(self.denoiser.parameters()).dtype
 
     @property
+    def sample_size(self) -> Any:
+        """The latents' native size, one number or (H, W); None where the denoiser's settings name none."""
+        return getattr(getattr(self.pipeline, self.denoiser_folder).config, "sample_size", None)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the model's native resolution."""
-        config: Any = getattr(self.pipeline, self.denoiser_folder).config
-        size = config.sample_size
+        size = self.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return getattr(self.pipeline, self.denoiser_folder).config.in_channels, height, width
 
     # ---- prompts
 
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """The tokenizer that reads furthest, and how many tokens it reads, begin and end marks among them.
+
+        Where there are several text encoders, the end of a long prompt may be read by one of them alone.
+        """
+        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
+
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the prompt, not counting begin and end marks, also where the prompt itself spells them."""
-        tokenizer = self.pipeline.tokenizer
+        tokenizer, _ = self.reader
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         return sum(token not in tokenizer.all_special_ids for token in ids)
 
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that the text encoder reads, not counting begin and end marks."""
-        tokenizer = self.pipeline.tokenizer
-        return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        tokenizer, limit = self.reader
+        return limit - tokenizer.num_special_tokens_to_add()
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts, each once, whose end the model does not read."""
@@ -222,8 +235,9 @@ class Model(ABC):
     def new_scheduler(self, num_inference_steps: int) -> Any:
         """A fresh copy of the pipeline's scheduler with its timesteps set."""
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        options = self.timestep_options(num_inference_steps)
         try:
-            scheduler.set_timesteps(**self.timestep_options(num_inference_steps), device=self.device)
+            scheduler.set_timesteps(**options, device=self.device)
         except ValueError as error:
             raise UserError(
                 f"{self.name}'s sampler cannot take {num_inference_steps} steps: {one_line(error)}"

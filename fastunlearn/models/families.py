@@ -8,9 +8,26 @@ from __future__ import annotations
 
 from ..errors import UserError
 from ..plugins import Registry, registry
+from .auraflow import AuraFlow
 from .base import Model
+from .flux import Flux
+from .lumina2 import Lumina2
+from .pixart import PixArtSigma
+from .sana import Sana
 from .sd import StableDiffusion
+from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
+
+OURS: tuple[type[Model], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    PixArtSigma,
+    Sana,
+    Lumina2,
+    AuraFlow,
+)
 
 
 def all_families() -> dict[str, type[Model]]:
@@ -33,7 +50,7 @@ def family_of(pipeline: str, name: str) -> type[Model]:
 
 
 def _registry() -> Registry[type[Model]]:
-    ours = {family.family: family for family in (StableDiffusion, StableDiffusionXL)}
+    ours = {family.family: family for family in OURS}
     return registry(
         "family",
         "fastunlearn.families",

@@ -5,6 +5,7 @@ It is the scheduler that decides this, not the family: Stable Diffusion XL comes
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -42,6 +43,39 @@ def sampler_config(model: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in config.items() if key != "_diffusers_version"}
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether its denoiser predicts the velocity of a rectified flow, on a straight line from the image to noise.
+
+    A timestep is then the noise's share of the latents, times ``num_train_timesteps``.
+    """
+    return hasattr(scheduler, "scale_noise") or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def dynamic_shift(scheduler: Any, tokens: int, max_shift: float = 1.15) -> float:
+    """``mu`` of a flow scheduler's ``set_timesteps``: more tokens, more steps spent on much noise.
+
+    Linear between two numbers of tokens that the scheduler's settings name; ``max_shift`` where they name none.
+    """
+    settings = scheduler.config
+    few, many = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+    low, high = settings.get("base_shift", 0.5), settings.get("max_shift", max_shift)
+    slope = (high - low) / (many - few)
+    return tokens * slope + (low - slope * few)
+
+
+def flow_timesteps(scheduler: Any, steps: int, tokens: int) -> dict[str, Any]:
+    """Arguments of ``set_timesteps``: noise shares evenly from 1 to 1 / steps, which the scheduler then shifts."""
+    mu = dynamic_shift(scheduler, tokens)
+    if scheduler.config.get("use_flow_sigmas"):
+        return {"num_inference_steps": steps, "mu": mu}
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise UserError(
+            f"{type(scheduler).__name__} takes no noise levels, which this model chooses itself. "
+            "Use FlowMatchEulerDiscreteScheduler."
+        )
+    return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), "mu": mu}
+
+
 def noised(
     scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +86,9 @@ def noised(
     """
     if hasattr(scheduler, "precondition_outputs"):
         return _noised_edm(scheduler, clean, noise, timesteps)
+    if is_flow(scheduler):
+        share = (timesteps.to(noise.device) / scheduler.config.num_train_timesteps).view(-1, *[1] * (noise.ndim - 1))
+        return torch.lerp(clean.expand_as(noise), noise, share), noise - clean
     alphas = _alphas(scheduler, timesteps.to(noise.device)).view(-1, *[1] * (noise.ndim - 1))
     signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
     truths = {

@@ -35,7 +35,7 @@ class TrainConfig:
     trajectory_steps: int = setting("sampler steps of a trajectory", 50)
     trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     trainable: str | None = setting(
-        "cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", None
+        "a group of the model's family, such as cross-attention, text-attention, all; or name parts", None
     )
     retain_weight: float | None = setting("weight of the retain loss", None)
     options: Mapping[str, Any] = map_setting("an option of the method's own (`fastunlearn methods METHOD`)", flag="set")
@@ -94,7 +94,9 @@ class MaskConfig:
     granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
     )
-    trainable: str = setting("cross-attention, cross-attention-kv, non-cross-attention, all, or name parts", "all")
+    trainable: str = setting(
+        "a group of the model's family, such as cross-attention, text-attention, all; or name parts", "all"
+    )
     forget_prompts: str | None = setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None
     )

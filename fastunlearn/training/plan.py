@@ -27,7 +27,7 @@ from .deepspeed_config import read_deepspeed
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .export import check_export
 from .memory import MemoryEstimate, estimate_memory, measure_activations
-from .selection import Selection, load_mask, select_parameters
+from .selection import GROUPS, Selection, load_mask, select_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class TrainPlan:
 
     method: Method
     settings: Defaults
+    untried_on: str  # the family that the method has no defaults of its own for; empty where it has
     concept: Concept
     recipe: Recipe | Edit
     selection: Selection
@@ -128,6 +129,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     return TrainPlan(
         method=method,
         settings=settings,
+        untried_on="" if model.defaults_key in method.defaults else model.family,
         concept=concept,
         recipe=recipe,
         selection=selection,
@@ -178,6 +180,8 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     defaults = method.defaults_for(model.defaults_key)
     names = [field.name for field in dataclasses.fields(Defaults) if field.name != "options"]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if defaults.trainable in GROUPS and defaults.trainable not in model.groups:
+        defaults = dataclasses.replace(defaults, trainable=model.default_group)
     return method.with_options(dataclasses.replace(defaults, **chosen), config.options)
 
 
@@ -253,6 +257,8 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     if plan.cut:
         more = f"{len(plan.cut)} prompts are" if len(plan.cut) > 1 else "one prompt is"
         lines.append(f"cut         {more} longer than the model reads, and read in part: {_some(plan.cut, 2)}")
+    if plan.untried_on:
+        lines.append(f"settings    where you chose none, those for stable-diffusion: untried on {plan.untried_on}")
     lines += [
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
