@@ -29,12 +29,33 @@ LARGEST = 2**32 - 1  # of any number: what a seed can be, and more than anything
 
 
 def setting(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A field of settings.  ``path=True``: it names a file or folder.  ``positional=True``: it has no flag."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def map_setting(help: str, flag: str) -> Any:
     """A setting of names and values: ``--flag NAME=VALUE``, as often as wanted, or a map in YAML."""
     return dataclasses.field(default_factory=dict, metadata={"help": help, "flag": flag})
+
+
+def expand_home(config: Settings) -> None:
+    """A `~` at the beginning of a path is the user's home, wherever the setting was written."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not field.metadata.get("path") or value is None:
+            continue
+        one_or_several = tuple(map(_expanded, value)) if isinstance(value, tuple) else _expanded(value)
+        object.__setattr__(config, field.name, one_or_several)
+
+
+def _expanded(path: Any) -> Any:
+    text = str(path) if isinstance(path, Path) else path
+    if not isinstance(text, str) or not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"the path {text!r} names a user that this machine does not have.") from error
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:

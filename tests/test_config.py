@@ -8,6 +8,7 @@ import pytest
 from fastunlearn.cli.demo import DemoConfig
 from fastunlearn.cli.flags import add_flags, build
 from fastunlearn.config import from_yaml, to_yaml
+from fastunlearn.errors import UserError
 from fastunlearn.evaluation.config import CompareConfig, EvaluateConfig
 from fastunlearn.training.config import ApplyConfig, MaskConfig, TrainConfig
 
@@ -300,3 +301,20 @@ def test_the_demos_methods_exist():
     from fastunlearn.methods import all_methods
 
     assert set(METHODS) <= set(all_methods())
+
+
+def test_a_tilde_is_the_users_home_wherever_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output: ~/run\nmask: '~/m.safetensors'\nmodel: ~/sd15\n")
+    config = build(TrainConfig, {"config": "~/run.yaml", "forget": "star", "deepspeed": "~/ds.json"})
+    assert config.output == f"{tmp_path}/run"
+    assert config.mask == f"{tmp_path}/m.safetensors"
+    assert config.model == f"{tmp_path}/sd15"
+    assert config.deepspeed == f"{tmp_path}/ds.json"
+    assert TrainConfig(forget="~", output=tmp_path / "x").output == f"{tmp_path}/x", "a Path, and a concept"
+    several = EvaluateConfig(original="~/a", unlearned=("~/b", "shapes", "a~b"), output="~/e", cache="~/c")
+    assert several.unlearned == (f"{tmp_path}/b", "shapes", "a~b")
+    assert (several.original, several.output, several.cache) == tuple(f"{tmp_path}/{name}" for name in "aec")
+    assert CompareConfig(runs=("~/a", "b"), output="~").runs == (f"{tmp_path}/a", "b")
+    with pytest.raises(UserError, match="names a user that this machine does not have"):
+        TrainConfig(forget="star", output="~nobody-of-that-name/run")

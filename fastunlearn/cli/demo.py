@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import at_least, setting
+from ..config import at_least, expand_home, setting
 from ..progress import Reporter
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ METHODS = ("esd", "ovw", "placebo")
 class DemoConfig:
     """What `demo` does: forget "star" three ways and show them side by side."""
 
-    output: str = setting("folder of the runs and the report", "demo")
+    output: str = setting("folder of the runs and the report", "demo", path=True)
     seed: int = setting("of trajectories and row order", 0)
     overwrite: bool = setting("replace an earlier demo", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         at_least(self, 0, "seed")
 
 

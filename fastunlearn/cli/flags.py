@@ -53,7 +53,7 @@ def build(kind: type[Config], flags: dict[str, Any]) -> Config:
     flags = dict(flags)
     path = flags.pop("config", None)
     if path is not None:
-        values |= read_yaml(Path(path), kind)
+        values |= read_yaml(Path(path).expanduser(), kind)
     for field in dataclasses.fields(kind):
         if field.name not in flags:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..config import above, at_least, setting
+from ..config import above, at_least, expand_home, setting
 from ..errors import UserError
 
 
@@ -13,15 +13,18 @@ from ..errors import UserError
 class EvaluateConfig:
     """What `evaluate` does."""
 
-    original: str = setting("`shapes`, a diffusers folder, or a hub id")
+    original: str = setting("`shapes`, a diffusers folder, or a hub id", path=True)
     unlearned: tuple[str, ...] = setting(
-        "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times"
+        "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times",
+        path=True,
     )
-    output: str = setting("folder for the records and the report")
+    output: str = setting("folder for the records and the report", path=True)
     prompts: str | None = setting(
         "FILE or TEXT;TEXT; a CSV may have the columns prompt and group; default: the bundled model's own", None
     )
-    placebo: str | None = setting("the pipeline of the same training without the forgetting part, as a control", None)
+    placebo: str | None = setting(
+        "the pipeline of the same training without the forgetting part, as a control", None, path=True
+    )
     forget: str | None = setting("the forgotten concept; default: what the unlearned run's record says", None)
     judge: str | None = setting(
         "who says whether an image shows the concept: NAME or NAME:OPTION, or none; default: the bundled model's, and "
@@ -36,6 +39,7 @@ class EvaluateConfig:
     trunk_weights: str | None = setting(
         "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
         None,
+        path=True,
     )
     seeds_per_prompt: int = setting("images per prompt", 1)
     batch_size: int = setting("images per forward; a part of the result's definition", 32)
@@ -44,13 +48,14 @@ class EvaluateConfig:
     mixed_precision: Literal["no", "bf16"] = setting("of both models", "no")
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     control_pairs: int = setting("pairs on which the numeric controls are measured", 8)
-    cache: str | None = setting("folder that keeps the original's images for the next evaluation", None)
+    cache: str | None = setting("folder that keeps the original's images for the next evaluation", None, path=True)
     cache_limit_gib: float = setting("size the cache folder stays below", 4.0)
     num_processes: int = setting("processes that share the prompts; with several GPUs one each", 1)
     resume: bool = setting("continue the unfinished evaluation in the output folder", False)
     overwrite: bool = setting("replace an earlier evaluation in the output folder", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps", "control_pairs", "num_processes")
         at_least(self, 0, "guidance_scale")
         above(self, 0, "cache_limit_gib")
@@ -64,9 +69,11 @@ class EvaluateConfig:
 class EvaluateImagesConfig:
     """What `evaluate-images` does."""
 
-    original_images: str = setting("folder of the original model's images")
-    unlearned_images: str = setting("folder of the unlearned model's, with the same names; suffixes may differ")
-    output: str = setting("folder for the records and the report")
+    original_images: str = setting("folder of the original model's images", path=True)
+    unlearned_images: str = setting(
+        "folder of the unlearned model's, with the same names; suffixes may differ", path=True
+    )
+    output: str = setting("folder for the records and the report", path=True)
     prompts: str | None = setting(
         "CSV with the columns file, prompt and, if wanted, group; default: every pair is a prompt of its own", None
     )
@@ -74,6 +81,7 @@ class EvaluateImagesConfig:
     trunk_weights: str | None = setting(
         "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",
         None,
+        path=True,
     )
     metrics: str | None = setting("further metrics, separated by commas (`fastunlearn info` lists them)", None)
     batch_size: int = setting("pairs per forward; a part of the result's definition", 8)
@@ -82,6 +90,7 @@ class EvaluateImagesConfig:
     overwrite: bool = setting("replace an earlier evaluation in the output folder", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         at_least(self, 1, "batch_size", "num_workers")
 
 
@@ -89,8 +98,10 @@ class EvaluateImagesConfig:
 class CompareConfig:
     """What `compare` does."""
 
-    runs: tuple[str, ...] = setting("folders with the evaluation.json and pairs.jsonl to compare", positional=True)
-    output: str = setting("folder for the table and the plot")
+    runs: tuple[str, ...] = setting(
+        "folders with the evaluation.json and pairs.jsonl to compare", positional=True, path=True
+    )
+    output: str = setting("folder for the table and the plot", path=True)
     margin: float | None = setting(
         "largest harmless difference, as a share of the distance of redrawn images (default 0.05); of results of "
         "`evaluate-images` as a distance, and without it nothing is said of equivalence",
@@ -99,6 +110,7 @@ class CompareConfig:
     overwrite: bool = setting("replace an earlier comparison in the output folder", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         above(self, 0, "margin")
         if len(self.runs) < 2:
             raise UserError(f"a comparison needs at least 2 runs, got {len(self.runs)}: name their folders.")

@@ -90,7 +90,7 @@ def evaluate(
     config = _reloadable({name: value for name, value in locals().items() if name in names})
     reporter = reporter or Reporter()
     ranks = Ranks.from_environment(num_processes)
-    folder = Path(output) if output is not None else None
+    folder = Path(output).expanduser() if output is not None else None
     if folder is None and (resume or overwrite or ranks.world_size > 1):
         raise UserError("`output` is missing: resuming, replacing and several processes need a folder.")
     given = _given_models(original, unlearned, placebo, judge, metric, metrics)

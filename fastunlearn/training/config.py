@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import above, at_least, check_types, map_setting, setting, share
+from ..config import above, at_least, check_types, expand_home, map_setting, setting, share
 from ..errors import UserError
 
 
@@ -15,8 +15,8 @@ class TrainConfig:
     """What `train` does.  A setting left at None takes the method's default for the model (`fastunlearn methods`)."""
 
     forget: str = setting('the concept to forget, e.g. "star" or "Van Gogh"')
-    output: str = setting("folder of the run")
-    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes")
+    output: str = setting("folder of the run", path=True)
+    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes", path=True)
     method: str = setting("see `fastunlearn methods`", "ovw")
     anchor: str | None = setting(
         "what the concept becomes (of TEXT;TEXT each prompt draws one); default: nothing, or its neighbour", None
@@ -39,7 +39,9 @@ class TrainConfig:
     )
     retain_weight: float | None = setting("weight of the retain loss", None)
     options: Mapping[str, Any] = map_setting("an option of the method's own (`fastunlearn methods METHOD`)", flag="set")
-    mask: str | None = setting("FILE of `fastunlearn mask`: only the elements that it selects may change", None)
+    mask: str | None = setting(
+        "FILE of `fastunlearn mask`: only the elements that it selects may change", None, path=True
+    )
     mask_density: float | None = setting("share of the trainable elements that may change, the most salient", None)
     mask_granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
@@ -53,7 +55,7 @@ class TrainConfig:
     seed: int = setting("of trajectories and row order", 0)
     mixed_precision: Literal["no", "bf16"] = setting("bf16 runs the networks in bfloat16; weights stay float32", "no")
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
-    deepspeed: str | None = setting("JSON: train by DeepSpeed as this file of its settings says", None)
+    deepspeed: str | None = setting("JSON: train by DeepSpeed as this file of its settings says", None, path=True)
     num_processes: int | None = setting("start so many processes on this machine, with `--deepspeed`", None)
     save: Literal["model", "delta"] = setting("the whole pipeline, or only what changed (`fastunlearn apply`)", "model")
     checkpoint_every: int = setting("steps between checkpoints; 0: only at the end or when stopped", 50)
@@ -64,6 +66,7 @@ class TrainConfig:
     overwrite: bool = setting("replace what an earlier run left in the output folder", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         check_types(self)
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
@@ -88,8 +91,8 @@ class MaskConfig:
     """What `mask` does.  A setting left at None takes SalUn's default for the model."""
 
     forget: str = setting('the concept whose weights to find, e.g. "star"')
-    output: str = setting("FILE for the mask, e.g. star.mask.safetensors")
-    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes")
+    output: str = setting("FILE for the mask, e.g. star.mask.safetensors", path=True)
+    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes", path=True)
     density: float = setting("share of the trainable elements to select", 0.5)
     granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
@@ -110,6 +113,7 @@ class MaskConfig:
     overwrite: bool = setting("replace the file", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         check_types(self)
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
@@ -122,10 +126,11 @@ class MaskConfig:
 class ApplyConfig:
     """What `apply` does."""
 
-    model: str = setting("the original: `shapes` (bundled), a diffusers folder, or a hub id")
-    delta: str = setting("FILE that `train --save delta` wrote")
-    output: str = setting("folder for the pipeline")
+    model: str = setting("the original: `shapes` (bundled), a diffusers folder, or a hub id", path=True)
+    delta: str = setting("FILE that `train --save delta` wrote", path=True)
+    output: str = setting("folder for the pipeline", path=True)
     overwrite: bool = setting("replace a pipeline that an earlier `apply` left in the output folder", False)
 
     def __post_init__(self) -> None:
+        expand_home(self)
         check_types(self)
