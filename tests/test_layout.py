@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import graphlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,103 @@ def test_only_models_know_diffusers():
 def test_nothing_imports_the_command_line():
     knowing = {name for name in MODULES if "fastunlearn.cli.main" in ALL[name]}
     assert knowing == {"fastunlearn.__main__"}
+
+
+#: What each file or folder of the package may import of it, at any time: the plan of the house, from the ground up.
+GROUND = {"errors", "batching", "config", "distributed", "files", "plugins", "progress"}
+SAID = {*GROUND, "record", "schema"}
+WORDS = {*SAID, "worlds", "prompts", "methods", "models"}
+DIRECTIONS = {
+    **{"errors": set(), "batching": set(), "progress": set()},
+    **{name: {"errors"} for name in ("config", "distributed", "files", "plugins", "worlds")},
+    "prompts": {"errors", "files"},
+    "record": {"errors", "files"},
+    "schema": {"errors", "record"},
+    "methods": {"errors", "config", "plugins"},
+    "models": {*GROUND, "record", "worlds", "methods"},
+    "metrics": {*GROUND, "worlds", "models"},
+    "judges": {*SAID, "worlds"},
+    "reports": {"errors", "files", "schema"},
+    "evaluation": {*WORDS, "metrics", "judges", "reports"},
+    "training": {*WORDS, "metrics", "evaluation"},
+    "cli": {*WORDS, "metrics", "judges", "reports", "evaluation", "training"},
+    "__main__": {"cli"},
+}
+
+
+def place_of(name):
+    """The file or folder of the package in which a module lies; empty for the package itself."""
+    return ".".join(name.split(".")[1:2])
+
+
+def known_places():
+    """place -> the other places that it imports, at any time."""
+    known = {place_of(name): set() for name in MODULES if place_of(name)}
+    for name in MODULES:
+        if place_of(name):
+            known[place_of(name)] |= {place_of(other) for other in ours(ALL[name])} - {place_of(name), ""}
+    return known
+
+
+@pytest.mark.parametrize("place", sorted(known_places()))
+def test_a_wing_imports_only_what_stands_below_it(place):
+    assert known_places()[place] <= DIRECTIONS[place]
+
+
+def test_the_plan_names_no_wing_that_is_not_there_and_has_no_cycle():
+    assert set(DIRECTIONS) == set(known_places())
+    order = list(graphlib.TopologicalSorter(DIRECTIONS).static_order())
+    assert order.index("errors") < order.index("models") < order.index("evaluation") < order.index("training")
+    assert list(graphlib.TopologicalSorter(known_places()).static_order())
+
+
+#: What importing a public name may load of the package, beside the ground; and whether it may load torch.
+NUMBERS = {"worlds", "prompts", "methods", "models", "metrics", "judges", "record", "schema"}
+LOADS = {
+    **{name: (set(), False) for name in ("Reporter", "UserError")},
+    **{name: ({"evaluation"}, False) for name in ("EvaluateConfig", "EvaluateImagesConfig")},
+    "TrainConfig": ({"training"}, False),
+    **{name: ({"judges", "record", "schema"}, True) for name in ("Judge", "Verdicts", "load_judge")},
+    **{name: ({"metrics", "worlds"}, True) for name in ("Metric", "PerceptualDistance")},
+    **{name: ({"metrics", "worlds"}, True) for name in ("load_metric", "load_perceptual")},
+        name: ({"metrics", "worlds"}, True)
+        for name in ("Metric", "PerceptualDistance", "load_metric", "load_perceptual")
+    },
+    "load_model": ({"models", "methods", "worlds", "record"}, True),
+    "EvaluationReport": ({*NUMBERS, "evaluation"}, True),
+    "evaluate": ({*NUMBERS, "evaluation"}, True),
+    "evaluate_images": ({*NUMBERS, "evaluation", "reports"}, True),
+    "UnlearnResult": ({"training", "models", "methods", "worlds", "record", "schema"}, True),
+    "unlearn": ({*NUMBERS, "training", "evaluation"}, True),
+}
+
+
+def test_importing_a_public_name_loads_its_wing_alone():
+    """Neither matplotlib, nor the libraries of models, nor DeepSpeed, nor the trainer for who only evaluates."""
+    assert set(LOADS) == set(fastunlearn.__all__) - {"__version__"}
+    heavy_names = sorted(HEAVY | {"matplotlib", "rich"})
+    script = f"""
+import json, os, sys
+told = {{}}
+for name in {sorted(LOADS)!r}:
+    read, write = os.pipe()
+    if os.fork() == 0:  # each name in a process that has loaded nothing yet
+        import fastunlearn
+        getattr(fastunlearn, name)
+        loaded = [module for module in sys.modules if module.split(".")[0] == "fastunlearn"]
+        os.write(write, json.dumps([loaded, [module for module in {heavy_names!r} if module in sys.modules]]).encode())
+        os._exit(0)
+    os.close(write)
+    told[name] = json.loads(os.fdopen(read).read())
+print(json.dumps(told))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    for name, (modules, heavy) in json.loads(done.stdout).items():
+        wings, may_torch = LOADS[name]
+        assert {place_of(module) for module in modules} - {""} <= GROUND | wings, name
+        engines = [module for module in modules if "trainer" in module or "engine" in module]
+        assert not engines or name == "unlearn", (name, engines)
+        assert set(heavy) <= ({"torch", "fastunlearn_kernels"} if may_torch else set()), name
 
 
 def test_imports_have_no_cycle():
