@@ -260,7 +260,7 @@ def test_verdicts_survive_a_stop_to_the_last_bit(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate(draw, stopping, GROUPED, output=tmp_path / "run", **settings)
     journal = tmp_path / "run" / "journal"
-    assert json.loads((journal / "spec.json").read_text())["format"] == 2
+    assert json.loads((journal / "spec.json").read_text())["format"] == 3
     other = Reader()
     other.threshold = 0.9
     with pytest.raises(UserError, match="has judge = "):
@@ -284,9 +284,9 @@ def test_a_journal_of_another_format_is_not_continued(tmp_path, monkeypatch):
             evaluate(draw, draw, GROUPED, output=tmp_path / "run", **settings)
     spec = tmp_path / "run" / "journal" / "spec.json"
     content = json.loads(spec.read_text())
-    for older in ({**content, "format": 3}, {key: value for key, value in content.items() if key != "format"}):
+    for older in ({**content, "format": 2}, {key: value for key, value in content.items() if key != "format"}):
         spec.write_text(json.dumps(older))
-        with pytest.raises(UserError, match=r"format [13], this version continues format 2. .*`--overwrite`"):
+        with pytest.raises(UserError, match=r"format [12], this version continues format 3. .*`--overwrite`"):
             evaluate(draw, draw, GROUPED, output=tmp_path / "run", resume=True, **settings)
 
 

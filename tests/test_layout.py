@@ -225,9 +225,6 @@ LOADS = {
     **{name: ({"judges", "record", "schema"}, True) for name in ("Judge", "Verdicts", "load_judge")},
     **{name: ({"metrics", "worlds"}, True) for name in ("Metric", "PerceptualDistance")},
     **{name: ({"metrics", "worlds"}, True) for name in ("load_metric", "load_perceptual")},
-        name: ({"metrics", "worlds"}, True)
-        for name in ("Metric", "PerceptualDistance", "load_metric", "load_perceptual")
-    },
     "load_model": ({"models", "methods", "worlds", "record"}, True),
     "EvaluationReport": ({*NUMBERS, "evaluation"}, True),
     "evaluate": ({*NUMBERS, "evaluation"}, True),
