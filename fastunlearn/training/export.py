@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory, one_line
 from ..files.atomic import whole_folder
 from ..files.run_folder import check_output, claimed, files_below, own
 from ..files.tensors import load_tensors, save_tensors
-from ..files.weights import hash_pipeline, pipeline_files, read_tensors
+from ..files.weights import hash_pipeline, part_names, pipeline_files, read_tensors
 from ..models.base import Model
 from ..models.loading import resolve_source
 from .config import ApplyConfig
@@ -132,18 +132,29 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     if not delta.is_file():
         raise UserError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
     tensors, metadata = load_tensors(delta, DELTA_FORMAT, "delta of fastunlearn")
-    shapes = metadata["shapes"]
-    values = {name: tensors[f"{name}.values"] for name in shapes}
-    bits = {name: _bits_of(tensors, name, shape) for name, shape in shapes.items()}
-    for name, replaced in values.items():
-        if not torch.isfinite(replaced).all():
-            raise UserError(f"{delta} is no delta of fastunlearn: {name} has values that are no numbers.")
-    if (ours := hash_pipeline(source)) != metadata["original"]:
+    try:
+        part, original, shapes = metadata["part"], str(metadata["original"]), dict(metadata["shapes"])
+        values = {name: tensors[f"{name}.values"] for name in shapes}
+        bits = {name: _bits_of(tensors, name, shape) for name, shape in shapes.items()}
+        for name, replaced in values.items():
+            if not torch.isfinite(replaced).all():
+                raise ValueError(f"{name} has values that are no numbers")
+    except Exception as error:  # whoever wrote it can have written anything
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{delta} is no delta of fastunlearn: {one_line(error).rstrip('.')}.") from error
+    if (ours := hash_pipeline(source)) != original:
         raise UserError(
-            f"the delta {delta} belongs to another original: its hash is {metadata['original'][:12]}, that of {source} "
+            f"the delta {delta} belongs to another original: its hash is {original[:12]}, that of {source} "
             f"is {ours[:12]}. Give `--model` the model that the run started from."
         )
-    export_model(source, metadata["part"], folder, values, bits)
+    if part not in part_names(source):
+        raise UserError(f"the delta {delta} is for the part {part!r}, which {source} does not have.")
+    for path in (source / part).glob("*.safetensors"):
+        for name, tensor in read_tensors(path, shapes)[0].items():
+            if list(tensor.shape) != list(shapes[name]):
+                raise UserError(f"the delta {delta} says that {name} is {shapes[name]}; it is {list(tensor.shape)}.")
+    export_model(source, part, folder, values, bits)
 
 
 def _bits_of(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
@@ -154,7 +165,7 @@ def _bits_of(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -
         mask = torch.zeros(torch.Size(shape).numel(), dtype=torch.bool)
         mask[tensors[f"{name}.indices"].long()] = True
     if int(mask.sum()) != len(tensors[f"{name}.values"]):
-        raise UserError(f"{name} has {len(tensors[f'{name}.values'])} values for {int(mask.sum())} elements")
+        raise ValueError(f"{name} has {len(tensors[f'{name}.values'])} values for {int(mask.sum())} elements")
     return pack_bits(mask)
 
 
