@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastunlearn.reports.sentences import gap_sentence
 from fastunlearn.schema import Demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,8 @@ def demo_section(demo: Demo) -> str:
         )
     threads = first.spec["threads"]
     lines += [
+        "",
+        gap_sentence(demo.comparison).replace("\u00a0", " "),
         "",
         f"All from one run of `make demo`, {demo.seconds:.0f} s on a CPU with {threads} "
         f"thread{'s' * (threads != 1)} after installation, without a GPU or a network: {first.erasure.n_images} images "

@@ -310,13 +310,14 @@ class Comparison(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Record):
-    """demo.json: the evaluation of each method's model, in order."""
+    """demo.json: the evaluation of each method's model, in order, and the methods compared pair by pair."""
 
     kind: ClassVar[str] = "demo"
     command: ClassVar[str] = "demo"
 
     seconds: float
     evaluations: tuple[Evaluation, ...]
+    comparison: ComparedPair
 
 
 def read_evaluation(path: Path) -> Evaluation | FoldersEvaluation:

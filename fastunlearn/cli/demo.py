@@ -14,7 +14,7 @@ from ..config import at_least, expand_home, setting
 from ..progress import Reporter
 
 if TYPE_CHECKING:
-    from ..schema import Evaluation
+    from ..schema import Demo
 
 CONCEPT = "star"
 METHODS = ("esd", "ovw", "placebo")
@@ -33,8 +33,9 @@ class DemoConfig:
         at_least(self, 0, "seed")
 
 
-def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluation]:
-    """Run the demonstration and return each method's evaluation, in order."""
+def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
+    """Run the demonstration and return what it found."""
+    from ..evaluation.compare import comparison, read_run
     from ..evaluation.evaluator import evaluate_models
     from ..evaluation.plan import world_groups
     from ..evaluation.results import EvaluationReport, write_results
@@ -79,5 +80,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> list[Evaluatio
         write_results(folder, EvaluationReport(result, groups, placebo="placebo", unseen=True))
         evaluations = [model.evaluation for model in result.results]
         seconds = round(time.monotonic() - started, 1)
-        Demo(seconds=seconds, evaluations=tuple(evaluations)).write(folder / "demo.json")
-    return evaluations
+        compared = comparison([read_run(folder / method) for method in METHODS if method != "placebo"]).comparisons[0]
+        found = Demo(seconds=seconds, evaluations=tuple(evaluations), comparison=compared)
+        found.write(folder / "demo.json")
+    return found

@@ -245,6 +245,7 @@ def _evaluate_images(flags: dict[str, Any]) -> int:
 
 def _demo(flags: dict[str, Any]) -> int:
     config = build(DemoConfig, flags)
+    from ..reports.sentences import gap_sentence
     from ..training.trainer import Interrupted
     from .console import Console, table
     from .demo import demo
@@ -252,10 +253,11 @@ def _demo(flags: dict[str, Any]) -> int:
     started = time.monotonic()
     with Console(plans=False) as console:
         try:
-            evaluations = demo(config, console)
+            found = demo(config, console)
         except Interrupted:
             raise KeyboardInterrupt from None  # a demo is too short to be continued
-    table(evaluations)
+    table(found.evaluations)
+    print(gap_sentence(found.comparison))
     print(f"{time.monotonic() - started:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
     return 0
 

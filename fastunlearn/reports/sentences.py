@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..schema import Erasure, Evaluation, FoldersEvaluation, JudgeRecord, Retain
+from ..schema import ComparedPair, Erasure, Evaluation, FoldersEvaluation, JudgeRecord, Retain
 
 #: Methods that are no attempt to forget, and what they are there for.
 CONTROLS = {
@@ -179,3 +179,15 @@ def _digits(value: float) -> int:
     """Decimals a percentage needs so that it reads 0 or 100 only where it is."""
     gap = min(abs(value), abs(100 - value))
     return 0 if gap == 0 or gap > 0.5 else 1 if gap > 0.05 else 2
+
+
+def gap_sentence(pair: ComparedPair) -> str:
+    """What a paired comparison of two models found, in retention, in words."""
+    better, worse = (pair.a, pair.b) if pair.difference > 0 else (pair.b, pair.a)
+    low, high = sorted(abs(end) for end in pair.ci95)
+    if not pair.p_value_holm < 0.05:
+        return f"Pair by pair no difference between {pair.a} and {pair.b} is shown."
+    return (
+        f"Pair by pair {better} keeps more than {worse}: R is {abs(pair.difference):.3f} higher "
+        f"(95\u00a0% interval {low:.3f} to {high:.3f})."
+    )
