@@ -5,6 +5,8 @@ import random
 import fuzz
 import pytest
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore:.*decompression bomb.*")
+
 
 @pytest.mark.slow
 def test_a_minute_of_damaged_input_finds_nothing():

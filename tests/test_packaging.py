@@ -185,7 +185,9 @@ def test_one_command_installs_both_from_a_clone(clone, tmp_path):
     (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
     for name in PROJECTS:
         (metadata,) = site.glob(f"{name}-*.dist-info/METADATA")
-        assert "file:" not in metadata.read_text(encoding="utf-8")
+        headers = metadata.read_text(encoding="utf-8").split("\n\n")[0]  # the README comes after them
+        assert "Requires-Dist" in headers
+        assert "file:" not in headers
         code = f"import {name}; print({name}.__file__)"
         assert run(python, "-c", code, cwd=tmp_path).strip() == str(site / name / "__init__.py")
     command = tmp_path / "environment" / "bin" / "fastunlearn"

@@ -243,6 +243,71 @@ def _bundled() -> Any:
     return load_model("shapes", "cpu")
 
 
+@functools.cache
+def _tensor_files() -> dict[str, tuple[bytes, dict[str, Any], dict[str, Any]]]:
+    """A mask and a delta of the bundled model: their bytes, tensors and content."""
+    from fastunlearn_kernels import pack_bits
+
+    from fastunlearn.files.tensors import load_tensors
+    from fastunlearn.training.export import DELTA_FORMAT, export_delta
+    from fastunlearn.training.selection import MASK_FORMAT, Selection, save_mask
+
+    model = _bundled()
+    name = next(iter(dict(model.denoiser.named_parameters())))
+    weights = dict(model.denoiser.named_parameters())[name].detach()
+    with tempfile.TemporaryDirectory() as scratch:
+        mask, delta = Path(scratch) / "mask.safetensors", Path(scratch) / "delta.safetensors"
+        save_mask(Selection.of(model.denoiser, [name], {name: pack_bits(weights > 0)}, {"density": "0.5"}), mask, model)
+        export_delta(model.source, model.denoiser_folder, delta, {name: weights.flatten() + 1}, {})
+        return {
+            form: (path.read_bytes(), *load_tensors(path, form, "file"))
+            for form, path in ((MASK_FORMAT, mask), (DELTA_FORMAT, delta))
+        }
+
+
+def tensor_files(draw: random.Random, folder: Path) -> None:
+    """Masks and deltas, damaged, or forged: whole, with a true checksum, by somebody who means harm."""
+    from fastunlearn.files.tensors import save_tensors
+    from fastunlearn.training.export import DELTA_FORMAT, apply_delta
+    from fastunlearn.training.selection import load_mask
+
+    form, (whole, tensors, content) = draw.choice(list(_tensor_files().items()))
+    path = folder / "a.safetensors"
+    if draw.random() < 0.3:
+        path.write_bytes(damaged(whole, draw))
+    else:
+        if draw.random() < 0.4:
+            name = draw.choice(list(tensors))
+            other = draw.choice([tensors[name][:1], tensors[name].float() * float("nan"), tensors[name].flatten()[:0]])
+            tensors = {one: value for one, value in tensors.items() if one != name} | {draw.choice([name, "x"]): other}
+        else:
+            content = damaged_tree(content, draw)
+        if not isinstance(content, dict):
+            return
+        save_tensors(path, tensors, form, {key: value for key, value in content.items() if key != "format"})
+    if form == DELTA_FORMAT:
+        (folder / "model").mkdir()
+        apply_delta(_bundled().source, path, folder / "model")
+    else:
+        load_mask(path, _bundled())
+
+
+def checkpoints(draw: random.Random, folder: Path) -> None:
+    """A checkpoint with one damaged file is refused, or it is the same as before."""
+    import torch
+
+    from fastunlearn.distributed import World
+    from fastunlearn.training.checkpoint import Piece, load_checkpoint, save_checkpoint
+
+    piece = Piece("a", 0, {kind: torch.arange(10.0) for kind in ("weight", "exp_avg", "exp_avg_sq")}, 3.0)
+    save_checkpoint(folder / "c", World(), [piece], {"a": 10}, {"step": 3})
+    path = draw.choice(sorted((folder / "c").iterdir()))
+    path.write_bytes(damaged(path.read_bytes(), draw))
+    pieces, state = load_checkpoint(folder / "c", {"a": 10}, {"a": (0, 10)})
+    if state != {"step": 3} or not torch.equal(pieces["a"].values["weight"], torch.arange(10.0)):
+        raise AssertionError("a damaged checkpoint was read")
+
+
 def flags(draw: random.Random, folder: Path) -> None:
     """The command line, as far as its plan."""
     from fastunlearn.cli.main import main
@@ -301,7 +366,9 @@ TARGETS: dict[str, tuple[Case, float]] = {
     "settings": (settings, 0.12),
     "deepspeed": (deepspeed_files, 0.08),
     "records": (records, 0.06),
-    "flags": (flags, 0.45),
+    "tensor-files": (tensor_files, 0.12),
+    "checkpoints": (checkpoints, 0.06),
+    "flags": (flags, 0.35),
 }
 
 

@@ -6,9 +6,10 @@ The metadata has one key, since safetensors writes several in any order: ``fastu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def load_tensors(path: Path, form: str, what: str) -> tuple[dict[str, torch.Tens
     """
     from safetensors import safe_open
 
-    try:
+    with refused(path, what):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
@@ -48,12 +49,22 @@ def load_tensors(path: Path, form: str, what: str) -> tuple[dict[str, torch.Tens
             raise ValueError(f"its format is {found!r}, not {form!r}")
         if header.pop("sha256", None) != _checksum(tensors, header):
             raise ValueError("its content has changed since it was written. Make it again")
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path} is no {what}: {one_line(error).rstrip('.')}.") from error
     del header["format"]
     return tensors, header
+
+
+@contextlib.contextmanager
+def refused(path: Path, what: str) -> Iterator[None]:
+    """Whatever fails while the content of ``path`` is read is the file's fault: whoever wrote it can write anything."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        words = one_line(error).rstrip(".") if str(error).strip() else type(error).__name__
+        if isinstance(error, KeyError):
+            words = f"it has no {words}"
+        raise UserError(f"{path} is no {what}: {words}.") from error
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
 
-from ..errors import UserError, is_out_of_memory, one_line
+from ..errors import UserError
 from ..files.atomic import whole_folder
 from ..files.run_folder import check_output, claimed, files_below, own
-from ..files.tensors import load_tensors, save_tensors
+from ..files.tensors import load_tensors, refused, save_tensors
 from ..files.weights import hash_pipeline, part_names, pipeline_files, read_tensors
 from ..models.base import Model
 from ..models.loading import resolve_source
@@ -131,18 +131,11 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     """
     if not delta.is_file():
         raise UserError(f"the delta {delta} does not exist. Train with `--save delta` to make one.")
-    tensors, metadata = load_tensors(delta, DELTA_FORMAT, "delta of fastunlearn")
-    try:
-        part, original, shapes = metadata["part"], str(metadata["original"]), dict(metadata["shapes"])
-        values = {name: tensors[f"{name}.values"] for name in shapes}
-        bits = {name: _bits_of(tensors, name, shape) for name, shape in shapes.items()}
-        for name, replaced in values.items():
-            if not torch.isfinite(replaced).all():
-                raise ValueError(f"{name} has values that are no numbers")
-    except Exception as error:  # whoever wrote it can have written anything
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{delta} is no delta of fastunlearn: {one_line(error).rstrip('.')}.") from error
+    what = "delta of fastunlearn"
+    tensors, content = load_tensors(delta, DELTA_FORMAT, what)
+    with refused(delta, what):
+        part, original = str(content["part"]), str(content["original"])
+        shapes = {name: [int(size) for size in shape] for name, shape in content["shapes"].items()}
     if (ours := hash_pipeline(source)) != original:
         raise UserError(
             f"the delta {delta} belongs to another original: its hash is {original[:12]}, that of {source} "
@@ -150,10 +143,20 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
         )
     if part not in part_names(source):
         raise UserError(f"the delta {delta} is for the part {part!r}, which {source} does not have.")
+    found: set[str] = set()
     for path in (source / part).glob("*.safetensors"):
         for name, tensor in read_tensors(path, shapes)[0].items():
-            if list(tensor.shape) != list(shapes[name]):
+            found.add(name)
+            if list(tensor.shape) != shapes[name]:
                 raise UserError(f"the delta {delta} says that {name} is {shapes[name]}; it is {list(tensor.shape)}.")
+    if missing := sorted(shapes.keys() - found):
+        raise UserError(f"the delta {delta} changes {missing[0]!r}, which {source / part} does not have.")
+    with refused(delta, what):  # only now: a shape that is not the original's could ask for any amount of memory
+        values = {name: tensors[f"{name}.values"] for name in shapes}
+        bits = {name: _bits_of(tensors, name, shape) for name, shape in shapes.items()}
+        for name, replaced in values.items():
+            if not torch.isfinite(replaced).all():
+                raise ValueError(f"{name} has values that are no numbers")
     export_model(source, part, folder, values, bits)
 
 

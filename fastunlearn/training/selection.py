@@ -13,7 +13,7 @@ from fastunlearn_kernels import pack_bits, unpack_bits
 from torch import nn
 
 from ..errors import UserError
-from ..files.tensors import load_tensors, save_tensors
+from ..files.tensors import load_tensors, refused, save_tensors
 from ..files.weights import hash_part
 from ..models.base import Model, matches
 from ..models.sd import UNET_GROUPS
@@ -161,12 +161,14 @@ def load_mask(path: Path, model: Model) -> Selection:
     """Read what :func:`save_mask` wrote.  UserError if it is no mask, or one of another model."""
     if not path.is_file():
         raise UserError(f"the mask {path} does not exist. Make one with `fastunlearn mask`.")
-    bits, content = load_tensors(path, MASK_FORMAT, "mask of `fastunlearn mask`")
-    shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-    made = {str(key): str(value) for key, value in content["made"].items()}
-    for name, packed in bits.items():
-        if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
-            raise UserError(f"{path} is no mask of `fastunlearn mask`: {name} has bits beyond its last element.")
+    what = "mask of `fastunlearn mask`"
+    bits, content = load_tensors(path, MASK_FORMAT, what)
+    with refused(path, what):
+        denoiser = str(content["denoiser"])
+        shapes = {name: tuple(int(size) for size in shape) for name, shape in content["shapes"].items()}
+        made = {str(key): str(value) for key, value in content["made"].items()}
+        if shapes.keys() != bits.keys():
+            raise ValueError("its shapes are of other tensors")
     parameters = dict(model.denoiser.named_parameters())
     for name, shape in shapes.items():
         if name not in parameters:
@@ -176,9 +178,13 @@ def load_mask(path: Path, model: Model) -> Selection:
                 f"the mask {path} is of another model: {name} has the shape {shape} there and "
                 f"{tuple(parameters[name].shape)} in {model.name}."
             )
-    if (ours := hash_part(model.source, model.denoiser_folder)) != content["denoiser"]:
+    with refused(path, what):  # only now: a shape that is not the model's could ask for any amount of memory
+        for name, packed in bits.items():
+            if not torch.equal(pack_bits(unpack_bits(packed, shapes[name])), packed):
+                raise ValueError(f"{name} has bits beyond its last element")
+    if (ours := hash_part(model.source, model.denoiser_folder)) != denoiser:
         raise UserError(
-            f"the mask {path} is of other weights: their hash is {content['denoiser'][:12]}, that of "
+            f"the mask {path} is of other weights: their hash is {denoiser[:12]}, that of "
             f"{model.name} is {ours[:12]}. Make one for this model with `fastunlearn mask`."
         )
     selection = Selection.of(model.denoiser, [name for name in parameters if name in bits], bits, made)
