@@ -61,7 +61,10 @@ FILES = {
     FoldersEvaluation: folders_evaluation,
     RunRecord: lambda: run_record().to_dict(),
     Comparison: comparison,
-    Demo: lambda: {"schema": 1, "kind": "demo", "fastunlearn": "0.1.0", "seconds": 3.5, "evaluations": [content()]},
+    Demo: lambda: {
+        **{"schema": 1, "kind": "demo", "fastunlearn": "0.1.0", "seconds": 3.5},
+        **{"evaluations": [content()], "comparison": comparison()["comparisons"][0]},
+    },
 }
 
 
