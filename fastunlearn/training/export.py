@@ -10,7 +10,7 @@ The metadata (see ``files/tensors.py``) has the original's hash, the folder of t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -40,28 +40,32 @@ def check_export(model: Model, selection: Selection, save: Save) -> None:
 
     To be called before any work: what it refuses would be lost at the end.
     """
-    from safetensors import safe_open
-
     folder = model.source / model.denoiser_folder
     found: dict[str, Path] = {}
+    for path, name, shape in _stored(folder, selection.shapes):
+        if name in found and save == "delta":
+            raise UserError(
+                f"{folder} has {name} in two files, {found[name].name} and {path.name}, which a delta cannot "
+                "tell apart. Use `--save model`, or take the file that is not loaded out of the folder."
+            )
+        found[name] = path
+        if shape != tuple(selection.shapes[name]):
+            raise UserError(
+                f"{path} has {name} of the shape {shape}, the model as it is loaded has "
+                f"{tuple(selection.shapes[name])}: a result cannot be written back into it."
+            )
+    _check_found(folder, dict.fromkeys(selection.shapes), found)
+
+
+def _stored(folder: Path, names: Container[str]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
+    """File, name and shape of each of these tensors in the folder's safetensors files; no values are read."""
+    from safetensors import safe_open
+
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
-                if name not in selection.shapes:
-                    continue
-                if name in found and save == "delta":
-                    raise UserError(
-                        f"{folder} has {name} in two files, {found[name].name} and {path.name}, which a delta cannot "
-                        "tell apart. Use `--save model`, or take the file that is not loaded out of the folder."
-                    )
-                found[name] = path
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(selection.shapes[name]):
-                    raise UserError(
-                        f"{path} has {name} of the shape {shape}, the model as it is loaded has "
-                        f"{tuple(selection.shapes[name])}: a result cannot be written back into it."
-                    )
-    _check_found(folder, dict.fromkeys(selection.shapes), found)
+                if name in names:
+                    yield path, name, tuple(file.get_slice(name).get_shape())
 
 
 def export(model: Model, path: Path, save: Save, values: Values, selection: Selection) -> dict[str, torch.dtype]:
@@ -144,11 +148,10 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     if part not in part_names(source):
         raise UserError(f"the delta {delta} is for the part {part!r}, which {source} does not have.")
     found: set[str] = set()
-    for path in (source / part).glob("*.safetensors"):
-        for name, tensor in read_tensors(path, shapes)[0].items():
-            found.add(name)
-            if list(tensor.shape) != shapes[name]:
-                raise UserError(f"the delta {delta} says that {name} is {shapes[name]}; it is {list(tensor.shape)}.")
+    for _, name, shape in _stored(source / part, shapes):
+        found.add(name)
+        if list(shape) != shapes[name]:
+            raise UserError(f"the delta {delta} says that {name} is {shapes[name]}; it is {list(shape)}.")
     if missing := sorted(shapes.keys() - found):
         raise UserError(f"the delta {delta} changes {missing[0]!r}, which {source / part} does not have.")
     with refused(delta, what):  # only now: a shape that is not the original's could ask for any amount of memory
