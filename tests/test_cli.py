@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from outputs import files_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from toys import names_in
 
 import fastunlearn
 from fastunlearn.errors import UserError
-from fastunlearn.files.run_folder import RECORD, prepare_output
+from fastunlearn.files.run_folder import prepare_output
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.training import trainer as trainer_module
 from fastunlearn.worlds.shapes import pipeline_folder
@@ -63,11 +64,6 @@ FLAGS = {
     "methods": set(),
     "info": set(),
 }
-
-
-def files_of(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def temporary_files_in(folder):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from outputs import files_of
 from toys import NOISE, PROMPTS, SETTINGS, Brightness, MeanDifference, Reader, deaf, draw, names_in, run_record, shifted
 
 from fastunlearn import EvaluateConfig, evaluate
@@ -27,19 +28,10 @@ from fastunlearn.evaluation.inputs import run_of
 from fastunlearn.evaluation.journal import Journal, PairScores
 from fastunlearn.evaluation.plan import Plan, PromptGroups
 from fastunlearn.evaluation.ranks import Ranks
-from fastunlearn.files.run_folder import RECORD, claimed, own, prepare_output
+from fastunlearn.files.run_folder import claimed, own, prepare_output
 from fastunlearn.models.sampling import SamplerSpec
 
 GROUPED = [(prompt, "forget" if index < 3 else "near" if index < 7 else "far") for index, prompt in enumerate(PROMPTS)]
-
-
-def results_of(folder):
-    """Bytes of what an evaluation wrote, by name."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != RECORD
-    }
 
 
 # ---- both ends of the scale ------------------------------------------------------------------------------------------
@@ -73,7 +65,7 @@ def test_order_and_company_change_no_bit(tmp_path):
     models = {"a": shifted(3), "b": shifted(9)}
     evaluate(draw, models, GROUPED, output=tmp_path / "one", metrics=[Brightness()], **SETTINGS)
     evaluate(draw, models, GROUPED[::-1], output=tmp_path / "two", metrics=[Brightness()], **SETTINGS)
-    assert results_of(tmp_path / "one") == results_of(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     alone = evaluate(draw, {"b": shifted(9)}, GROUPED, **SETTINGS)
     assert alone.pairs == [json.loads(line) for line in (tmp_path / "one" / "b" / "pairs.jsonl").open()]
 
@@ -119,7 +111,7 @@ def test_finishing_a_batch_beside_the_next_changes_no_bit(tmp_path, monkeypatch)
     genuine = Evaluator._score
     monkeypatch.setattr(Evaluator, "_score", lambda *a: threads.add(threading.current_thread().name) or genuine(*a))
     evaluate(draw, shifted(5), GROUPED, output=tmp_path / "two", **settings)
-    assert results_of(tmp_path / "one") == results_of(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert threads
     assert threading.main_thread().name not in threads
     with pytest.raises(ValueError, match="check for NaN"):
@@ -137,7 +129,7 @@ def test_the_cache_changes_no_bit_and_is_not_believed(bundled, tmp_path):
         reporter = types.SimpleNamespace(stage=print, scoring=lambda *_: None, note=notes.append)
         models = bundled, {"same": bundled}
         evaluate(*models, output=tmp_path / name, metric=MeanDifference(), reporter=reporter, **SHAPES, **cache)
-        return results_of(tmp_path / name), notes
+        return files_of(tmp_path / name), notes
 
     cache = {"cache": tmp_path / "cache"}
     plain, cold, warm = run("plain"), run("cold", **cache), run("warm", **cache)
@@ -218,7 +210,7 @@ def test_a_stopped_evaluation_goes_on_without_repeating_a_pair(tmp_path, error):
     images = len(asked) + len(set(PROMPTS)) * 2 - 12
     assert len(others) >= len(PROMPTS) * 2 - 12, "what was left"
     assert images == len(PROMPTS) * 2
-    assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
 
 
 def test_resuming_asks_for_nothing_that_is_done(tmp_path):
@@ -241,7 +233,7 @@ def test_resuming_something_else_is_refused_by_the_setting(tmp_path):
     broken, _ = stopping(1, RuntimeError("x"))
     with pytest.raises(RuntimeError, match="x"):
         evaluate(draw, broken, PROMPTS, output=tmp_path / "run", **SETTINGS)
-    before = results_of(tmp_path)
+    before = files_of(tmp_path)
     for changes, said in (
         ({"seeds_per_prompt": 2}, "has seeds_per_prompt = 1, now it is 2"),
         ({"batch_size": 8}, "has micro_batch_size = 4, now it is 8"),
@@ -250,7 +242,7 @@ def test_resuming_something_else_is_refused_by_the_setting(tmp_path):
             evaluate(draw, broken, PROMPTS, output=tmp_path / "run", resume=True, **SETTINGS | changes)
     with pytest.raises(ValueError, match="has prompts = "):
         evaluate(draw, broken, PROMPTS[1:], output=tmp_path / "run", resume=True, **SETTINGS)
-    assert results_of(tmp_path) == before
+    assert files_of(tmp_path) == before
     with pytest.raises(ValueError, match="holds no run"):
         evaluate(draw, draw, PROMPTS, output=tmp_path / "new", resume=True, **SETTINGS)
     evaluate(draw, draw, PROMPTS, output=tmp_path / "finished", **SETTINGS)
@@ -269,14 +261,14 @@ def test_a_second_evaluation_of_one_folder_is_refused(tmp_path):
 
 def test_an_earlier_result_stays_until_there_is_a_new_one(tmp_path):
     evaluate(draw, shifted(5), PROMPTS, output=tmp_path / "run", **SETTINGS)
-    before = results_of(tmp_path / "run")
+    before = files_of(tmp_path / "run")
     broken, _ = stopping(2, RuntimeError("x"))
     with pytest.raises(RuntimeError, match="x"):
         evaluate(draw, broken, PROMPTS, output=tmp_path / "run", overwrite=True, **SETTINGS)
-    now = results_of(tmp_path / "run")
+    now = files_of(tmp_path / "run")
     assert {name: content for name, content in now.items() if not name.startswith("journal")} == before
     evaluate(draw, draw, PROMPTS, output=tmp_path / "run", overwrite=True, **SETTINGS)
-    assert results_of(tmp_path / "run").keys() == before.keys()
+    assert files_of(tmp_path / "run").keys() == before.keys()
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["integrity"]["mean"] == 0
 
 
@@ -305,8 +297,8 @@ def test_killed_it_continues_and_several_processes_give_the_same_bits(tmp_path):
     assert names_in(tmp_path / "killed") == {"journal"}, "killed in the middle"
     subprocess.run(command(tmp_path / "killed", "--resume", "--output"), check=True, timeout=300)
     subprocess.run([*command(tmp_path / "three"), "--num-processes", "3"], check=True, timeout=300)
-    assert len(results_of(tmp_path / "killed")) == 4
-    assert results_of(tmp_path / "killed") == results_of(tmp_path / "three")
+    assert len(files_of(tmp_path / "killed")) == 4
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "three")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from outputs import files_of
 from PIL import Image
 
 from fastunlearn.files.run_folder import RECORD
@@ -72,11 +73,13 @@ def end(process):
     return process.returncode, said
 
 
+#: Files that say where, when or how fast a run went.
+TIMES = {RECORD, "run.json", "metrics.jsonl", "state.json", "config.yaml"}
+
+
 def results_of(folder):
-    """What a run is for: its bytes by name.  Left out: what says where, when and how fast it went."""
-    times = {RECORD, "run.json", "metrics.jsonl", "state.json", "config.yaml"}
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name not in times)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    """What a run is for: its bytes by name."""
+    return files_of(folder, without=TIMES)
 
 
 def kill_after(process, seconds):

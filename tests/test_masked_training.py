@@ -12,12 +12,12 @@ import threading
 import pytest
 import torch
 from fastunlearn_kernels import pack_bits, unpack_bits
+from outputs import files_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastunlearn.distributed import World
 from fastunlearn.errors import UserError
-from fastunlearn.files.run_folder import RECORD
 from fastunlearn.training.checkpoint import Piece, load_checkpoint, save_checkpoint
 from fastunlearn.training.config import ApplyConfig, MaskConfig, TrainConfig
 from fastunlearn.training.engine import TorchEngine
@@ -40,11 +40,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     unlearn(config(folder, mask_density=0.25, weight_decay=0.1, checkpoint_every=1))
     return folder / "run"
-
-
-def files_of(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def changes(bundled, model):
