@@ -1,4 +1,4 @@
-"""A minute of damaged input, the same every time: nothing but one clear line, nothing left behind."""
+"""A minute of damaged input, the same cases on every machine: nothing but one clear line, nothing left behind."""
 
 import random
 
@@ -10,9 +10,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore:.*dec
 
 @pytest.mark.slow
 def test_a_minute_of_damaged_input_finds_nothing():
-    counts, findings = fuzz.fuzz(seconds=60, seed=0, targets=[*fuzz.TARGETS])
+    counts, findings = fuzz.fuzz(seed=0, targets=[*fuzz.TARGETS])
     assert not findings, findings[:5]
-    assert min(counts.values()) >= 50, counts
+    assert counts == {name: cases for name, (_, cases) in fuzz.TARGETS.items()}
 
 
 @pytest.mark.parametrize("target", sorted(set(fuzz.TARGETS) - {"flags"}))
@@ -30,8 +30,8 @@ def test_the_fuzzer_finds_what_is_wrong(monkeypatch):
         if len(text) > 5:
             raise KeyError(text)
 
-    monkeypatch.setitem(fuzz.TARGETS, "careless", (careless, 1.0))
-    counts, findings = fuzz.fuzz(seconds=0.3, seed=0, targets=["careless"])
+    monkeypatch.setitem(fuzz.TARGETS, "careless", (careless, 500))
+    counts, findings = fuzz.fuzz(seed=0, targets=["careless"])
     assert 0 < len(findings) < counts["careless"]
     assert all("KeyError" in finding.error for finding in findings)
     with pytest.raises(KeyError):

@@ -24,6 +24,8 @@ READ = {
     "a comma in a cell of a semicolon file": ("p.csv", "prompt;group\na, b;near\n", [PromptRow("a, b", "near")]),
     "a row that is short": ("p.csv", "prompt,group\na red ring\n", [RING]),
     "empty rows": ("p.csv", "prompt,group\n\n,\na red ring,near\n", [NEAR]),
+    "a line break in quotes in the header": ("p.csv", '"the\nprompt",text\nx,a red ring\n', [RING]),
+    "an open quote under another separator": ("p.csv", 'prompt;"a,b"\na red ring;x\n', [RING]),
     "a line break in quotes": ("p.csv", 'prompt\n"a\nb"\n', [PromptRow("a\nb")]),
     "json texts": ("p.json", '["a red ring",\n "a blue cross"]', [RING, CROSS]),
     "json objects": ("p.json", '[{"prompt": "a red ring", "group": "near"}]', [NEAR]),
@@ -57,6 +59,9 @@ REFUSED = {
     "cells too many, by row": ("p.csv", "prompt,group\na,b\nc,d,e\n", r"3 cells in line 3 and 2 columns"),
     "a quote that stays open": ("p.csv", 'prompt,group\n"a red ring,near\n', "no proper CSV"),
     "words behind a quote": ("p.csv", 'prompt\n"a" b\n', "no proper CSV"),
+    "a header with an open quote": ("p.csv", 'prompt,"group\na,b\n', "no proper CSV"),
+    "a header with words behind a quote": ("p.csv", '"prompt" x,group\na,b\n', "no proper CSV"),
+    "a name in the header beyond any limit": ("p.tsv", "a" * 200_000 + "\nx\n", "no proper CSV"),
     "no column of prompts": ("p.csv", "words,group\na,b\n", "no column named `prompt`"),
     "two columns of one name": ("p.csv", "prompt,Prompt\na,b\n", "two columns named `prompt`"),
     "a seed that is none": ("p.csv", "prompt,seed\na,x\n", "the seed of row 2"),
@@ -91,7 +96,7 @@ def test_it_is_read_as_what_it_means(name, text, rows, write):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("end", ["\r\n", "\n"])
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
 def test_marks_and_line_ends_of_other_systems(encoding, end, tmp_path):
     (tmp_path / "p.csv").write_bytes(end.join(["prompt,group", "größer,near", ""]).encode(encoding))
     assert read_prompt_file(tmp_path / "p.csv").rows == [PromptRow("größer", "near")]

@@ -1,6 +1,7 @@
 """Feeds damaged input to everything that reads what a user gives, and looks for anything but one clear line.
 
-    python tools/fuzz.py --seconds 60 --seed 0          # `make fuzz` runs longer
+    python tools/fuzz.py --seed 0                       # a round, about a minute: what CI runs
+    python tools/fuzz.py --seconds 600 --seed 7         # `make fuzz`: rounds until the time is over
     python tools/fuzz.py --target prompts --case 123    # one case again, with its traceback
 
 A case is a function of target, seed and number alone.  What is not a UserError or an OSError is a finding, and so is a
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import random
 import sys
 import tempfile
@@ -358,17 +360,17 @@ def _quietly(main: Callable[[Sequence[str]], int], words: Sequence[str]) -> tupl
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-#: Target -> (what it does, its share of the time).
-TARGETS: dict[str, tuple[Case, float]] = {
-    "prompts": (prompts, 0.12),
-    "prompt-texts": (prompt_texts, 0.05),
-    "images": (images, 0.12),
-    "settings": (settings, 0.12),
-    "deepspeed": (deepspeed_files, 0.08),
-    "records": (records, 0.06),
-    "tensor-files": (tensor_files, 0.12),
-    "checkpoints": (checkpoints, 0.06),
-    "flags": (flags, 0.35),
+#: Target -> (what it does, how many cases are a round).  A round takes about a minute on 2 cores.
+TARGETS: dict[str, tuple[Case, int]] = {
+    "prompts": (prompts, 15_000),
+    "prompt-texts": (prompt_texts, 10_000),
+    "images": (images, 15_000),
+    "settings": (settings, 5_000),
+    "deepspeed": (deepspeed_files, 15_000),
+    "records": (records, 2_000),
+    "tensor-files": (tensor_files, 400),
+    "checkpoints": (checkpoints, 800),
+    "flags": (flags, 300),
 }
 
 
@@ -390,29 +392,32 @@ def run_case(target: str, seed: int, case: int) -> None:
                 raise AssertionError(f"more than one line: {error}") from error
 
 
-def fuzz(seconds: float, seed: int, targets: Sequence[str]) -> tuple[dict[str, int], list[Finding]]:
-    """Cases of every target until its share of the time is over: how many there were, and the findings."""
-    counts: dict[str, int] = {}
+def fuzz(
+    seed: int, targets: Sequence[str], rounds: float = 1, seconds: float = math.inf
+) -> tuple[dict[str, int], list[Finding]]:
+    """Rounds of every target, or as many cases as the seconds hold: how many there were, and the findings."""
+    counts = dict.fromkeys(targets, 0)
     findings: list[Finding] = []
-    total = sum(TARGETS[name][1] for name in targets)
-    for name in targets:
-        end = time.monotonic() + seconds * TARGETS[name][1] / total
-        case = 0
-        while time.monotonic() < end:
-            try:
-                run_case(name, seed, case)
-            except Exception as error:
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                words = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-                findings.append(Finding(name, case, " ".join(words.split())[:300]))
-            case += 1
-        counts[name] = case
+    end = time.monotonic() + seconds
+    while rounds > 0:
+        for name in targets:
+            for _ in range(math.ceil(TARGETS[name][1] * min(rounds, 1))):
+                if time.monotonic() > end:
+                    return counts, findings
+                try:
+                    run_case(name, seed, counts[name])
+                except Exception as error:
+                    where = traceback.extract_tb(error.__traceback__)[-1]
+                    words = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+                    findings.append(Finding(name, counts[name], " ".join(words.split())[:300]))
+                counts[name] += 1
+        rounds -= 1
     return counts, findings
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, help="rounds until this time is over (default: one round)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=[*TARGETS], action="append")
     parser.add_argument("--case", type=int, help="run this case of the target alone")
@@ -422,7 +427,8 @@ def main() -> int:
     if args.case is not None:
         run_case(targets[0], args.seed, args.case)
         return 0
-    counts, findings = fuzz(args.seconds, args.seed, targets)
+    length = {"rounds": 1} if args.seconds is None else {"rounds": math.inf, "seconds": args.seconds}
+    counts, findings = fuzz(args.seed, targets, **length)
     for name, count in counts.items():
         print(f"{name:14} {count:7} cases, {sum(found.target == name for found in findings)} findings")
     for found in findings[:20]:

@@ -7,11 +7,12 @@ them.  Nothing is guessed: a row with cells too many, an open quote or a kind th
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,34 +93,40 @@ def _read_text(path: Path) -> str:
 
 
 def _from_table(path: Path, text: str) -> PromptTable:
-    delimiter = _delimiter(path, text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records: list[tuple[int, dict[str, Any]]] = []
+    lines = _cells(path, text, _delimiter(path, text))
+    header = [name.strip() for name in next(lines, (0, []))[1]]
+    for number, row in lines:
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) > len(header):
+            raise UserError(
+                f"the prompt file {path} has {len(row)} cells in line {number} and {len(header)} columns: "
+                "put quotes around a text with the separator in it."
+            )
+        records.append((number, dict(zip(header, row, strict=False))))
+    return _from_records(path, header, records)
+
+
+def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a table with the line each ends in: the one place where CSV is parsed."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
         for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            if len(row) > len(header):
-                raise UserError(
-                    f"the prompt file {path} has {len(row)} cells in line {reader.line_num} and {len(header)} columns: "
-                    "put quotes around a text with the separator in it."
-                )
-            records.append((reader.line_num, dict(zip(header, row, strict=False))))
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"the prompt file {path} is no proper CSV near line {reader.line_num}: {error}.") from error
-    return _from_records(path, header, records)
 
 
 def _delimiter(path: Path, text: str) -> str:
     """The separator under which the header has a column of prompts."""
     candidates = "\t,;" if path.suffix.lower() == ".tsv" else ",\t;"
-    header = text.split("\n", 1)[0]
     for delimiter in candidates:
-        names = next(csv.reader([header], delimiter=delimiter), [])
-        if _column({name.strip().lower() for name in names}, "prompt"):
-            return delimiter
-    found = next(csv.reader([header]), [])
+        with contextlib.suppress(UserError):  # Under another separator it may well be a proper header.
+            _, names = next(_cells(path, text, delimiter), (0, []))
+            if _column({name.strip().lower() for name in names}, "prompt"):
+                return delimiter
+    _, found = next(_cells(path, text, candidates[0]), (0, []))
     raise UserError(
         f"the prompt file {path} has no column named `prompt`, but {found}. Separate columns by commas, tabs or "
         "semicolons."
