@@ -44,12 +44,15 @@ def expand_home(config: Settings) -> None:
         value = getattr(config, field.name)
         if not field.metadata.get("path") or value is None:
             continue
-        one_or_several = tuple(map(_expanded, value)) if isinstance(value, tuple) else _expanded(value)
+        one_or_several = tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value)
         object.__setattr__(config, field.name, one_or_several)
 
 
-def _expanded(path: Any) -> Any:
+def expanded(path: Any) -> Any:
+    """A path with a `~` at its beginning as the user's home.  Raises UserError for a text that no path can be."""
     text = str(path) if isinstance(path, Path) else path
+    if isinstance(text, str) and "\0" in text:
+        raise UserError(f"the path {text!r} holds a zero byte, which no path can.")
     if not isinstance(text, str) or not text.startswith("~"):
         return text
     try:

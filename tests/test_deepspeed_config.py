@@ -191,12 +191,54 @@ def test_without_deepspeed_it_says_how_to_get_it(refused, tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_deepspeed_would_refuse_is_refused_before_anything_is_computed(refused, tmp_path):
+REFUSED = {
+    '{"zero_optimization": {"stage": 2, "overlap_com": true}}': "DeepSpeed refuses `zero_optimization`: overlap_com",
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "tpu"}}}': "offload_param.device",
+    '{"bf16": {"enabled": "maybe"}}': "DeepSpeed refuses `bf16`: enabled",
+    '{"bf16": true}': "`bf16` must be an object",
+    '{"comms_logger": {"enabled": "x"}}': "DeepSpeed refuses `comms_logger`: enabled",
+    '{"comms_logger": 4}': "`comms_logger` must be an object, got 4",
+    '{"tensorboard": 1}': "`tensorboard` must be an object, got 1",
+    '{"wandb": {"x": 1}}': "DeepSpeed refuses a section: wandb.x",
+    '{"csv_monitor": {"enabled": 7}}': "csv_monitor.enabled",
+    '{"data_types": 4}': "`data_types` must be an object, got 4",
+    '{"data_types": {"grad_accum_dtype": 7}}': "`data_types.grad_accum_dtype` must be one of fp32, fp16, bf16",
+    '{"communication_data_type": {}}': "`communication_data_type` must be one of",
+    '{"communication_data_type": "int8"}': "`communication_data_type` must be one of",
+    '{"gradient_predivide_factor": []}': "`gradient_predivide_factor` must be a number above 0",
+    '{"gradient_predivide_factor": 0}': "`gradient_predivide_factor` must be a number above 0",
+    '{"steps_per_print": "x"}': "`steps_per_print` must be a number above 0",
+    '{"prescale_gradients": "x"}': "`prescale_gradients` must be true or false",
+    '{"dump_state": 1}': "`dump_state` must be true or false",
+    '{"flops_profiler": 3}': "`flops_profiler` must be an object",
+    '{"flops_profiler": {"profile_step": "x"}}': "`flops_profiler.profile_step` must be a whole number",
+}
+
+
+@pytest.mark.parametrize(("content", "words"), REFUSED.items(), ids=REFUSED)
+def test_what_deepspeed_would_refuse_is_refused_before_anything_is_computed(content, words, refused, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "overlap_com": true}}')
-    said = refused("train", "--forget", "star", "--deepspeed", tmp_path / "ds.json", "--output", tmp_path / "run")
-    assert "DeepSpeed refuses `zero_optimization`: overlap_com" in said
+    (tmp_path / "ds.json").write_text(content)
+    flags = ["--method", "esd", "--trajectories", 1, "--trajectory-steps", 2, "--deepspeed", tmp_path / "ds.json"]
+    assert words in refused("train", "--forget", "star", *flags, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_deepspeed_reads_is_not_refused(cli, tmp_path):
+    content = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_predivide_factor": 2.0,
+        "flops_profiler": {"enabled": False, "profile_step": 3},
+        "csv_monitor": {"enabled": False, "output_path": "x"},
+        "comms_logger": {"enabled": False},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    flags = ["--method", "esd", "--trajectories", 1, "--trajectory-steps", 2, "--deepspeed", tmp_path / "ds.json"]
+    answer = cli("train", "--forget", "star", *flags, "--output", tmp_path / "run", "--dry-run", "--num-processes", 2)
+    assert (answer.status, answer.err) == (0, "")
 
 
 def test_more_processes_than_rows_are_refused(refused, tmp_path):

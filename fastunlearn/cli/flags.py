@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, field_type, flag_of, is_required, read_yaml
+from ..config import Config, expanded, field_type, flag_of, is_required, read_yaml
 from ..errors import UserError
 
 
@@ -53,7 +53,7 @@ def build(kind: type[Config], flags: dict[str, Any]) -> Config:
     flags = dict(flags)
     path = flags.pop("config", None)
     if path is not None:
-        values |= read_yaml(Path(path).expanduser(), kind)
+        values |= read_yaml(Path(expanded(path)), kind)
     for field in dataclasses.fields(kind):
         if field.name not in flags:
             continue

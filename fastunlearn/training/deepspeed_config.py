@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_KNOWN = {
-    *_BATCH,
-    *("gradient_clipping", "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type"),
-    *("prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+_SECTIONS = (
+    *("zero_optimization", "bf16", "fp16", "data_types"),
     *("comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor"),
-}
+)
+_SWITCHES = (
+    *("prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("wall_clock_breakdown", "memory_breakdown", "dump_state"),
+)
+_POSITIVE = ("gradient_predivide_factor", "steps_per_print")
+_DTYPES = ("fp32", "fp16", "bf16")
+_KNOWN = {*_BATCH, *_SECTIONS, *_SWITCHES, *_POSITIVE, "gradient_clipping", "communication_data_type"}
 _NOT_OURS = {
     "optimizer": "the optimizer is MaskedAdamW, set by `--learning-rate` and `--weight-decay`",
     "scheduler": "the schedule is set by `--lr-scheduler`",
@@ -53,6 +58,7 @@ def read_deepspeed(
             raise UserError(f"{path}: take `{name}` out: {reason}.")
     if unknown := sorted(set(settings) - _KNOWN):
         raise UserError(f"{path} has an unknown key {unknown[0]!r}. Known: {', '.join(sorted(_KNOWN))}.")
+    _check_types(settings, path)
     if _section(settings, "fp16", path).get("enabled"):
         raise UserError(f"{path}: fp16 with its loss scaling is not supported. Use `bf16`.")
     if _section(settings, "bf16", path).get("bf16_master_weights_and_grads"):
@@ -108,6 +114,32 @@ def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise UserError(f"{path}: `{name}` must be an object, got {section!r}.")
     return section
+
+
+def _check_types(settings: dict[str, Any], path: Path) -> None:
+    """UserError for a value that DeepSpeed would take as it is and fail by in the middle of a run."""
+    for name in _SECTIONS:
+        _section(settings, name, path)
+    for name in _SWITCHES:
+        if not isinstance(settings.get(name, False), bool):
+            raise UserError(f"{path}: `{name}` must be true or false, got {settings[name]!r}.")
+    for name in _POSITIVE:
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: `{name}` must be a number above 0, got {value!r}.")
+    profiler = settings.get("flops_profiler", {})  # the one section whose types DeepSpeed does not look at
+    for name, kind in (("enabled", bool), ("detailed", bool), ("profile_step", int), ("module_depth", int)):
+        if type(profiler.get(name, kind())) is not kind:
+            wanted = "true or false" if kind is bool else "a whole number"
+            raise UserError(f"{path}: `flops_profiler.{name}` must be {wanted}, got {profiler[name]!r}.")
+    types = {"communication_data_type": settings.get("communication_data_type")}
+    data_types = settings.get("data_types", {})
+    types |= {
+        f"data_types.{name}": data_types.get(name) for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype")
+    }
+    for name, value in types.items():
+        if value is not None and (not isinstance(value, str) or value.lower() not in _DTYPES):
+            raise UserError(f"{path}: `{name}` must be one of {', '.join(_DTYPES)}, got {value!r}.")
 
 
 def _check_zero(zero: dict[str, Any], path: Path) -> None:

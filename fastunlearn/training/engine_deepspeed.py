@@ -8,6 +8,7 @@ else follows: the mask's bits for the optimizer, the pieces of a checkpoint, the
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import logging
@@ -23,10 +24,18 @@ from torch import nn
 
 from .. import distributed
 from ..distributed import World, join
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .checkpoint import Piece, load_checkpoint
 from .engine import ClipScope, Engine
 from .selection import Selection
+
+#: What DeepSpeed calls a section's class -> what it is called in the file; of the others the error says it.
+_SECTIONS = {
+    "DeepSpeedZeroConfig": "zero_optimization",
+    "DeepSpeedBF16Config": "bf16",
+    "DeepSpeedFP16Config": "fp16",
+    "CommsLoggerConfig": "comms_logger",
+}
 
 
 class DeepSpeedEngine(Engine):
@@ -348,15 +357,24 @@ def leave() -> None:
 
 
 def check_deepspeed(settings: Mapping[str, Any], device: torch.device) -> None:
-    """ValueError for what DeepSpeed would refuse in its own sections, or if it is not there at all."""
-    import_deepspeed(device)
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    """UserError for what DeepSpeed would refuse in any section, or if it is not there at all.
 
+    DeepSpeed itself reads the whole configuration, as it will when the engine is made.
+    """
+    import_deepspeed(device)
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    # Without the one size that depends on how many processes there are: they are not there yet.
+    of_one = {name: copy.deepcopy(value) for name, value in settings.items() if name != "train_batch_size"}
     try:
-        DeepSpeedZeroConfig(**settings["zero_optimization"])
-    except ValueError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())  # type: ignore[attr-defined]
-        raise UserError(f"DeepSpeed refuses `zero_optimization`: {details}.") from error
+        DeepSpeedConfig(of_one)
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        section = _SECTIONS.get(error.title)
+        raise UserError(f"DeepSpeed refuses {f'`{section}`' if section else 'a section'}: {details}.") from error
+    except Exception as error:  # whatever it raises, it raises for the file
+        raise UserError(f"DeepSpeed refuses the configuration: {one_line(error)}") from error
 
 
 def _complete_environment(world: World) -> list[str]:
