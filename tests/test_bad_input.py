@@ -61,7 +61,7 @@ NUMBERS = {
     "a density of 0": ([*TRAIN, "--mask-density", "0"], "above 0 and at most 1"),
     "a density above 1": ([*TRAIN, "--mask-density", "1.5"], "above 0 and at most 1"),
     "a density of nan": ([*MASK, "--density", "nan"], "above 0 and at most 1"),
-    "clipping at 0": ([*TRAIN, "--max-grad-norm", "0"], "above 0"),
+    "clipping below 0": ([*TRAIN, "--max-grad-norm", "-1"], "at least 0"),
     "decay below 0": ([*TRAIN, "--weight-decay", "-0.1"], "at least 0"),
     "a margin of 0": ([*COMPARE, "--margin", "0", "{evaluation}", "{evaluation2}"], "above 0"),
     "no images per forward": ([*EVALUATE, "--batch-size", "0"], "at least 1"),

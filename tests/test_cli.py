@@ -232,7 +232,7 @@ NUMBERS = [
     ),
     *(("train", "--micro-batch-size", value) for value in ("0", "-4", "nan", "2.0", "", "9" * 30)),
     *(("train", "--learning-rate", value) for value in ("0", "-1e-3", "2", "nan", "inf", "-inf", "1e999", "fast")),
-    *(("train", flag, "0") for flag in ("--trajectories", "--trajectory-steps", "--log-every", "--max-grad-norm")),
+    *(("train", flag, "0") for flag in ("--trajectories", "--trajectory-steps", "--log-every")),
     *(("train", flag, "-1") for flag in ("--checkpoint-every", "--seed", "--retain-weight", "--weight-decay")),
     *(("train", flag, value) for flag in ("--mask-density",) for value in ("0", "1.5", "nan")),
     ("train", "--gradient-accumulation-steps", "0"),

@@ -36,7 +36,7 @@ TRAIN_NUMBERS = {
     "num_processes": ((), (0, -1, 10**30)),
     "mask_density": ((1e-6, 1.0), (0.0, -0.5, 1.1, NAN, INF)),
     "learning_rate": ((1e-12, 1.0), (0.0, -1e-3, 1.1, NAN, INF, -INF)),
-    "max_grad_norm": ((1e-6, 100.0), (0.0, -1.0, NAN, INF)),
+    "max_grad_norm": ((0.0, 1e-6, 100.0), (-1.0, NAN, INF)),
     "trajectory_guidance_scale": ((0.0, 1.0), (-0.5, NAN, INF)),
     "weight_decay": ((0.0, 0.1), (-0.1, NAN, INF)),
     "retain_weight": ((0.0, 5.0), (-1.0, NAN, INF)),

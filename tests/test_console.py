@@ -1,6 +1,9 @@
 """What is printed: texts of users as they wrote them, and the share of valid images beside what was forgotten."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 from test_report import content, evaluation
@@ -68,3 +71,26 @@ def test_without_a_judge_the_table_says_nothing_of_it(capsys):
     assert "valid" not in words
     assert "judge" not in words
     assert "ovw 0.940 0.924 to 0.952 0.0247" in words
+
+
+def test_a_terminal_without_the_sign_shows_its_code():
+    words = ["train", "--dry-run", "--forget", "star", "--method", "esd", "--forget-prompts", "a star ★"]
+    words += ["--output", "run", "--trajectories", "1", "--trajectory-steps", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "fastunlearn", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert r"a star \u2605" in answer.stdout
+
+
+def test_clipping_at_0_is_none(cli, tmp_path):
+    """The same weights as under a bound that no gradient reaches; under a small one they are others."""
+    weights = {}
+    for bound in ("0", "1e9", "1e-4"):
+        words = ["--method", "esd", "--steps", "2", "--trajectories", "1", "--trajectory-steps", "2"]
+        words += ["--save", "delta", "--evaluation-prompts", "none", "--max-grad-norm", bound]
+        words += ["--weight-decay", "0.5"]
+        assert cli("train", "--forget", "star", *words, "--output", tmp_path / bound).status == 0
+        weights[bound] = (tmp_path / bound / "delta.safetensors").read_bytes()
+    assert weights["0"] == weights["1e9"] != weights["1e-4"]

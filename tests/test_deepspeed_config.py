@@ -209,6 +209,8 @@ REFUSED = {
     '{"gradient_predivide_factor": 0}': "`gradient_predivide_factor` must be a number above 0",
     '{"steps_per_print": "x"}': "`steps_per_print` must be a number above 0",
     '{"prescale_gradients": "x"}': "`prescale_gradients` must be true or false",
+    '{"gradient_clipping": "1.0"}': "`gradient_clipping` must be a number, 0 for none, got '1.0'",
+    '{"gradient_clipping": 0}': "clips gradients at 0, `--max-grad-norm` says 1",
     '{"dump_state": 1}': "`dump_state` must be true or false",
     '{"flops_profiler": 3}': "`flops_profiler` must be an object",
     '{"flops_profiler": {"profile_step": "x"}}': "`flops_profiler.profile_step` must be a whole number",
@@ -222,6 +224,12 @@ def test_what_deepspeed_would_refuse_is_refused_before_anything_is_computed(cont
     flags = ["--method", "esd", "--trajectories", 1, "--trajectory-steps", 2, "--deepspeed", tmp_path / "ds.json"]
     assert words in refused("train", "--forget", "star", *flags, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ['{"gradient_clipping": 0}', '{"gradient_clipping": null}', "{}"])
+def test_no_clipping_is_said_alike_in_file_and_flag(content, tmp_path):
+    (tmp_path / "ds.json").write_text("\ufeff" + content)  # and as some editors write it
+    assert read_deepspeed(tmp_path / "ds.json", **DEFAULTS | {"max_grad_norm": 0.0})["gradient_clipping"] == 0.0
 
 
 def test_what_deepspeed_reads_is_not_refused(cli, tmp_path):

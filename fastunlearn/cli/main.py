@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import shlex
 import sys
@@ -76,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="PIL")  # on damaged images, which we refuse or read
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is shown by its code
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(_parser().parse_args(arguments))

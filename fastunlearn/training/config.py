@@ -47,7 +47,7 @@ class TrainConfig:
         "what is selected: single elements, 8 neighbours or rows", "element"
     )
     weight_decay: float = setting("AdamW's decay", 0.0)
-    max_grad_norm: float = setting("gradient clipping", 1.0)
+    max_grad_norm: float = setting("gradient clipping; 0: none", 1.0)
     clip_scope: Literal["selected", "all"] = setting(
         "whose gradients the norm sees: the mask's elements' or all of the trainable parameters'", "selected"
     )
@@ -71,7 +71,7 @@ class TrainConfig:
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
-        at_least(self, 0, "trajectory_guidance_scale")
+        at_least(self, 0, "trajectory_guidance_scale", "max_grad_norm")
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
         at_least(self, 1, "gradient_accumulation_steps", "num_processes")
         share(self.mask_density, "mask_density")
@@ -79,7 +79,7 @@ class TrainConfig:
             raise UserError("`--mask` brings its own density: leave `--mask-density` out.")
         if self.num_processes is not None and self.deepspeed is None:
             raise UserError("`--num-processes` needs `--deepspeed FILE`, which says how they divide the work.")
-        above(self, 0, "learning_rate", "max_grad_norm")
+        above(self, 0, "learning_rate")
         if self.learning_rate is not None and self.learning_rate > 1:
             raise UserError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
         if self.resume and self.overwrite:

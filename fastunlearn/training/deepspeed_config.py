@@ -68,10 +68,12 @@ def read_deepspeed(
     micro, accumulation = _batch_sizes(
         settings, path, world_size, micro_batch_size, gradient_accumulation_steps, default_micro_batch_size
     )
-    clipping = settings.get("gradient_clipping", max_grad_norm)
+    clipping = settings.get("gradient_clipping", max_grad_norm) or 0.0  # null and 0 both mean none
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
+        raise UserError(f"{path}: `gradient_clipping` must be a number, 0 for none, got {clipping!r}.")
     if clipping != max_grad_norm:
         raise UserError(
-            f"{path} clips gradients at {clipping}, `--max-grad-norm` says {max_grad_norm:g}. Give both the same."
+            f"{path} clips gradients at {clipping:g}, `--max-grad-norm` says {max_grad_norm:g}. Give both the same."
         )
     stage = zero.get("stage", 0)
     if stage:
@@ -90,7 +92,7 @@ def read_deepspeed(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the DeepSpeed file {path}: {error.strerror}.") from error
     except ValueError as error:

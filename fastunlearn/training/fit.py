@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,5 @@ def _engine(model: Model, plan: TrainPlan, selection: Selection, config: TrainCo
     }
     if plan.deepspeed is not None:
         return DeepSpeedEngine(model.denoiser, selection, settings=plan.deepspeed, world=plan.world, **options)
-    return TorchEngine(
-        model.denoiser, selection, max_grad_norm=config.max_grad_norm, accumulation=plan.accumulation, **options
-    )
+    options["max_grad_norm"] = config.max_grad_norm or math.inf
+    return TorchEngine(model.denoiser, selection, accumulation=plan.accumulation, **options)
