@@ -171,11 +171,12 @@ def test_nothing_imports_the_command_line():
 #: What each file or folder of the package may import of it, at any time: the plan of the house, from the ground up.
 GROUND = {"errors", "batching", "config", "distributed", "files", "plugins", "progress"}
 SAID = {*GROUND, "record", "schema"}
-WORDS = {*SAID, "worlds", "prompts", "methods", "models"}
+WORDS = {*SAID, "worlds", "prompts", "concept_prompts", "methods", "models"}
 DIRECTIONS = {
     **{"errors": set(), "batching": set(), "progress": set()},
     **{name: {"errors"} for name in ("config", "distributed", "files", "plugins", "worlds")},
     "prompts": {"errors", "files"},
+    "concept_prompts": {"errors"},
     "record": {"errors", "files"},
     "schema": {"errors", "record"},
     "methods": {"errors", "config", "plugins"},
