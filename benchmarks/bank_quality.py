@@ -112,6 +112,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
         steps=ROWS // BATCH_SIZE,
         micro_batch_size=BATCH_SIZE,
         trajectories=count,
+        stop_residual=0.0,  # the same rows for every bank
         checkpoint_every=0,
     )
     plan = plan_training(config, get_method(method), model)
@@ -123,7 +124,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
             points = kept.view(-1, plan.bank.points)
             draws = torch.randint(points.shape[1], (len(points),), generator=torch.Generator().manual_seed(seed))
             bank.role_rows[role] = points[torch.arange(len(points)), draws]
-    fit(model, plan, bank, plan.selection, config, folder, Reporter())
+    fit(model, plan, bank, None, plan.selection, config, folder, Reporter())
 
 
 if __name__ == "__main__":

@@ -270,6 +270,25 @@ class FoldersEvaluation(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a training ended: after how many ``steps`` of at most ``steps_bound``.
+
+    ``residual``: how much of the concept was left on held-out rows, 1 before the first step, and ``stop_residual`` the
+    value at which training ends; both None where nothing was measured.
+    """
+
+    steps: int
+    steps_bound: int
+    residual: float | None = None
+    stop_residual: float | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the training ran out of steps before its end was reached."""
+        return self.residual is not None and self.stop_residual is not None and self.residual > self.stop_residual
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """run.json: what a training was of, with what it was made, and what it made."""
 
@@ -289,6 +308,7 @@ class RunRecord(Record):
     rows: int
     unet_evaluations: dict[str, int]
     seconds: dict[str, float]
+    ending: Ending | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

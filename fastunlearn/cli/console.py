@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from ..progress import Reporter
-from ..schema import Comparison, Evaluation, FoldersEvaluation
+from ..schema import Comparison, Ending, Evaluation, FoldersEvaluation
 
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluationReport
@@ -41,6 +41,7 @@ class Console(Reporter):
         )
         self.task: TaskID | None = None
         self.begun = 0.0  # the scoring
+        self.left: float | None = None  # of the concept, when it was last measured
         self.name = ""
 
     def __enter__(self) -> Console:
@@ -62,10 +63,13 @@ class Console(Reporter):
                 self.out.print(line)
 
     def stage(self, name: str) -> None:
-        self.task, self.begun = None, time.monotonic()
+        self.task, self.begun, self.left = None, time.monotonic(), None
 
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         note = f"loss {metrics['loss']:.4g}  {metrics['steps_per_second']:.1f} steps/s"
+        self.left = metrics.get("residual", self.left)
+        if self.left is not None:
+            note += f"  {self.left:.0%} of the concept left"
         self._advance(f"train {self.name}", step, total, note)
 
     def scoring(self, done: int, total: int) -> None:
@@ -83,9 +87,9 @@ class Console(Reporter):
             self.task = self.bars.add_task(name, total=total, note="")
         self.bars.update(self.task, completed=done, total=total, note=note)
 
-    def result(self, folder: Path, model: Path | None = None) -> None:
-        """Say where things are, and the verdict if there was an evaluation."""
-        from ..reports.sentences import verdict
+    def result(self, folder: Path, model: Path | None = None, ending: Ending | None = None) -> None:
+        """Say where things are, how the training ended, and the verdict if there was an evaluation."""
+        from ..reports.sentences import how_it_ended, verdict
 
         path = folder / "evaluation.json"
         if path.is_file():
@@ -97,6 +101,8 @@ class Console(Reporter):
             self.out.print(f"delta:  {model}  (rebuild the model with `fastunlearn apply`)")
         elif model is not None:
             self.out.print(f"model:  {model}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
+        if ending is not None and (said := how_it_ended(ending)):
+            self.out.print(said)
 
     def evaluated(self, report: EvaluationReport, folder: Path) -> None:
         """Say what an evaluation found and where it is."""

@@ -160,7 +160,7 @@ def _train(flags: dict[str, Any]) -> int:
     if result.model is None:
         print("dry run: nothing was computed or written.")
     else:
-        console.result(result.folder, result.model)
+        console.result(result.folder, result.model, result.record.ending if result.record else None)
     return 0
 
 

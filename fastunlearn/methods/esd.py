@@ -6,7 +6,9 @@ code, where eta = 2 by default; the paper writes the same with eta one smaller. 
 anchor's, which is their ``--erase_from``.
 
 Differs from the authors' code: trajectories come from the bank (the frozen teacher, as in their code; the paper samples
-from the student), weights are kept in float32 (their bfloat16 weights lose most updates of 5e-5 to rounding), and the
+from the student); where a world brings prompts that name the concept, all of them are forget prompts, since what is
+learned on the bare word does not carry to captions (theirs is the bare word, as ours is for a user's model without
+``--forget-prompts``); weights are kept in float32 (their bfloat16 weights lose most updates of 5e-5 to rounding), and the
 resolution is the model's native one.
 """
 
@@ -40,9 +42,8 @@ ESD = Method(
     recipe=recipe,
     options=Options,
     anchor="optional",
-    concept_alone=True,
     defaults={
-        "shapes": Defaults(60, 7e-4, 16, 8, "cross-attention", "linear"),
+        "shapes": Defaults(120, 7e-4, 16, 8, "cross-attention", "linear", stop_residual=0.25),
         "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention"),
     },
 )

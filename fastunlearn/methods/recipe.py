@@ -136,7 +136,9 @@ def option(help: str, default: Any, **limits: float) -> Any:
 class Defaults:
     """A method's settings for a family of models, used where the user says nothing.
 
-    ``mask_density`` is the share of the trainable elements that a saliency mask lets change, None without a mask.
+    ``steps`` is the upper bound: training ends earlier where the residual on held-out rows reaches ``stop_residual``,
+    which 0 leaves out.  ``mask_density`` is the share of the trainable elements that a saliency mask lets change, None
+    without a mask.
     ``options``: an object of the method's own options, None where their own defaults hold.
     """
 
@@ -149,6 +151,7 @@ class Defaults:
     retain_weight: float = 1.0
     mask_density: float | None = None
     options: Any = None
+    stop_residual: float = 0.0
 
 
 def _no_encoder(prompts: Sequence[str]) -> Mapping[str, Tensor]:

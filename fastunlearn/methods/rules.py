@@ -46,15 +46,24 @@ class Rule(ABC):
     """What every rule is.
 
     ``passes``: student batches in a step, for the plan.  ``projects``: whether any update has a gradient ``against``,
-    which not every engine can compute.
+    which not every engine can compute.  ``has_target``: whether the forget rows' targets are to be reached, or left
+    behind by a known distance, so that what is left of the concept can be measured.
     """
 
     passes: ClassVar[int] = 1
     projects: ClassVar[bool] = False
+    has_target: ClassVar[bool] = True
 
     def start(self, rows: Measured) -> dict[str, float]:
         """The state before the first step, name -> value; the trainer keeps each as a () float32 tensor."""
         return {}
+
+    def residual(self, error: float, before: float, state: Mapping[str, Tensor]) -> float:
+        """How much of the concept is left: 1 before the first step, 0 where the rule's end is reached.
+
+        ``error``: the student's mean squared distance from the forget rows' targets, ``before``: the teacher's.
+        """
+        return error / before if before > 0 else 0.0
 
     @abstractmethod
     def updates(self, state: State) -> Sequence[Update]:
@@ -105,6 +114,11 @@ class Saddle(Rule):
 
     def start(self, rows: Measured) -> dict[str, float]:
         return {"dual": self.lambda_start, "margin": self.kappa * rows.concept_strength()}
+
+    def residual(self, error: float, before: float, state: Mapping[str, Tensor]) -> float:
+        """The share of the way to the margin that is still to go."""
+        margin = float(state["margin"])
+        return max(0.0, (margin - error) / (margin - before)) if margin > before else 0.0
 
     def updates(self, state: State) -> Sequence[Update]:
         return [Update({"forget": -state["dual"], "retain": 1.0})]

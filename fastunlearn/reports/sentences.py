@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..schema import ComparedPair, Erasure, Evaluation, FoldersEvaluation, JudgeRecord, Retain
+from ..schema import ComparedPair, Ending, Erasure, Evaluation, FoldersEvaluation, JudgeRecord, Retain
 
 #: Methods that are no attempt to forget, and what they are there for.
 CONTROLS = {
@@ -25,6 +25,22 @@ _ALIKE = 0.02  # a difference of accuracies that tells nothing
 def verdict(evaluation: Evaluation, retain_prompts: str = "prompts about other things") -> str:
     """What one evaluation found; made of the sentences that the report shows."""
     return f"{erasure_sentence(evaluation)} {retention_sentence(evaluation, retain_prompts)}"
+
+
+def how_it_ended(ending: Ending) -> str:
+    """How far a training came by its own measure; empty where nothing was measured."""
+    if ending.residual is None or ending.stop_residual is None:
+        return ""
+    left, wanted = f"{ending.residual:.1%}", f"{ending.stop_residual:.1%}"
+    if ending.is_short:
+        return (
+            f"warning: the concept may not be gone: after all {ending.steps} steps {left} of it is left on held-out "
+            f"rows, {wanted} was wanted. Use more `--steps`, or more of `--forget-prompts`."
+        )
+    return (
+        f"ended after {ending.steps} of at most {ending.steps_bound} steps: {left} of the concept is left on held-out "
+        f"rows, {wanted} was wanted."
+    )
 
 
 def erasure_sentence(evaluation: Evaluation) -> str:

@@ -151,12 +151,14 @@ def plan_bank(
 
 
 @torch.no_grad()
-def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int = 64) -> Bank:
+def build_bank(
+    model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int = 64, purpose: str = _PURPOSE
+) -> Bank:
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
     A trajectory's predictions are, in order: the unconditional, its own prompt's (the two that guide it), then those of
     the other prompts in the row's target.  ``micro_batch_size`` trajectories run at once.  No evaluation shares their
-    noise.  Raises UserError for predictions that are no numbers.
+    noise, nor does another ``purpose``.  Raises UserError for predictions that are no numbers.
     """
     conditions = _encoded(model, recipe)
     # What a denoiser takes of the guidance, the student is told as the teacher was.
@@ -175,7 +177,7 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
     for first, group in _groups(plan.assignments, micro_batch_size):
         kinds = [row for row, _ in group]
         seeds = [plan.seed * 1_000_003 + number for _, number in group]
-        noise = initial_noise([row.trajectory for row in kinds], seeds, shape, _PURPOSE)
+        noise = initial_noise([row.trajectory for row in kinds], seeds, shape, purpose)
         prompts = [_branch_prompts(row) for row in kinds]
         branches = [conditions.of(branch) for branch in zip(*prompts, strict=True)]
         rows = torch.arange(first * points, (first + len(group)) * points, device=model.device).view(len(group), points)
@@ -188,7 +190,7 @@ def build_bank(model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size
         for place, (row, _) in enumerate(group):
             if NOISE in row.target:
                 where, names = rows[place], [f"{row.trajectory}{NOISE}{number}" for number in range(points)]
-                noise = initial_noise(names, [seeds[place]] * points, shape, _PURPOSE).to(model.device)
+                noise = initial_noise(names, [seeds[place]] * points, shape, purpose).to(model.device)
                 latents[where], teacher_preds[0, where] = model.noised(
                     point.next_latents[place], noise, timesteps[where]
                 )

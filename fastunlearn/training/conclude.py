@@ -24,7 +24,7 @@ from ..models.runtime import versions
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..prompts import PromptGroups
-from ..schema import RunRecord
+from ..schema import Ending, RunRecord
 from ..worlds import get_world
 from .config import TrainConfig
 from .export import apply_delta
@@ -52,12 +52,14 @@ def conclude(
     original: str,
     exported: Path,
     seconds: Mapping[str, float],
+    ending: Ending | None,
     scoring: Scoring | None,
     reporter: Reporter,
 ) -> RunRecord:
     """Write run.json beside what was exported, and, with ``scoring``, the evaluation.  Returns the record.
 
-    ``original``: the hash of the files that the model was read from.
+    ``ending``: how the training ended; None for an edit.  ``original``: the hash of the files that the model was read
+    from.
     """
     folder, unlearned = exported.parent, exported
     with contextlib.ExitStack() as scratch:
@@ -65,7 +67,7 @@ def conclude(
             unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
             apply_delta(model.source, exported, unlearned)
         hashes = {"original": original, "unlearned": hash_pipeline(unlearned)}
-        record = _run_record(config, plan, model, hashes, seconds)
+        record = _run_record(config, plan, model, hashes, seconds, ending)
         record.write(folder / "run.json")
         if scoring is not None:
             reporter.stage("evaluation")
@@ -98,7 +100,12 @@ def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None
 
 
 def _run_record(
-    config: TrainConfig, plan: TrainPlan, model: Model, hashes: dict[str, str], seconds: Mapping[str, float]
+    config: TrainConfig,
+    plan: TrainPlan,
+    model: Model,
+    hashes: dict[str, str],
+    seconds: Mapping[str, float],
+    ending: Ending | None,
 ) -> RunRecord:
     return RunRecord(
         **(describe_run(config) | {"model": model.name}),
@@ -111,6 +118,7 @@ def _run_record(
         rows=plan.bank.rows,
         unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
         seconds=dict(seconds),
+        ending=ending,
     )
 
 

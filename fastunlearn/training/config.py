@@ -24,8 +24,14 @@ class TrainConfig:
     forget_prompts: str | None = setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: the concept", None
     )
-    retain_prompts: str | None = setting("FILE or TEXT;TEXT of prompts to keep; the bundled model brings its own", None)
-    steps: int | None = setting("training steps", None)
+    retain_prompts: str | None = setting(
+        "FILE or TEXT;TEXT of prompts to keep; auto proposes some, the empty one too; the bundled model brings its own",
+        None,
+    )
+    steps: int | None = setting("training steps, at most", None)
+    stop_residual: float | None = setting(
+        "end earlier, once so much of the concept is left on held-out rows; 0: never", None
+    )
     learning_rate: float | None = setting("AdamW's rate", None)
     lr_scheduler: Literal["constant", "linear"] | None = setting("linear falls to 0 over the steps", None)
     micro_batch_size: int | None = setting("rows per student forward", None)
@@ -75,6 +81,8 @@ class TrainConfig:
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
         at_least(self, 1, "gradient_accumulation_steps", "num_processes")
         share(self.mask_density, "mask_density")
+        if self.stop_residual is not None and not 0 <= self.stop_residual < 1:
+            raise UserError(f"`--stop-residual` must be from 0 to below 1, got {self.stop_residual}.")
         if self.mask is not None and self.mask_density is not None:
             raise UserError("`--mask` brings its own density: leave `--mask-density` out.")
         if self.num_processes is not None and self.deepspeed is None:

@@ -11,10 +11,12 @@ import torch
 from ..methods.recipe import Edit
 from ..models.base import Model
 from ..progress import Reporter
+from ..schema import Ending
 from .bank import Bank
 from .config import TrainConfig
 from .engine import Engine, TorchEngine
 from .engine_deepspeed import DeepSpeedEngine
+from .evidence import Evidence
 from .plan import TrainPlan
 from .selection import Selection
 from .trainer import Schedule, Trainer
@@ -24,12 +26,13 @@ def fit(
     model: Model,
     plan: TrainPlan,
     bank: Bank,
+    evidence: Evidence | None,
     selection: Selection,
     config: TrainConfig,
     folder: Path,
     reporter: Reporter,
-) -> Path:
-    """Train ``model.denoiser`` on a bank, leave the trained weights in it, export them and return where to."""
+) -> Ending:
+    """Train ``model.denoiser`` on a bank, leave the trained weights in it, export them and return how it ended."""
     assert not isinstance(plan.recipe, Edit)
     torch.manual_seed(config.seed)
     settings = plan.settings
@@ -43,7 +46,7 @@ def fit(
         lr_scheduler=settings.lr_scheduler,
     )
     try:
-        trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder)
+        trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder, evidence)
         if config.resume:
             trainer.resume()
         trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
@@ -54,7 +57,7 @@ def fit(
             engine.close()
         raise
     engine.close()
-    return exported
+    return trainer.ending()
 
 
 def _engine(model: Model, plan: TrainPlan, selection: Selection, config: TrainConfig) -> Engine:

@@ -21,10 +21,11 @@ from ..models.base import Model
 from ..models.schedulers import check_deterministic
 from ..worlds import get_world, world_with_model
 from .bank import BankPlan, plan_bank
-from .concept import make_concept
+from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
 from .deepspeed_config import read_deepspeed
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
+from .evidence import EvidencePlan, plan_evidence
 from .export import check_export
 from .memory import MemoryEstimate, estimate_memory, measure_activations
 from .selection import GROUPS, Selection, load_mask, select_parameters
@@ -54,6 +55,7 @@ class TrainPlan:
     bank: BankPlan
     loop_forwards: int
     seconds_per_evaluation: float
+    evidence: EvidencePlan | None  # None where the training ends by its steps alone
     cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
 
     @property
@@ -123,6 +125,21 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         raise UserError(
             f"there are more processes, {world.size}, than rows, {bank.trained_rows}. Use more `--trajectories`."
         )
+    evidence = None
+    if rows.rows and settings.steps and settings.stop_residual:
+        measured = held_out_concept(config, model, concept)
+        held = rows if measured is concept else method.recipe(measured)
+        assert isinstance(held, Recipe)
+        evidence = plan_evidence(
+            model,
+            held,
+            until=settings.stop_residual,
+            step_evaluations=3 * rows.rule.passes * settings.micro_batch_size * accumulation,
+            guidance_scale=config.trajectory_guidance_scale,
+            seed=config.seed,
+        )
+        if evidence is None and config.stop_residual:
+            raise UserError(f"the method {method.name} has no target to reach. Leave `--stop-residual` out.")
     memory = None
     if config.dry_run and not is_edit:
         memory = _estimate(config, model, selection, trainable, bank, settings, world, deepspeed)
@@ -143,6 +160,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         bank=bank,
         loop_forwards=settings.steps * rows.rule.passes * settings.micro_batch_size * accumulation,
         seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
+        evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
     )
 
@@ -162,7 +180,7 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
             settings[name] = str(Path(value).expanduser().resolve())
     for name in ("forget_prompts", "retain_prompts", "evaluation_prompts"):
         value = getattr(config, name)
-        if value is not None and value != "none" and get_world(value) is None:
+        if value is not None and value not in ("none", AUTO) and get_world(value) is None:
             settings[name] = prompts.from_anywhere(value)
     return dataclasses.replace(config, **settings)
 
@@ -245,6 +263,7 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     settings, concept = plan.settings, plan.concept
     share = plan.trainable_parameters / plan.total_parameters
     total = plan.bank.unet_evaluations + plan.loop_evaluations
+    total += plan.evidence.unet_evaluations if plan.evidence else 0
     lines = [
         f"method      {plan.method.name}: {plan.method.summary}",
         f"forget      {_some(concept.forget_prompts)}{_left_out(plan, 'forget')}",
@@ -267,11 +286,17 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     if is_edit:
         return [*lines, "edit        in closed form: no rows, no steps"]
     windows = f" ({plan.bank.trained_rows:,} in their windows)" if plan.bank.trained_rows < plan.bank.rows else ""
+    at_most = "at most " if plan.evidence is not None else ""
     lines += [
         f"bank        {plan.bank.rows:,} rows{windows} from {len(plan.bank.assignments)} trajectories, "
         f"{plan.bank.unet_evaluations:,} UNet evaluations",
-        f"loop        {settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations (a backward counts as two)",
+        f"loop        {at_most}{settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations, a backward as two",
     ]
+    if plan.evidence is not None:
+        lines.append(
+            f"ends        once {plan.evidence.until:.0%} of the concept is left on {plan.evidence.rows} held-out rows, "
+            f"looked at every {plan.evidence.every} steps"
+        )
     if plan.memory is not None:
         lines.append(f"memory      {_memory(plan.memory.device, 'a process')}")
         if plan.memory.host:

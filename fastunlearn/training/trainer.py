@@ -20,8 +20,10 @@ from ..files.atomic import remove_folder, remove_temporaries, write_text
 from ..methods.recipe import ROLES, Role
 from ..methods.rules import Rule
 from ..models.base import Model
+from ..schema import Ending
 from .bank import Bank
 from .engine import Engine
+from .evidence import Evidence
 
 Metrics = dict[str, float]
 _KEPT_CHECKPOINTS = 2
@@ -46,8 +48,18 @@ class Schedule:
 class Trainer:
     """Trains ``model.denoiser`` on a bank by a rule.  ``run`` is the loop; the caller builds everything it needs."""
 
-    def __init__(self, model: Model, bank: Bank, rule: Rule, engine: Engine, schedule: Schedule, folder: Path) -> None:
+    def __init__(
+        self,
+        model: Model,
+        bank: Bank,
+        rule: Rule,
+        engine: Engine,
+        schedule: Schedule,
+        folder: Path,
+        evidence: Evidence | None = None,
+    ) -> None:
         self.model, self.bank, self.rule, self.engine, self.schedule = model, bank, rule, engine, schedule
+        self.evidence = evidence
         self.checkpoints = folder / "checkpoints"
         self.metrics_path = folder / "metrics.jsonl"
         self.step = 0
@@ -58,18 +70,21 @@ class Trainer:
         self.state = {name: torch.full((), value, device=device) for name, value in rule.start(bank).items()}
 
     def run(self, on_log: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
-        """Train to the last step.
+        """Train to the last step, or until so little of the concept is left as the evidence asks for.
 
         UserError when a loss or a weight is not finite (the last good checkpoint stays), :class:`Interrupted` when
         asked to stop (the state is saved first).
         """
         started = time.monotonic() - self.seconds
         with _stop_requests() as stop:
-            while self.step < self.schedule.steps:
+            while self.step < self.schedule.steps and not self._is_met:
                 metrics = self._train_step()
                 self.step += 1
+                measured = self._measure()
                 self.seconds = time.monotonic() - started
-                if self.step % self.schedule.log_every == 0 or self.step == self.schedule.steps:
+                is_last = self.step == self.schedule.steps or self._is_met
+                if self.step % self.schedule.log_every == 0 or is_last:
+                    metrics |= measured
                     self._check_finite()
                     on_log(self.step, self._log(metrics))
                 if self.engine.world.any(stop.is_set(), self.model.device):
@@ -90,6 +105,8 @@ class Trainer:
         self.checkpoints.mkdir(exist_ok=True, parents=True)
         rule = {name: value.item() for name, value in self.state.items()}
         state = {"step": self.step, "seconds": self.seconds, "rule": rule, "rows": self._rows_per_step}
+        if self.evidence is not None:
+            state["residual"] = self.evidence.last
         self.engine.save(self._checkpoint(), state)
         if self.engine.world.is_main:
             for path in self._saved()[:-_KEPT_CHECKPOINTS]:
@@ -105,6 +122,8 @@ class Trainer:
                     f"batch x accumulation x processes). Choose a micro batch or accumulation that makes them equal."
                 )
             self.step, self.seconds = state["step"], state["seconds"]
+            if self.evidence is not None:
+                self.evidence.last = state["residual"]
             if state["rule"].keys() != self.state.keys():
                 raise UserError(f"the checkpoint {saved[-1]} is of another run: its method has another rule.")
             for name, value in state["rule"].items():
@@ -137,6 +156,32 @@ class Trainer:
         self.rule.after_step(metrics, self.state)
         self.finite &= torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"])
         return metrics
+
+    def ending(self) -> Ending:
+        """How far the training came."""
+        evidence = self.evidence
+        return Ending(
+            steps=self.step,
+            steps_bound=self.schedule.steps,
+            residual=evidence.last if evidence else None,
+            stop_residual=evidence.until if evidence else None,
+        )
+
+    @property
+    def _is_met(self) -> bool:
+        return self.evidence is not None and self.evidence.is_met
+
+    def _measure(self) -> dict[str, torch.Tensor]:
+        """The residual, where it is time to measure it."""
+        evidence, world, device = self.evidence, self.engine.world, self.model.device
+        if evidence is None or (self.step % evidence.every and self.step != self.schedule.steps):
+            return {}
+        with self.engine.autocast():
+            residual = evidence.measure(self.engine.module, self.state, self.schedule.micro_batch_size)
+        # All processes measure the same rows; where they differ in a bit, the mean decides for all.
+        mean = world.sum(torch.tensor([residual], dtype=torch.float32, device=device))[0] / world.size
+        evidence.last = float(mean)
+        return {"residual": mean}
 
     def _accumulate(self, role_weights: dict[Role, torch.Tensor]) -> tuple[dict[Role, int], torch.Tensor]:
         """The gradient of one pass over an update's rows: how many each role has, and what this process summed.

@@ -27,6 +27,7 @@ from .bank import build_bank
 from .conclude import Scoring, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
+from .evidence import Evidence
 from .export import export
 from .fit import fit
 from .inputs import config_of, kept_folder, named_source
@@ -108,25 +109,27 @@ class _Run:
         if config.resume:
             check_same_run(key, folder)
         selection = self._selection(plan, model)
-        bank, edited = None, None
+        bank, evidence, edited = None, None, None
         if isinstance(plan.recipe, Edit):
             with self._stage("edit"):
                 edited = edit_weights(model, plan.recipe, selection)
         else:
             with self._stage("bank"):
                 bank = build_bank(model, plan.recipe, plan.bank)
+                evidence = Evidence(model, plan.evidence) if plan.evidence else None
         self._begin(plan, model, selection, key)
         exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
+        ending = None
         if edited is not None:
             dtypes = export(model, exported, config.save, *edited)
             put_weights(model, *edited, dtypes)
         else:
             assert bank is not None
             with self._stage("training"):
-                fit(model, plan, bank, selection, config, folder, self.reporter)
+                ending = fit(model, plan, bank, evidence, selection, config, folder, self.reporter)
         if not self.world.is_main:
             return UnlearnResult(folder, exported, None)
-        record = conclude(config, plan, model, original, exported, self.seconds, scoring, self.reporter)
+        record = conclude(config, plan, model, original, exported, self.seconds, ending, scoring, self.reporter)
         return UnlearnResult(folder, exported, record, original=str(model.source))
 
     @contextlib.contextmanager
