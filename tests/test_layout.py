@@ -231,7 +231,7 @@ LOADS = {
     "evaluate": ({*NUMBERS, "evaluation"}, True),
     "evaluate_images": ({*NUMBERS, "evaluation", "reports"}, True),
     "UnlearnResult": ({"training", "models", "methods", "worlds", "record", "schema"}, True),
-    "unlearn": ({*NUMBERS, "training", "evaluation"}, True),
+    "unlearn": ({*NUMBERS, "concept_prompts", "training", "evaluation"}, True),
 }
 
 

@@ -33,7 +33,6 @@ class Method:
     defaults: Mapping[str, Defaults]
     options: type | None = None
     anchor: Literal["none", "optional", "needed"] = "none"
-    concept_alone: bool = False  # unless told otherwise, trains on the bare concept, as its authors do
     needs_retain: bool = False
     is_control: bool = False
     is_reconstruction: bool = False  # of a paper whose full text was not at hand

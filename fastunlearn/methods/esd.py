@@ -8,8 +8,8 @@ anchor's, which is their ``--erase_from``.
 Differs from the authors' code: trajectories come from the bank (the frozen teacher, as in their code; the paper samples
 from the student); where a world brings prompts that name the concept, all of them are forget prompts, since what is
 learned on the bare word does not carry to captions (theirs is the bare word, as ours is for a user's model without
-``--forget-prompts``); weights are kept in float32 (their bfloat16 weights lose most updates of 5e-5 to rounding), and the
-resolution is the model's native one.
+``--forget-prompts``); weights are kept in float32 (their bfloat16 weights lose most updates of 5e-5 to rounding), and
+the resolution is the model's native one.
 """
 
 from __future__ import annotations

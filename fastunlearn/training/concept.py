@@ -21,7 +21,7 @@ _PROPOSED = 16  # of each kind, at most
 def make_concept(config: TrainConfig, method: Method, model: Model, settings: Defaults) -> Concept:
     """What the method is told.  Raises UserError for prompts that contradict each other or that the method lacks."""
     word = config.forget.strip()
-    forget = forget_prompts(config, model, alone=method.concept_alone)
+    forget = forget_prompts(config, model)
     if config.retain_prompts and config.retain_prompts != AUTO:
         retain = prompts.parse_prompts(config.retain_prompts)
     else:
@@ -82,14 +82,14 @@ def _anchors(forget: Sequence[str], word: str, anchor: str | None, seed: int) ->
     return {prompt: prompts.substitute(prompt, word, draw.choice(choices)) for prompt in forget}
 
 
-def forget_prompts(config: TrainConfig | MaskConfig, model: Model, *, alone: bool = False) -> list[str]:
-    """The user's prompts that show the concept, else the bundled world's, else, or if ``alone``, the bare word."""
+def forget_prompts(config: TrainConfig | MaskConfig, model: Model) -> list[str]:
+    """The user's prompts that show the concept, else the bundled world's, else the bare word."""
     word = config.forget.strip()
     if config.forget_prompts:
         forget = prompts.parse_prompts(config.forget_prompts)
     else:
         own = model.world.prompts_to_train(word)[0] if model.world else []  # refuses a word it does not know
-        forget = [word] if alone or not own else own
+        forget = own or [word]
     for prompt in forget:
         tokens = model.count_tokens(prompt)
         if tokens == 0:
