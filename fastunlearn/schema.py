@@ -22,12 +22,18 @@ Shares = tuple[Share, Share]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeRecord:
-    """Who said what an image shows.  ``valid_threshold``: None for a judge that cannot tell a valid image."""
+    """Who said what an image shows.  ``valid_threshold``: None for a judge that cannot tell a valid image.
+
+    ``weights``: SHA-256 of the judge's weights, empty where it has none or does not say.  ``note``: what a reader must
+    know of the judge.
+    """
 
     name: str
     threshold: float
     valid_threshold: float | None
     attributes: tuple[str, ...] = ()
+    weights: str = ""
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

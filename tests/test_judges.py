@@ -224,7 +224,7 @@ def test_words_and_thresholds_that_are_none_are_refused():
 
 
 def test_an_unknown_judge_and_none_at_all(bundled, tmp_path, refused):
-    with pytest.raises(UserError, match=r"unknown judge 'nobody'. There are: shapes"):
+    with pytest.raises(UserError, match=r"unknown judge 'nobody'. There are: shapes, clip, imagenet"):
         load_judge("nobody")
     settings = {"num_inference_steps": 1, "batch_size": 2, "control_pairs": 2, "forget": "star"}
     prompts = "a red ring;a blue heart"
@@ -362,7 +362,7 @@ def test_a_broken_judge_of_another_package_harms_nobody_else(monkeypatch, cli):
         types.SimpleNamespace(name="text", value="theirs:TEXT", load=lambda: "text"),
     ]
     monkeypatch.setattr(plugins, "entry_points", lambda group: entries if group == "fastunlearn.judges" else [])
-    assert all_judges() == ["shapes"]
+    assert all_judges() == ["shapes", "clip", "imagenet", "nsfw", "nudenet"]
     assert load_judge("shapes").name.startswith("shapes@")
     with pytest.raises(UserError, match="the judge 'broken' of another package cannot be loaded: ImportError"):
         load_judge("broken")

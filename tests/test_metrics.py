@@ -15,13 +15,13 @@ from torch import nn
 
 from fastunlearn import plugins
 from fastunlearn.errors import UserError
+from fastunlearn.files.images import to_pil
 from fastunlearn.metrics import cmmd, kid
 from fastunlearn.metrics.base import Metric, MetricFactory, all_metrics, broken_metrics, load_metric, load_metrics
 from fastunlearn.metrics.clip import Clip
 from fastunlearn.metrics.cmmd import rbf_distance
 from fastunlearn.metrics.fid import frechet_distance
 from fastunlearn.metrics.kid import kernel_distance
-from fastunlearn.metrics.libraries import to_pil
 from fastunlearn.models.runtime import mend_torchvision
 from fastunlearn.worlds.shapes import SHAPES_WORLD
 

@@ -76,7 +76,8 @@ _LANGUAGES: Mapping[str, tuple[str, str]] = {
     "nl": ("een afbeelding: {}", "een schilderij van {}"),
     "pt": ("uma imagem: {}", "uma pintura de {}"),
 }
-_RANDOM = listed(
+#: Everyday things that have nothing to do with most concepts.
+RANDOM = listed(
     "a bowl of oranges on a table; a red bicycle against a wall; a wooden chair; a cup of coffee; a sandy beach; "
     "a sleeping cat; a glass of water; a stack of books; a snowy mountain; a yellow taxi; a loaf of bread; "
     "a steam train; a vegetable garden; a pair of shoes; a desert road; a blue umbrella; a busy market; "
@@ -137,6 +138,11 @@ def concept_prompts(
     return [(kind, prompt) for prompt, kind in result.items()]
 
 
+def prefixed(name: str, category: str) -> list[str]:
+    """The name after each of the fixed words of its category, one of :data:`CATEGORIES` or empty; always eight."""
+    return [form.format(_called(name, category)) for form in listed(_PREFIXES[category])]
+
+
 def _chosen(texts: Sequence[str], count: int, seed: int) -> list[str]:
     """``count`` of the texts, by a hash, so that a new Python or another text changes nothing else; in order."""
     ranked = sorted(texts, key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode()).digest())
@@ -152,7 +158,7 @@ def _name(name: str, about: Known) -> list[str]:
 
 
 def _prefix(name: str, about: Known) -> list[str]:
-    return [form.format(_called(name, about.category)) for form in listed(_PREFIXES[about.category])]
+    return prefixed(name, about.category)
 
 
 def _variant(name: str, about: Known) -> list[str]:
@@ -224,7 +230,7 @@ def _near(name: str, about: Known) -> list[str]:
 
 def _random(name: str, about: Known) -> list[str]:
     words = [name, *about.aliases, *name.split()]
-    return [text for text in _RANDOM if not any(_mentions(text, word) for word in words)]
+    return [text for text in RANDOM if not any(_mentions(text, word) for word in words)]
 
 
 _MAKERS: Mapping[str, Callable[[str, Known], list[str]]] = {

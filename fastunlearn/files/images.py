@@ -13,12 +13,16 @@ import io
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ..errors import UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
 
 #: What is read: a suffix, whatever its case, and Pillow's formats; a file's content decides which it is of.
 SUFFIXES = (
@@ -139,3 +143,8 @@ def _check(image: Image.Image) -> None:
         raise _Refusal("has more than 8 bits per channel. Convert it to 8 bits, as you would for the other side")
     if image.mode not in (*_GRAY_OR_PALETTE, *_ALPHA):
         raise _Refusal(f"has the color mode {image.mode}. Convert it to RGB")
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) uint8 on the CPU, as most preprocessing wants them."""
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]

@@ -51,8 +51,11 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
 
 
 def _registry() -> Registry[Factory]:
-    from .shapes import ShapesJudge
+    from .clip import CLIP
+    from .imagenet import IMAGENET
+    from .nsfw import NSFW, NUDENET
+    from .shapes import SHAPES
 
-    return registry(
-        "judge", "fastunlearn.judges", {"shapes": ShapesJudge}, callable, wanted="a function (device, option) -> Judge"
-    )
+    ours: dict[str, Factory] = {one.name: one for one in (SHAPES, CLIP, IMAGENET, NSFW, NUDENET)}
+    wanted = "a function (device, option) -> Judge"
+    return registry("judge", "fastunlearn.judges", ours, callable, wanted=wanted, command="judges")

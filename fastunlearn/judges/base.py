@@ -42,13 +42,16 @@ class Judge(ABC):
     ``name``: who it is; ends in a hash of its weights, where it has any.  ``threshold``: from which score on an image
     counts as showing the concept.  ``valid_threshold``: from which score on it counts as valid; None for a judge that
     cannot tell.  ``vocabulary``: attribute -> the words that an image can show of it; empty for a judge that knows
-    none.
+    none.  ``weights_hash``: SHA-256 of its weights, where it has any.  ``note``: a sentence that every report of its
+    verdicts must say, such as a licence that binds.
     """
 
     name: str
     threshold: float = 0.5
     valid_threshold: float | None = None
     vocabulary: Mapping[str, Sequence[str]] = {}
+    weights_hash: str = ""
+    note: str = ""
 
     @abstractmethod
     def judge(self, images: torch.Tensor, concept: str) -> Verdicts:
@@ -95,6 +98,8 @@ def record_of(judge: Judge) -> JudgeRecord:
         threshold=float(judge.threshold),
         valid_threshold=None if judge.valid_threshold is None else float(judge.valid_threshold),
         attributes=tuple(judge.vocabulary),
+        weights=judge.weights_hash,
+        note=judge.note,
     )
 
 
@@ -144,6 +149,8 @@ class _Adapted(Judge):
         self.threshold = getattr(given, "threshold", Judge.threshold)
         self.valid_threshold = getattr(given, "valid_threshold", None)
         self.vocabulary = getattr(given, "vocabulary", {})
+        self.weights_hash = str(getattr(given, "weights_hash", ""))
+        self.note = str(getattr(given, "note", ""))
         self._given, self._ask = given, ask
 
     def judge(self, images: torch.Tensor, concept: str) -> Verdicts:

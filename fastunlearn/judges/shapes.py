@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import UserError
 from ..files.weights import hash_module
 from ..worlds.shapes import SHAPES_WORLD, load_classifier
 from ..worlds.shapes.classifier import HEADS, to_pixel_values
 from .base import Judge, Verdicts
+from .factory import JudgeFactory
 
 
 class ShapesJudge(Judge):
@@ -23,11 +23,10 @@ class ShapesJudge(Judge):
     vocabulary = SHAPES_WORLD.vocabulary
 
     def __init__(self, device: str | torch.device = "cpu", option: str = "") -> None:
-        if option:
-            raise UserError(f"the judge `shapes` takes no option, got {option!r}. Write `--judge shapes`.")
         self.classifier = load_classifier().to(device)
         self.device = device
-        self.name = f"shapes@{hash_module(self.classifier)[:12]}"
+        self.weights_hash = hash_module(self.classifier)
+        self.name = f"shapes@{self.weights_hash[:12]}"
 
     def check(self, concept: str) -> None:
         SHAPES_WORLD.find(concept)
@@ -49,3 +48,13 @@ class ShapesJudge(Judge):
                 name: [HEADS[name][index] for index in logits[name].argmax(1).tolist()] for name in self.vocabulary
             },
         )
+
+
+SHAPES = JudgeFactory(
+    "shapes",
+    purpose="the shapes, colors and backgrounds of the bundled model, and whether an image is valid",
+    needs="nothing: its classifier is bundled",
+    license="Apache-2.0",
+    make=ShapesJudge,
+    about="A small classifier of that world's words, trained on fresh renders only. It knows nothing else.",
+)

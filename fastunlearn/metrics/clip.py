@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..files.images import to_pil
 from ..files.weights import hash_module
-from .libraries import fetching, library_of, to_pil
+from .libraries import fetching, library_of
 
 
 class Clip:

@@ -6,11 +6,12 @@ import os
 
 import torch
 
+from ..files.images import to_pil
 from ..files.weights import hash_module
 from ..worlds import World
 from .base import MetricFactory
 from .kinds import PairedMetric, cosine_distance, network_of
-from .libraries import fetching, library_of, to_pil
+from .libraries import fetching, library_of
 
 
 class _Ensemble:

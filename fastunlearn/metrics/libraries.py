@@ -9,9 +9,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from PIL import Image
-
 from ..errors import UserError
 
 
@@ -46,8 +43,3 @@ def fetching(metric: str, weights: str, place: str) -> Iterator[None]:
         ) from error
     finally:
         logging.disable(level)
-
-
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) uint8 on the CPU, as most preprocessing wants them."""
-    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
