@@ -16,13 +16,14 @@ from .files.prompt_files import SUFFIXES, PromptRow, read_prompt_file
 class PromptList:
     """Prompts, each once, in order.
 
-    ``grouped``: (prompt, group).  ``seeds``: a prompt's seeds, where the file gives them.  ``notes``: what of the file
-    was read how, for people.
+    ``grouped``: (prompt, group).  ``seeds``: a prompt's seeds, where the file gives them.  ``kinds``: its kind, such as
+    ``misspelt``, where the file gives one.  ``notes``: what of the file was read how, for people.
     """
 
     grouped: list[tuple[str, str]]
     seeds: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_prompts(value: str) -> PromptList:
@@ -38,9 +39,16 @@ def read_prompts(value: str) -> PromptList:
     return _once(table.rows, value, tuple(table.notes))
 
 
-def parse_prompts(value: str) -> list[str]:
-    """The prompts of :func:`read_prompts`."""
-    return [prompt for prompt, _ in read_prompts(value).grouped]
+def parse_prompts(value: str, *, to_forget: bool = False) -> list[str]:
+    """The prompts of :func:`read_prompts`.
+
+    Where some of them are of a group to forget and others are not, only those that ``to_forget`` says, so that one
+    file can hold both.
+    """
+    grouped = read_prompts(value).grouped
+    wanted = [prompt for prompt, group in grouped if is_forget(group) == to_forget]
+    is_mixed = 0 < sum(is_forget(group) for _, group in grouped) < len(grouped)
+    return wanted if is_mixed else [prompt for prompt, _ in grouped]
 
 
 def from_anywhere(value: str) -> str:
@@ -68,6 +76,7 @@ def _once(rows: Sequence[PromptRow], value: str, notes: tuple[str, ...]) -> Prom
     """Without spaces around, without rows that hold no prompt, and without repeats, which are told."""
     groups: dict[str, str] = {}
     keys: list[tuple[str, int | None]] = []
+    kinds: dict[str, str] = {}
     for row in rows:
         prompt, group = row.prompt.strip(), row.group.strip().lower() or "retain"
         # A row without a prompt is none, but where it says that it is meant.
@@ -78,6 +87,8 @@ def _once(rows: Sequence[PromptRow], value: str, notes: tuple[str, ...]) -> Prom
         if groups.setdefault(prompt, group) != group:
             raise UserError(f"the prompt {prompt!r} is in two groups, {groups[prompt]!r} and {group!r}. Keep one.")
         keys.append((prompt, row.seed))
+        if row.kind:
+            kinds.setdefault(prompt, row.kind)
     if not groups:
         raise UserError(f"{value!r} holds no prompt. Give a file with one prompt a line, or TEXT;TEXT.")
     seeds: dict[str, tuple[int, ...]] = {}
@@ -88,7 +99,7 @@ def _once(rows: Sequence[PromptRow], value: str, notes: tuple[str, ...]) -> Prom
         raise UserError(f"{value!r} gives seeds for some rows and none for {unsaid[0]!r}. Give all of them seeds.")
     if repeats := len(keys) - len(set(keys)):
         notes = (*notes, f"{value}: {repeats} of {len(keys)} rows repeat another and count once.")
-    return PromptList(list(groups.items()), seeds, notes)
+    return PromptList(list(groups.items()), seeds, notes, kinds)
 
 
 def _is_blank(text: str) -> bool:
@@ -158,8 +169,12 @@ class PromptGroups:
 
     @classmethod
     def of_list(cls, read: PromptList, concept: str | None) -> PromptGroups:
-        """From what was read from a file or a text."""
-        grouped = read.grouped
+        """From what was read from a file or a text.  A group that has the concept's name is to be forgotten."""
+        word = (concept or "").replace(" ", "").casefold()  # as EMMA writes it
+        grouped = [
+            (prompt, "forget" if word and group.replace(" ", "").casefold() == word else group)
+            for prompt, group in read.grouped
+        ]
         forget = tuple(prompt for prompt, group in grouped if is_forget(group))
         retain = tuple(prompt for prompt, group in grouped if not is_forget(group))
         return cls(forget, retain, concept, dict(grouped), read.seeds, read.notes)

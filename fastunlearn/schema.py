@@ -37,6 +37,29 @@ class JudgeRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """In which share of images a judge sees the concept, with Wilson's interval over images taken as independent."""
+
+    n_images: int
+    shown: Share
+    ci95: Shares
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the judge sees on the original's own images, where the concept is asked for and where it is not.
+
+    ``p_value``: of Fisher's exact test that it sees it no more often where it is asked for.  ``verdict``: ``tells``,
+    ``too few images`` or ``cannot tell``; with the last the evaluation was made because the user insisted.
+    """
+
+    asked: Seen
+    unasked: Seen
+    p_value: Share
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Changed:
     """The share of retain pairs whose distance is above that of a control."""
 
@@ -167,7 +190,10 @@ class Controls:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderDistances:
-    """Distances of pairs of image files; ``unchanged`` is the share that is 0."""
+    """Distances of pairs of image files; ``unchanged`` is the share that is 0.
+
+    ``shown``, ``valid``: of a group to forget, what the judge says of the unlearned images.
+    """
 
     mean: float
     ci95: Interval | None
@@ -176,6 +202,9 @@ class FolderDistances:
     unchanged: Share
     n_pairs: int
     n_prompts: int
+    shown: Share | None = dataclasses.field(default=None, metadata=OMITTED)
+    shown_ci95: Shares | None = dataclasses.field(default=None, metadata=OMITTED)
+    valid: Share | None = dataclasses.field(default=None, metadata=OMITTED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +262,7 @@ class ComparedPair(GapRecord):
 class Evaluation(Record):
     """evaluation.json of ``evaluate``: one unlearned model beside its original.
 
-    ``judge``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
+    ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
     ``is_reconstruction``: the method is made after a paper whose full text was not at hand.
     """
 
@@ -245,8 +274,9 @@ class Evaluation(Record):
     concept: str
     model: str
     is_reconstruction: bool = False
-    integrity: Integrity
     judge: JudgeRecord | None
+    calibration: Calibration | None = None
+    integrity: Integrity
     erasure: Erasure | None
     retain: Retain | None
     groups: dict[str, Group]
@@ -260,11 +290,18 @@ class Evaluation(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldersEvaluation(Record):
-    """evaluation.json of ``evaluate-images``.  ``notes``: sentences about the images that a reader must know."""
+    """evaluation.json of ``evaluate-images``.  ``notes``: sentences about the images that a reader must know.
+
+    ``judge``, ``calibration``, ``erasure``, ``retain``: absent where there was no judge, or nothing for it to look at.
+    """
 
     kind: ClassVar[str] = "images"
     command: ClassVar[str] = "evaluate-images"
 
+    judge: JudgeRecord | None = dataclasses.field(default=None, metadata=OMITTED)
+    calibration: Calibration | None = dataclasses.field(default=None, metadata=OMITTED)
+    erasure: Erasure | None = dataclasses.field(default=None, metadata=OMITTED)
+    retain: Retain | None = dataclasses.field(default=None, metadata=OMITTED)
     integrity: FolderIntegrity
     groups: dict[str, FolderDistances]
     notes: tuple[str, ...] = ()

@@ -148,7 +148,8 @@ def test_a_function_is_a_judge(answer):
         asked.append((tuple(images.shape), images.dtype, concept))
         return answer(images.float().mean(dim=(1, 2, 3)) / 255)
 
-    result = evaluate(draw, shifted(60), GROUPED, judge=bright, forget="light", **SETTINGS).results[0].evaluation
+    settings = {"forget": "light", "trust_judge": True, **SETTINGS}
+    result = evaluate(draw, shifted(60), GROUPED, judge=bright, **settings).results[0].evaluation
     assert set(asked) == {((4, 3, 8, 8), torch.uint8, "light")}, "batches of one size"
     assert result.judge.name == "function bright"
     assert result.judge.valid_threshold is result.erasure.valid is result.retain.valid is None
@@ -175,6 +176,10 @@ def test_a_judge_refuses_what_it_does_not_know_before_anything_is_generated(tmp_
     assert not list(tmp_path.iterdir())
 
 
+def raises(count):
+    raise ZeroDivisionError("division by zero")
+
+
 BAD = {
     "above one": (lambda n: [1.5] * n, "must give 4 scores from 0 to 1 .* got 1.5"),
     "nan": (lambda n: [float("nan")] * n, "got nan"),
@@ -182,6 +187,11 @@ BAD = {
     "too few": (lambda n: [0.5] * (n - 1), r"got the shape \(3,\)"),
     "too deep": (lambda n: torch.zeros(n, 1), r"got the shape \(4, 1\)"),
     "texts": (lambda n: ["yes"] * n, r"got the shape \(0,\)"),
+    "an error": (raises, "the judge function judge failed: ZeroDivisionError: division by zero. Mend it"),
+    "verdicts of nothing": (lambda n: Verdicts(None), r"got the shape \(\)"),
+    "validity that is none": (lambda n: Verdicts([0.5] * n, ["?"] * n), "valid_threshold = None: both or neither"),
+    "infinite": (lambda n: torch.full((n,), torch.inf), "got inf"),
+    "complex": (lambda n: [1j] * n, r"got the shape \(0,\)"),
     "nothing": (lambda n: None, r"got the shape \(\)"),
     "validity unasked": (lambda n: Verdicts([0.5] * n, [0.5] * n), "valid_threshold = None: both or neither"),
 }
@@ -246,7 +256,7 @@ def results_of(folder):
 
 
 def test_verdicts_survive_a_stop_to_the_last_bit(tmp_path):
-    settings = {"judge": Reader(), "forget": "x", "seeds_per_prompt": 2, **SETTINGS}
+    settings = {"judge": Reader(), "forget": "x", "seeds_per_prompt": 2, "trust_judge": True, **SETTINGS}
     evaluate(draw, shifted(7), GROUPED, output=tmp_path / "whole", **settings)
     calls = []
 

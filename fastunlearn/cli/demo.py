@@ -25,6 +25,9 @@ class DemoConfig:
     """What `demo` does: forget "star" three ways and show them side by side."""
 
     output: str = setting("folder of the runs and the report", "demo", path=True)
+    judge: str | None = setting(
+        "who says whether an image shows a star: NAME or NAME:OPTION; default: the bundled model's", None
+    )
     seed: int = setting("of trajectories and row order", 0)
     overwrite: bool = setting("replace an earlier demo", False)
 
@@ -40,6 +43,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     from ..evaluation.plan import world_groups
     from ..evaluation.results import EvaluationReport, write_results
     from ..files.run_folder import check_output, claimed, own, prepare_output
+    from ..judges import load_judge
     from ..metrics.distances import load_perceptual
     from ..models.loading import load_model
     from ..models.sampling import SamplerSpec
@@ -52,6 +56,9 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     folder = Path(config.output).expanduser()
     started = time.monotonic()
     check_output(folder, "demo", overwrite=config.overwrite)
+    judge = load_judge(config.judge) if config.judge is not None else None
+    if judge is not None:
+        judge.check(CONCEPT)
     with claimed(folder):
         prepare_output(folder, "demo", overwrite=config.overwrite)
         own(folder, "demo", [f"{method}/{file}" for method in METHODS for file in ("pairs.jsonl", "evaluation.json")])
@@ -74,6 +81,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
             load_perceptual("shapes"),
             SamplerSpec(),
             placebo="placebo",
+            judge=judge,
             describe={method: describe_run(run) for method, run in runs.items()},
             on_progress=reporter.scoring,
         )

@@ -24,6 +24,7 @@ from ..evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesCon
 from ..training.config import ApplyConfig, MaskConfig, TrainConfig
 from .demo import DemoConfig
 from .flags import add_flags, build
+from .prompts import PromptsConfig, group_of, make_prompts
 
 Command = Callable[[dict[str, Any]], int]
 
@@ -58,6 +59,7 @@ _EVALUATE_EXAMPLES = """examples:
   fastunlearn evaluate --original shapes --unlearned run1 --unlearned run2 --placebo run3 --output evaluation
   fastunlearn evaluate --resume --output evaluation
   fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --metric lpips-alex --output evaluation
+  fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --judge imagenet --output evaluation
 """
 _COMPARE_EXAMPLES = """examples:
   fastunlearn compare evaluation-esd evaluation-ovw --output comparison
@@ -66,6 +68,13 @@ _COMPARE_EXAMPLES = """examples:
 _EVALUATE_IMAGES_EXAMPLES = """examples:
   fastunlearn evaluate-images --original-images before --unlearned-images after --output evaluation
   fastunlearn evaluate-images --original-images before --unlearned-images after --metrics fid,ssim --output evaluation
+  fastunlearn evaluate-images --original-images before --unlearned-images after --prompts prompts.csv \\
+                              --judge nsfw --forget nudity --output evaluation
+"""
+_PROMPTS_EXAMPLES = """examples:
+  fastunlearn prompts --concept "Van Gogh" --output prompts.csv
+  fastunlearn prompts --concept "Van Gogh" --kinds name,prefix,misspelt,near,random --per-kind 20 --output prompts.csv
+  fastunlearn prompts --concept okapi --category object --near "zebra;giraffe" --hints "striped legs" --output okapi.csv
 """
 
 
@@ -276,6 +285,29 @@ def _methods(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _judges(flags: dict[str, Any]) -> int:
+    from .judges import judge_page, judges_table
+
+    if (name := flags.get("name")) is not None:
+        judge_page(name)
+    else:
+        judges_table()
+    return 0
+
+
+def _prompts(flags: dict[str, Any]) -> int:
+    config = build(PromptsConfig, flags)
+    made = make_prompts(config)
+    if config.output is None:
+        for kind, prompt in made:
+            print(f"{kind:9} {prompt}")
+        return 0
+    kinds = list(dict.fromkeys(kind for kind, _ in made))
+    groups = ", ".join(dict.fromkeys(map(group_of, kinds)))
+    print(f"prompts: {config.output}, {len(made)} in the groups {groups} (`--prompts`, `--forget-prompts`)")
+    return 0
+
+
 def _info(flags: dict[str, Any]) -> int:
     from .console import info
 
@@ -323,6 +355,15 @@ def _parser() -> argparse.ArgumentParser:
         _EVALUATE_IMAGES_EXAMPLES,
     )
     add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
+    add(
+        "prompts",
+        _prompts,
+        "write prompts that ask for a concept in many ways, and for what lies next to it",
+        PromptsConfig,
+        _PROMPTS_EXAMPLES,
+    )
+    judges = add("judges", _judges, "list who can say whether an image shows a concept, or show one: needs, options")
+    judges.add_argument("name", metavar="NAME", nargs="?", help="the judge to show")
     methods = add("methods", _methods, "list the methods, or show one: paper, equation, needs, options, defaults")
     methods.add_argument("name", metavar="NAME", nargs="?", help="the method to show")
     add("info", _info, "show versions, devices, and which kernels and metrics can run here")

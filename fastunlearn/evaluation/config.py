@@ -27,10 +27,11 @@ class EvaluateConfig:
     )
     forget: str | None = setting("the forgotten concept; default: what the unlearned run's record says", None)
     judge: str | None = setting(
-        "who says whether an image shows the concept: NAME or NAME:OPTION, or none; default: the bundled model's, and "
-        "none for other models",
+        "who says whether an image shows the concept: NAME or NAME:OPTION (`fastunlearn judges`), or none; default: "
+        "the bundled model's, and none for other models",
         None,
     )
+    trust_judge: bool = setting("go on with a judge that cannot tell the original's own images apart", False)
     metric: str | None = setting(
         "the perceptual distance (`fastunlearn info` lists them); default: the bundled model's own, else lpips-alex",
         None,
@@ -77,6 +78,11 @@ class EvaluateImagesConfig:
     prompts: str | None = setting(
         "CSV with the columns file, prompt and, if wanted, group; default: every pair is a prompt of its own", None
     )
+    forget: str | None = setting("the forgotten concept, for the judge", None)
+    judge: str | None = setting(
+        "who says whether an image shows the concept: NAME or NAME:OPTION (`fastunlearn judges`); default: nobody", None
+    )
+    trust_judge: bool = setting("go on with a judge that cannot tell the original's own images apart", False)
     metric: str = setting("the perceptual distance (`fastunlearn info` lists them)", "lpips-alex")
     trunk_weights: str | None = setting(
         "safetensors file of the LPIPS trunk's weights, with torchvision's names; default: torchvision fetches them",

@@ -17,6 +17,7 @@ from ..metrics.distances import Distance
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..worlds import get_world, world_with_model
+from .calibration import JudgeRefused
 from .config import EvaluateConfig
 from .evaluator import Evaluator
 from .generators import as_source
@@ -48,6 +49,7 @@ def evaluate(
     placebo: Any = None,
     forget: str | None = None,
     judge: str | Judge | Callable[..., Any] | None = None,
+    trust_judge: bool = False,
     metric: str | Distance | None = None,
     trunk_weights: str | Path | None = None,
     metrics: str | Sequence[str | Metric] | None = None,
@@ -74,7 +76,8 @@ def evaluate(
     the command line, or a list of prompts or of (prompt, group); groups named ``forget...`` ask for the concept.
     ``judge``: who says whether an image shows the concept: a name, ``"none"``, a :class:`~fastunlearn.judges.Judge`, or
     a function that maps images (B, 3, H, W) uint8 and the concept to B scores from 0 to 1; by default the bundled
-    world's, and none for other models.
+    world's, and none for other models.  One that cannot tell the original's own images apart is refused, unless
+    ``trust_judge``; every result begins with what it sees on them.
     ``metric``, ``metrics``: names, or objects like what :func:`load_perceptual` and :func:`load_metric` return.
     ``trunk_weights``: safetensors file for an LPIPS trunk, as in :func:`load_perceptual`.
 
@@ -138,11 +141,19 @@ def evaluate(
                 ranks.start(journal.folder)
             else:
                 journal.join(plan.spec())
-        evaluator = stack.enter_context(Evaluator(plan, cache=images, on_progress=reporter.scoring))
+        # The first rank tries the judge for all.
+        trust = trust_judge or ranks.rank > 0
+        evaluator = Evaluator(plan, cache=images, on_progress=reporter.scoring, trust_judge=trust)
+        stack.enter_context(evaluator)
         if journal is None:
             scores = PairScores.merge(list(evaluator.run(plan.keys())))
         else:
-            _record(plan, evaluator, journal, ranks)
+            try:
+                _record(plan, evaluator, journal, ranks)
+            except JudgeRefused:
+                if ranks.world_size == 1 and not journal.finished():  # there is nothing to continue
+                    journal.remove()
+                raise
             if ranks.rank > 0:
                 return EvaluationReport(None, groups)
             ranks.wait(journal.folder)

@@ -21,45 +21,32 @@ import torch
 
 from ..errors import UserError
 from ..files.atomic import write_lines
-from ..files.images import ImageFile, find_images, read_image, unread_images
-from ..files.prompt_files import read_prompt_file
+from ..files.images import ImageFile, read_image, unread_images
 from ..files.run_folder import check_output, claimed, prepare_output
+from ..judges import Judge, Judged, as_judge, judged, load_judge, record_of
 from ..metrics.base import Metric, load_metrics
 from ..metrics.distances import Distance, check_distance, device_of, load_perceptual, pairs_per_pass
-from ..metrics.statistics import clustered_mean, quantiles
+from ..metrics.statistics import clustered_mean, quantiles, wilson
 from ..models.runtime import resolve_device, versions
-from ..prompts import is_forget
 from ..record import plain
 from ..reports.gallery import Gallery, GalleryRow
 from ..reports.images import FoldersReport, write_folders_report
 from ..schema import FolderDistances, FolderIntegrity, FoldersEvaluation
 from ..worlds import get_world
+from .calibration import calibrated, check_calibration
 from .config import EvaluateImagesConfig
+from .image_pairs import Pair, find_pairs
+from .judging import Sides, erasure_of, retained, share_of, verdict_of
 from .summary import distance_interval
 
 _SHOWN = 4  # pairs of each kind in the report
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two files of one name; ``prompt`` is the name where no prompt file says more."""
-
-    name: str
-    original: Path
-    unlearned: Path
-    prompt: str
-    group: str
-
-    @property
-    def is_to_forget(self) -> bool:
-        return is_forget(self.group)
-
-
-@dataclasses.dataclass(frozen=True)
 class Scores:
     """Of N pairs: ``distances`` (N,) float32, each metric's rows (N, F) float32, the folders' digests, the size.
 
-    ``plain``: (2, N) bool, which images of each side are of one color.
+    ``plain``: (2, N) bool, which images of each side are of one color.  ``judged``: the judge's verdicts on both sides.
     """
 
     distances: npt.NDArray[np.float32]
@@ -67,6 +54,7 @@ class Scores:
     digests: tuple[str, str]
     size: tuple[int, int]
     plain: npt.NDArray[np.bool_]
+    judged: Judged | None = None
 
 
 def evaluate_images(
@@ -75,11 +63,12 @@ def evaluate_images(
     *,
     metric: Distance | None = None,
     metrics: Sequence[str | Metric] | None = None,
+    judge: Judge | Callable[..., Any] | None = None,
 ) -> FoldersEvaluation:
     """Compare two folders of images and write pairs.jsonl, evaluation.json and report.html.
 
-    ``metric``, ``metrics``: objects like what :func:`load_perceptual` and :func:`load_metric` return, in place of the
-    names that the config gives; ``metrics`` may hold names too.
+    ``metric``, ``metrics``, ``judge``: objects like what :func:`load_perceptual`, :func:`load_metric` and
+    :func:`load_judge` return, in place of the names that the config gives; ``metrics`` may hold names too.
 
     Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises UserError, in one line,
     for anything wrong in the settings, the folders, an image or the prompt file.
@@ -91,81 +80,21 @@ def evaluate_images(
     further = _further_metrics(config, device, metrics)
     if metric is not None and config.trunk_weights is not None:
         raise UserError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
+    seer = _judge(config, device, judge)
     distance: Distance = check_distance(metric) if metric is not None else _named_distance(config, device)
     with claimed(output):
-        scores = score(pairs, distance, further, config.num_workers or os.cpu_count() or 1, on_progress)
-        evaluation = summarize_folders(pairs, scores, distance, further, config)
+        workers = config.num_workers or os.cpu_count() or 1
+        scores = score(pairs, distance, further, workers, on_progress, seer, config.forget or "")
+        evaluation = summarize_folders(pairs, scores, distance, further, config, seer)
+        if seer is not None and not config.trust_judge:
+            insist = "insist with `--trust-judge`"
+            check_calibration(seer, config.forget or "", evaluation.calibration, insist)
         galleries = _galleries(pairs, scores.distances)
         prepare_output(output, "evaluate-images", overwrite=config.overwrite)
-        write_lines(output / "pairs.jsonl", _records(pairs, scores))
+        write_lines(output / "pairs.jsonl", _records(pairs, scores, seer))
         evaluation.write(output / "evaluation.json")
         write_folders_report(output / "report.html", FoldersReport(evaluation, galleries))
     return evaluation
-
-
-# ---- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def find_pairs(original: Path, unlearned: Path, prompts: str | None = None) -> list[Pair]:
-    """All pairs, sorted by name.  ``prompts``: a CSV with the columns file, prompt and perhaps group.
-
-    Raises UserError where an image has no partner, and where the prompt file does not list every image once or has
-    none to keep.
-    """
-    before, after = find_images(original.expanduser()), find_images(unlearned.expanduser())
-    unpaired = {
-        "the unlearned": sorted(before.keys() - after.keys()),
-        "the original": sorted(after.keys() - before.keys()),
-    }
-    missing = [f"{len(names)} in {side} folder ({_some(names)})" for side, names in unpaired.items() if names]
-    if missing:
-        raise UserError(
-            f"partners are missing: {' and '.join(missing)}. Images are paired by their name without suffix; "
-            "add the missing ones or remove their partners."
-        )
-    if len(before) < 2:
-        raise UserError("an interval needs at least 2 pairs of images, got 1.")
-    said = _read_prompts(Path(prompts).expanduser(), before) if prompts is not None else {}
-    pairs = [Pair(name, path, after[name], *said.get(name, (name, "retain"))) for name, path in before.items()]
-    if all(pair.is_to_forget for pair in pairs):
-        raise UserError("all images are of a forget group: integrity is measured on prompts to keep. Add some.")
-    return pairs
-
-
-def _read_prompts(path: Path, images: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """Prompt and group of every image."""
-    table = read_prompt_file(path)
-    if any(row.file is None for row in table.rows):
-        raise UserError(f"the prompt file {path} has no column named `file`, which says whose prompt each is.")
-    by_file = {_inside(image, name): name for name, image in images.items()}
-    result: dict[str, tuple[str, str]] = {}
-    unknown, twice = [], []
-    for row in table.rows:
-        file = (row.file or "").removeprefix("./")
-        name = file if file in images else by_file.get(file)
-        if name is None:
-            unknown.append(file)
-        elif name in result:
-            twice.append(file)
-        else:
-            result[name] = (row.prompt.strip(), row.group or "retain")
-    for names, what in (
-        (unknown, "name no image of the folders"),
-        (twice, "are there twice"),
-        (sorted(images.keys() - result.keys()), "are missing in it"),
-    ):
-        if names:
-            raise UserError(f"the prompt file {path} does not fit the folders: {len(names)} {what} ({_some(names)}).")
-    return result
-
-
-def _inside(image: Path, name: str) -> str:
-    """The image's path in its folder, suffix included."""
-    return name + image.suffix
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -177,6 +106,8 @@ def score(
     metrics: Sequence[Metric],
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    judge: Judge | None = None,
+    concept: str = "",
 ) -> Scores:
     """Decode and compare all pairs, in order.  Raises UserError for an image that is refused or of another size."""
     distances = np.empty(len(pairs), dtype=np.float32)
@@ -184,6 +115,7 @@ def score(
     digests = hashlib.sha256(), hashlib.sha256()
     plain = np.zeros((2, len(pairs)), dtype=bool)
     size: tuple[int, int] | None = None
+    seen: list[Judged] = []
     done = 0
     # Where the distance itself takes every core, decoding beside it only disturbs.
     batch_size = pairs_per_pass(distance)
@@ -204,6 +136,8 @@ def score(
         distances[done : done + len(batch)] = result.numpy()
         for metric in metrics:
             rows[metric.name].append(metric.measure(before, after, [pair.prompt for pair in batch]))
+        if judge is not None:
+            seen.append(Judged.joined([judged(judge, side, concept, batch_size) for side in (before, after)], axis=0))
         done += len(batch)
         on_progress(done, len(pairs))
     bad = np.flatnonzero(~np.isfinite(distances))
@@ -211,7 +145,8 @@ def score(
         raise UserError(f"the distance of {len(bad)} pairs is no number, for example {pairs[bad[0]].name}.")
     assert size is not None
     stacked = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), size, plain)
+    verdicts = Judged.joined(seen, axis=1) if seen else None
+    return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), size, plain, verdicts)
 
 
 def _decoded(
@@ -265,6 +200,19 @@ def _too_small(error: RuntimeError, distance: Distance, size: tuple[int, ...] | 
     return UserError(f"images of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
 
 
+def _judge(config: EvaluateImagesConfig, device: torch.device, given: Any) -> Judge | None:
+    """The judge that was asked for, and that it knows the concept."""
+    judge = as_judge(given) if given is not None else load_judge(config.judge, device) if config.judge else None
+    if judge is None:
+        return None
+    if config.forget is None or not config.forget.strip():
+        raise UserError(f"the judge {judge.name} looks for a concept: name it with `--forget`.")
+    if config.prompts is None:
+        raise UserError(f"the judge {judge.name} needs to know who asks for the concept: give `--prompts FILE`.")
+    judge.check(config.forget)
+    return judge
+
+
 def _named_distance(config: EvaluateImagesConfig, device: torch.device) -> Distance:
     return load_perceptual(
         config.metric, device, trunk_weights=config.trunk_weights, micro_batch_size=config.batch_size
@@ -291,16 +239,27 @@ def summarize_folders(
     distance: Distance,
     metrics: Sequence[Metric],
     config: EvaluateImagesConfig,
+    judge: Judge | None = None,
 ) -> FoldersEvaluation:
-    """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics."""
+    """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics, and what
+    the judge says."""
+    sides = Sides(judge, scores.judged, 0) if judge is not None and scores.judged is not None else None
+    prompts, to_forget = [pair.prompt for pair in pairs], np.array([pair.is_to_forget for pair in pairs])
+    concept = config.forget or ""
     kept = [index for index, pair in enumerate(pairs) if not pair.is_to_forget]
     overall = _distances(pairs, scores.distances, kept)
     groups = {}
     for group in _groups(pairs):
         indices = [index for index, pair in enumerate(pairs) if pair.group == group]
         groups[group] = overall if indices == kept else _distances(pairs, scores.distances, indices)
+        if sides is not None and pairs[indices[0]].is_to_forget:
+            groups[group] = _with_shown(groups[group], sides, np.array(indices))
     fields = {field.name: getattr(overall, field.name) for field in dataclasses.fields(overall)}
     return FoldersEvaluation(
+        judge=record_of(judge) if judge is not None else None,
+        calibration=calibrated(sides, prompts, to_forget, concept) if sides else None,
+        erasure=erasure_of(sides, to_forget, concept) if sides and to_forget.any() else None,
+        retain=retained(sides, ~to_forget, prompts) if sides else None,
         integrity=FolderIntegrity(
             **fields, metric=distance.metric, clusters="prompts" if config.prompts is not None else "pairs"
         ),
@@ -338,6 +297,15 @@ def _distances(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], indice
     )
 
 
+def _with_shown(group: FolderDistances, sides: Sides, indices: npt.NDArray[np.int_]) -> FolderDistances:
+    """A group to forget, and in how many of its images of the unlearned folder the judge sees the concept."""
+    shown = sides.shown(1)[indices]
+    share, where = wilson(int(shown.sum()), len(shown)), np.zeros(len(sides.shown(1)), dtype=bool)
+    where[indices] = True
+    valid = share_of(sides.valid(1), where)
+    return dataclasses.replace(group, shown=share.mean, shown_ci95=(share.low, share.high), valid=valid)
+
+
 def _unread(config: EvaluateImagesConfig) -> list[str]:
     """What of the folders looks like an image and was not read."""
     notes = []
@@ -367,8 +335,11 @@ def _groups(pairs: Sequence[Pair]) -> list[str]:
     return list(dict.fromkeys(pair.group for pair in pairs))
 
 
-def _records(pairs: Sequence[Pair], scores: Scores) -> list[dict[str, Any]]:
-    """A line per pair.  Of the further metrics those that are one or two numbers, not features."""
+def _records(pairs: Sequence[Pair], scores: Scores, judge: Judge | None = None) -> list[dict[str, Any]]:
+    """A line per pair, with what the judge says of the unlearned image and, under ``original``, of the original's.
+
+    Of the further metrics those that are one or two numbers, not features.
+    """
     records = [
         {"file": pair.name, "group": pair.group, "prompt": pair.prompt, "distance": float(value)}
         for pair, value in zip(pairs, scores.distances, strict=True)
@@ -377,6 +348,10 @@ def _records(pairs: Sequence[Pair], scores: Scores) -> list[dict[str, Any]]:
         if rows.shape[1] <= 2:
             for record, row in zip(records, rows.tolist(), strict=True):
                 record[name] = plain(row[0] if len(row) == 1 else row)
+    if judge is not None and scores.judged is not None:
+        for index, record in enumerate(records):
+            record |= verdict_of(judge, scores.judged, 1, index)
+            record["original"] = verdict_of(judge, scores.judged, 0, index)
     return records
 
 

@@ -23,9 +23,11 @@ from ..metrics.distances import Distance
 from ..models.base import Model
 from ..models.sampling import SamplerSpec
 from ..prompts import PromptGroups
+from .calibration import asking, calibration, check_calibration
 from .generators import Key, Source, as_source, other_batch_size, other_precision
 from .image_cache import ImageCache, Originals
 from .journal import Journal, PairScores
+from .judging import Sides
 from .plan import Plan, default_judge, spread
 from .results import EvaluationResult, ModelResult, ShownPair
 from .summary import Control, Ladder, summarize_model
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _GALLERY = 6  # images per group that the report shows
 _EXTREMES = 4  # pairs of the largest, of the middle and of the smallest distances that it shows
 _TENSOR_BYTES = 1024  # that a tensor takes beside its elements
+_CALIBRATED = 24  # of the original's images of each kind, on which the judge is tried before anything else
 _KEPT_BYTES = 64 * 2**20  # of images held for the report; what is not among them is generated once more
 
 
@@ -56,8 +59,9 @@ def evaluate_models(
 
     The ceiling is the distance between the original's images for one prompt and different seeds.  Before anything is
     scored, one batch of the original is made twice and must agree to the last bit.  ``placebo`` names the one of
-    ``unlearned`` that is the placebo.  ``judge``: None takes the bundled world's, where there is one.  ``describe``
-    sets fields of a model's result.  ``on_progress(done, total)`` counts images.
+    ``unlearned`` that is the placebo.  ``judge``: None takes the bundled world's, where there is one; one that cannot
+    tell is not refused, but the results say it.  ``describe`` sets fields of a model's result.
+    ``on_progress(done, total)`` counts images.
 
     Raises UserError for models that cannot be compared and RuntimeError if the repeat is not exact.
     """
@@ -65,7 +69,7 @@ def evaluate_models(
     source = as_source(original, spec)
     judge = judge or default_judge(source, groups.concept)
     plan = Plan(source, sources, groups, metric, seeds_per_prompt, placebo, judge=judge)
-    with Evaluator(plan, on_progress=on_progress) as evaluator:
+    with Evaluator(plan, on_progress=on_progress, trust_judge=True) as evaluator:
         parts = list(evaluator.run(plan.keys()))
         return evaluator.conclude(PairScores.merge(parts), describe or {})
 
@@ -79,8 +83,9 @@ class Evaluator:
         *,
         cache: ImageCache | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        trust_judge: bool = False,
     ) -> None:
-        self.plan, self._cache = plan, cache
+        self.plan, self._cache, self._trust_judge = plan, cache, trust_judge
         self._kept_images: dict[Key, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._kept_bytes = 0
         self._report = on_progress
@@ -106,7 +111,8 @@ class Evaluator:
         plan, size = self.plan, self.plan.original.batch_size
         retained, controls = plan.retained(), plan.control_keys()
         parts = [list(part) for part in chunks(keys, size)]
-        needed: list[Key] = []
+        tried = self._keys_to_try(keys)
+        needed: list[Key] = [*tried[0], *tried[1]]
         for chunk in parts:
             needed += chunk + [plan.other_seed(key) for key in chunk if key[0] in retained]
         # The controls' images are kept until they are compared, at the end.
@@ -114,6 +120,8 @@ class Evaluator:
         self._total = len(set(needed)) + len(keys) * len(plan.unlearned) + min(size, len(keys)) + 2 * len(controls)
         self._done = 0
         self._originals = Originals(plan.original, needed, self._finish, self._cache, self._advance)
+        if needed_first := [*tried[0], *tried[1]]:
+            self._try_judge(*tried, self._originals.get(needed_first)())
         jobs: collections.deque[Future[PairScores]] = collections.deque()
         for chunk in parts:
             before = self._originals.get(chunk)
@@ -159,6 +167,9 @@ class Evaluator:
                 spec=plan.record(source),
                 described=described,
             )
+            if plan.judge is not None and not self._trust_judge:
+                insist = "insist with `--trust-judge --resume`, which generates nothing again"
+                check_calibration(plan.judge, evaluation.concept, evaluation.calibration, insist)
             results.append(ModelResult(name, evaluation, scores, index, group_of, plan.judge))
         result = self._illustrated(results, scores)
         self._report(self._total, self._total)
@@ -211,6 +222,26 @@ class Evaluator:
         first = filled_tensor(original, size)
         rows = [metric.measure(first, filled_tensor(side, size), prompts)[: len(chunk)] for side in generated]
         return np.stack([row.float().numpy() for row in rows])
+
+    def _keys_to_try(self, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:
+        """Some of the keys that ask for the concept and some that do not; their images are needed later anyway."""
+        if self.plan.judge is None or self._trust_judge:
+            return [], []
+        every, retained = self.plan.keys(), self.plan.retained()
+        to_forget = np.array([prompt not in retained for prompt, _ in every])
+        kinds = asking([prompt for prompt, _ in every], to_forget, self.plan.groups.concept)
+        asked, unasked = ({every[index] for index in np.flatnonzero(kind)} for kind in kinds)
+        tried = ([key for key in keys if key in kind] for kind in (asked, unasked))
+        first, second = (spread(kind, _CALIBRATED) for kind in tried)
+        return first, second
+
+    def _try_judge(self, asked: Sequence[Key], unasked: Sequence[Key], images: torch.Tensor) -> None:
+        """Refuse a judge that cannot tell before any model but the original has generated anything."""
+        judge, concept = self.plan.judge, self.plan.groups.concept or ""
+        assert judge is not None
+        seen = Sides(judge, judged(judge, images, concept, self.plan.original.batch_size), 0).shown(0)
+        asks = np.arange(len(images)) < len(asked)
+        check_calibration(judge, concept, calibration(seen, asks, ~asks), "insist with `--trust-judge`")
 
     def _check_repeat(self, chunk: Sequence[Key], before: Callable[[], torch.Tensor]) -> None:
         """The same keys once more, past the cache: anything but equal bits would be counted as damage."""

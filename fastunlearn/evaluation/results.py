@@ -18,7 +18,7 @@ from ..judges.base import Judge
 from ..prompts import PromptGroups, is_forget
 from ..schema import Evaluation
 from .journal import PairScores
-from .summary import verdict_of
+from .judging import verdict_of
 
 if TYPE_CHECKING:
     from ..reports.gallery import Gallery, GalleryRow

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import schema
-from ..judges.base import Judge, Judged, record_of
+from ..judges.base import Judge, record_of
 from ..metrics.statistics import Estimate, clustered_mean, clustered_share, difference, quantiles, retention, wilson
 from ..prompts import PromptGroups, is_forget
+from .calibration import calibrated
 from .journal import PairScores
+from .judging import Sides, erasure_of, retained, share_of
 
 Mask = npt.NDArray[np.bool_]
 
@@ -69,18 +71,19 @@ def summarize_model(
     ``placebo``: which of the models is the placebo.  ``metric``: the name of the distance.  ``metrics``: results of the
     further ones.  ``described``: ``name``, ``method``, ``concept``, ``model``, perhaps ``is_reconstruction``.
     """
-    names = dict(groups.grouped())
-    group_of = np.array([names[prompt] for prompt, _ in scores.keys])
-    kept = np.array([not is_forget(names[prompt]) for prompt, _ in scores.keys])
+    names, prompts = dict(groups.grouped()), [prompt for prompt, _ in scores.keys]
+    group_of = np.array([names[prompt] for prompt in prompts])
+    kept = np.array([not is_forget(names[prompt]) for prompt in prompts])
     thresholds = _thresholds(scores, kept, ladder, placebo)
-    sides = _Sides(judge, scores.judged, model) if judge is not None and scores.judged is not None else None
+    sides = Sides(judge, scores.judged, model) if judge is not None and scores.judged is not None else None
     redrawn = clustered_mean(scores.redrawn[kept], _prompts_of(scores, kept))
     return schema.Evaluation(
         **described,
         integrity=_integrity(scores, model, kept, ladder, thresholds, placebo, metric),
         judge=record_of(judge) if judge is not None else None,
-        erasure=_erasure(sides, ~kept, groups.concept) if sides and groups.concept and not kept.all() else None,
-        retain=_retain(sides, kept, [prompt for prompt, _ in scores.keys]) if sides else None,
+        calibration=calibrated(sides, prompts, ~kept, groups.concept) if sides else None,
+        erasure=erasure_of(sides, ~kept, groups.concept) if sides and groups.concept and not kept.all() else None,
+        retain=retained(sides, kept, prompts) if sides else None,
         groups={
             str(name): _group(scores, model, group_of == name, ladder, thresholds, sides)
             for name in sorted(set(group_of.tolist()), key=lambda name: (not is_forget(name), name))
@@ -149,7 +152,7 @@ def _group(
     where: Mask,
     ladder: Ladder,
     thresholds: Mapping[str, tuple[float, str]],
-    sides: _Sides | None,
+    sides: Sides | None,
 ) -> schema.Group:
     """What one group of prompts shows; for a single prompt without intervals over prompts, for ``forget`` without R."""
     distances, clusters = scores.distances[model][where], _prompts_of(scores, where)
@@ -168,7 +171,7 @@ def _group(
             return group
         shown = sides.shown(1)[where]
         share = wilson(int(shown.sum()), len(shown))
-        valid = _share_of(sides.valid(1), where)
+        valid = share_of(sides.valid(1), where)
         return dataclasses.replace(group, shown=share.mean, shown_ci95=(share.low, share.high), valid=valid)
     floor = float(np.mean(_floor(scores, where, ladder)))
     ceiling = clustered_mean(redrawn, clusters).mean if several else float(redrawn.astype(np.float64).mean())
@@ -230,106 +233,3 @@ def _mean(distances: npt.NDArray[np.float32], keys: Sequence[tuple[str, int]]) -
 
 def _prompts_of(scores: PairScores, where: Mask) -> list[str]:
     return [scores.keys[index][0] for index in np.flatnonzero(where)]
-
-
-# ---- the judge -------------------------------------------------------------------------------------------------------
-
-
-class _Sides:
-    """What the judge says of the original (0) and of one model (1), as truth values."""
-
-    def __init__(self, judge: Judge, judged: Judged, model: int) -> None:
-        self.judge = judge
-        self._columns = [0, model + 1]
-        self._judged = judged
-
-    def valid(self, side: int) -> Mask | None:
-        """(N,), None where the judge cannot tell."""
-        if self.judge.valid_threshold is None:
-            return None
-        result: Mask = self._judged.valid[self._columns[side]] >= self.judge.valid_threshold
-        return result
-
-    def seen(self, side: int) -> Mask:
-        """(N,) whether the judge sees the concept, in whatever image."""
-        result: Mask = self._judged.shown[self._columns[side]] >= self.judge.threshold
-        return result
-
-    def shown(self, side: int) -> Mask:
-        """(N,) whether an image shows the concept: one that is not valid shows nothing."""
-        valid = self.valid(side)
-        return self.seen(side) if valid is None else self.seen(side) & valid
-
-    def words(self, side: int) -> npt.NDArray[np.int32]:
-        """(N, A) indices of the words that the images show."""
-        return self._judged.words[self._columns[side]]
-
-
-def verdict_of(judge: Judge, judged: Judged, side: int, index: int) -> dict[str, Any]:
-    """What the judge says of one image: whether it sees the concept, with its score; is it valid; which words."""
-    score, valid = float(judged.shown[side, index]), float(judged.valid[side, index])
-    result: dict[str, Any] = {"shown": score >= judge.threshold, "score": score}
-    if judge.valid_threshold is not None:
-        result |= {"valid": valid >= judge.valid_threshold, "valid_score": valid}
-    if judge.vocabulary:
-        indices = judged.words[side, index].tolist()
-        result["attributes"] = {
-            attribute: words[word] if word >= 0 else None
-            for (attribute, words), word in zip(judge.vocabulary.items(), indices, strict=True)
-        }
-    return result
-
-
-def _erasure(sides: _Sides, where: Mask, concept: str) -> schema.Erasure:
-    """How often a prompt that names the concept still gives it.  An image that is not valid shows nothing."""
-    seen, shown = sides.seen(1)[where], sides.shown(1)[where]
-    share = wilson(int(shown.sum()), len(shown))
-    valid = sides.valid(1)
-    return schema.Erasure(
-        concept=concept.strip(),
-        n_images=len(shown),
-        shown=share.mean,
-        shown_ci95=(share.low, share.high),
-        shown_original=float(sides.shown(0)[where].mean()),
-        valid=_share_of(valid, where),
-        valid_original=_share_of(sides.valid(0), where),
-        unlearning_accuracy=float((~seen).mean()),
-        unlearning_accuracy_valid=None if valid is None else float((valid[where] & ~seen).mean()),
-    )
-
-
-def _retain(sides: _Sides, where: Mask, prompts: Sequence[str]) -> schema.Retain:
-    """What the retain images show, and whether they still show it."""
-    judge = sides.judge
-    asked_for = {prompt: judge.asked(prompt) for prompt in set(prompts)}
-    before, after = sides.words(0), sides.words(1)
-    attributes = {}
-    for column, (attribute, words) in enumerate(judge.vocabulary.items()):
-        wanted = [asked_for[prompt].get(attribute) for prompt in prompts]
-        # A word that the judge cannot see is never right.
-        index = np.array([words.index(word) if word in words else -2 for word in wanted])
-        asked = where & np.array([word is not None for word in wanted])
-        right = [
-            float((side[asked, column] == index[asked]).mean()) if asked.any() else None for side in (before, after)
-        ]
-        attributes[attribute] = schema.Attribute(
-            accuracy=right[1],
-            original=right[0],
-            agreement=float((before[where, column] == after[where, column]).mean()),
-            n_asked=int(asked.sum()),
-        )
-    valid_before, valid = sides.valid(0), sides.valid(1)
-    same = (before == after).all(axis=1)
-    if valid is not None and valid_before is not None:
-        same &= valid == valid_before
-    return schema.Retain(
-        n_images=int(where.sum()),
-        attributes=attributes,
-        agreement=float(same[where].mean()) if attributes else None,
-        valid=_share_of(valid, where),
-        valid_original=_share_of(valid_before, where),
-    )
-
-
-def _share_of(values: Mask | None, where: Mask) -> float | None:
-    return None if values is None else float(values[where].mean())

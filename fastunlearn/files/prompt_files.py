@@ -1,8 +1,8 @@
 """Reads files of prompts, as people write them and as the field publishes them, into rows.
 
 Text (a prompt per line), CSV, TSV (separated by commas, tabs or semicolons), JSON (texts, objects, or lists by group)
-and JSON lines.  Columns are known by their names, in any case: prompt, group, seed, file, and what public files call
-them.  Nothing is guessed: a row with cells too many, an open quote or a kind that is not read is refused.
+and JSON lines.  Columns are known by their names, in any case: prompt, group, seed, kind, file, and what public files
+call them.  Nothing is guessed: a row with cells too many, an open quote or a kind that is not read is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "prompts", "text", "caption"),
     "group": ("group", "type"),
     "seed": ("seed", "evaluation_seed", "sd_seed"),
+    "kind": ("kind",),
     "file": ("file", "filename", "file_name", "image"),
 }
 #: What public files call the two kinds of prompts in their column ``type``.
@@ -43,12 +44,13 @@ _MAX_SEED = 2**63 - 1
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-    """One row: ``group`` is empty and ``seed`` and ``file`` are None where the file does not say."""
+    """One row: ``group`` and ``kind`` are empty and ``seed`` and ``file`` are None where the file does not say."""
 
     prompt: str
     group: str = ""
     seed: int | None = None
     file: str | None = None
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +141,27 @@ def _from_json(path: Path, text: str) -> PromptTable:
     except ValueError as error:
         raise UserError(f"the prompt file {path} is no JSON: {one_line(error)}.") from error
     if isinstance(content, dict):
-        rows = []
-        for group, prompts in content.items():
-            if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-                raise UserError(f"the prompt file {path}: {group!r} must be a list of prompts, got {_short(prompts)}.")
-            rows += [PromptRow(prompt, _group(group, False)) for prompt in prompts]
-        return PromptTable(rows, [f"{path}: its {len(content)} keys are the groups of their prompts."])
+        return _from_lists(path, content.items())
+    if isinstance(content, list) and content and all(map(_is_of_lists, content)):  # as EMMA writes them
+        return _from_lists(path, [item for one in content for item in one.items()])
     if not isinstance(content, list):
         raise UserError(f"the prompt file {path} must hold a list of prompts, got {_short(content)}.")
     return _from_values(path, enumerate(content, 1))
+
+
+def _is_of_lists(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(isinstance(prompts, list) for prompts in value.values())
+
+
+def _from_lists(path: Path, lists: Iterable[tuple[str, Any]]) -> PromptTable:
+    """From (group, its prompts)."""
+    rows, groups = [], set()
+    for group, prompts in lists:
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"the prompt file {path}: {group!r} must be a list of prompts, got {_short(prompts)}.")
+        groups.add(group)
+        rows += [PromptRow(prompt, _group(group, False)) for prompt in prompts]
+    return PromptTable(rows, [f"{path}: its {len(groups)} keys are the groups of their prompts."])
 
 
 def _from_json_lines(path: Path, text: str) -> PromptTable:
@@ -197,6 +211,7 @@ def _from_records(path: Path, header: Sequence[str], records: Sequence[tuple[int
                 _group(str(cells["group"] or ""), is_typed),
                 _seed(path, number, cells["seed"]),
                 None if cells["file"] is None else str(cells["file"]).strip(),
+                str(cells["kind"] or "").strip().lower(),
             )
         )
     return PromptTable(rows, _notes(path, header, {name for name in actual.values() if name}, names, rows))

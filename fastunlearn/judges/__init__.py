@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..plugins import Registry, registry
-from .base import Judge, Judged, Verdicts, as_judge, judged, record_of
+from .base import Judge, Judged, Verdicts, as_judge, judged, record_of, theirs
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ __all__ = [
     "all_judges",
     "as_judge",
     "broken_judges",
+    "find_judge",
     "judged",
     "load_judge",
     "record_of",
@@ -36,6 +37,11 @@ def all_judges() -> list[str]:
     return list(_registry().items)
 
 
+def find_judge(name: str) -> Factory:
+    """What makes the judge of this name, of ours a :class:`~.factory.JudgeFactory`.  UserError for an unknown name."""
+    return _registry().get(name)
+
+
 def broken_judges() -> dict[str, str]:
     """Judges of installed packages that cannot be loaded, by name, and why."""
     return dict(_registry().broken)
@@ -47,7 +53,10 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     Raises UserError for an unknown name, and where what the judge needs is not there.
     """
     name, _, option = name.partition(":")
-    return as_judge(_registry().get(name)(device, option))
+    make = _registry().get(name)
+    with theirs(name, make):
+        made = make(device, option)
+    return as_judge(made)
 
 
 def _registry() -> Registry[Factory]:

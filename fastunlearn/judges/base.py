@@ -5,10 +5,11 @@ The protocol is :class:`Judge`.  Any callable (images, concept) -> scores is one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ..batching import filled_tensor
-from ..errors import UserError
+from ..errors import UserError, is_expected, one_line
 from ..schema import JudgeRecord
 
 Scores = npt.NDArray[np.float32]
@@ -43,7 +44,7 @@ class Judge(ABC):
     counts as showing the concept.  ``valid_threshold``: from which score on it counts as valid; None for a judge that
     cannot tell.  ``vocabulary``: attribute -> the words that an image can show of it; empty for a judge that knows
     none.  ``weights_hash``: SHA-256 of its weights, where it has any.  ``note``: a sentence that every report of its
-    verdicts must say, such as a licence that binds.
+    verdicts must say, such as a license that binds.
     """
 
     name: str
@@ -106,13 +107,30 @@ def record_of(judge: Judge) -> JudgeRecord:
 def judged(judge: Judge, images: torch.Tensor, concept: str, batch_size: int) -> Judged:
     """One side: the verdicts on images (N, 3, H, W) uint8, asked for in batches of exactly ``batch_size``.
 
-    Raises UserError where the judge's answer is none.
+    Raises UserError where the judge's answer is none, and where a judge that is not ours raises anything.
     """
     parts = []
     for part in images.split(batch_size):
-        verdicts = judge.judge(filled_tensor(part, batch_size), concept)
+        with theirs(judge.name, judge):
+            verdicts = judge.judge(filled_tensor(part, batch_size), concept)
         parts.append(_columns(judge, verdicts, batch_size).taken(range(len(part))))
     return Judged.joined(parts, axis=1)
+
+
+@contextlib.contextmanager
+def theirs(name: str, what: Any) -> Iterator[None]:
+    """Turns what a judge of somebody else raises into one line.  A fault of ours stays one."""
+    try:
+        yield
+    except Exception as error:
+        module = getattr(what, "__module__", None) or type(what).__module__
+        is_ours = module.partition(".")[0] == __name__.partition(".")[0] and not isinstance(what, _Adapted)
+        if is_ours or is_expected(error):
+            raise
+        raise UserError(
+            f"the judge {name} failed: {type(error).__name__}: {one_line(error)}. Mend it, or take another "
+            "(FASTUNLEARN_TRACEBACK=1 shows where)."
+        ) from error
 
 
 def as_judge(given: Any) -> Judge:
@@ -159,11 +177,13 @@ class _Adapted(Judge):
 
     def check(self, concept: str) -> None:
         if callable(own := getattr(self._given, "check", None)):
-            own(concept)
+            with theirs(self.name, self):
+                own(concept)
 
     def asked(self, prompt: str) -> dict[str, str]:
         own = getattr(self._given, "asked", None)
-        return dict(own(prompt)) if callable(own) else {}
+        with theirs(self.name, self):
+            return dict(own(prompt)) if callable(own) else {}
 
 
 def _columns(judge: Judge, verdicts: Any, count: int) -> Judged:

@@ -153,6 +153,14 @@ def _missing(option: str) -> str:
     return ""
 
 
+def _here() -> str:
+    """Whether the default model is in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(DEFAULT, "model.safetensors"), str)
+    return "yes" if cached else "with clip:FOLDER, or where the hub can be reached"
+
+
 def _load(source: str) -> tuple[Any, Any, Any]:
     from ..models.runtime import mend_torchvision
 
@@ -206,4 +214,5 @@ CLIP = JudgeFactory(
         "It cannot tell whether an image is valid."
     ),
     also=_missing,
+    here=_here,
 )

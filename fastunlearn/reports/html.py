@@ -21,6 +21,7 @@ from .pages import templates
 from .sentences import (
     CONTROLS,
     LIMITS,
+    calibration_sentence,
     erasure_sentence,
     forgot_badge,
     insight,
@@ -73,6 +74,7 @@ def write_report(path: Path | str, report: HtmlReport) -> None:
             controls=[model for model in models if model["control"]],
             attributes=_attributes(report.evaluations),
             judges=judges_words(one.judge for one in report.evaluations),
+            calibrations=_calibrations(report.evaluations),
             insight=insight(report.evaluations),
             ladders=_ladders(report.evaluations),
             histograms=_histograms(report),
@@ -112,6 +114,18 @@ def _model(evaluation: Evaluation, retain_prompts: str) -> dict[str, Any]:
         "shown": erasure and round(erasure.shown * erasure.n_images),
         "forgot": erasure and forgot_badge(erasure),
         "kept": kept_badge(evaluation.integrity.retention),
+    }
+
+
+def _calibrations(evaluations: Sequence[Evaluation]) -> dict[str, bool]:
+    """Of each judge what it sees on the original's own images, and whether it cannot tell."""
+    judged = [one for one in evaluations if one.judge is not None and one.erasure is not None]
+    return {
+        calibration_sentence(one.judge, one.calibration, one.concept): bool(
+            one.calibration and one.calibration.verdict == "cannot tell"
+        )
+        for one in judged
+        if one.judge is not None
     }
 
 
@@ -201,6 +215,8 @@ def _spec(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
     judge = {"judge": evaluation.judge.name} if evaluation.judge else {}
+    if evaluation.judge and evaluation.judge.weights:
+        judge["judge's weights"] = evaluation.judge.weights
     return {"model": evaluation.model, "metric": evaluation.integrity.metric, **judge, **evaluation.to_dict()["spec"]}
 
 

@@ -11,7 +11,7 @@ from ..files.atomic import write_text
 from ..schema import FoldersEvaluation
 from .gallery import Gallery
 from .pages import templates
-from .sentences import folders_sentence
+from .sentences import calibration_sentence, folders_sentence, judges_words
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,18 @@ def write_folders_report(path: Path, report: FoldersReport) -> None:
         template.render(
             evaluation=report.evaluation,
             galleries=report.galleries,
+            calibration=_calibration(report.evaluation),
+            judges=judges_words([report.evaluation.judge]),
             sentence=folders_sentence(report.evaluation),
             spec=_spec(report.evaluation.to_dict()["spec"]),
         ),
     )
+
+
+def _calibration(evaluation: FoldersEvaluation) -> str:
+    if evaluation.judge is None or evaluation.erasure is None:
+        return ""
+    return calibration_sentence(evaluation.judge, evaluation.calibration, evaluation.erasure.concept)
 
 
 def _spec(spec: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

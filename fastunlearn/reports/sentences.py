@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..schema import ComparedPair, Ending, Erasure, Evaluation, FoldersEvaluation, JudgeRecord, Retain
+from ..schema import (
+    Calibration,
+    ComparedPair,
+    Ending,
+    Erasure,
+    Evaluation,
+    FoldersEvaluation,
+    JudgeRecord,
+    Retain,
+    Seen,
+)
 
 #: Methods that are no attempt to forget, and what they are there for.
 CONTROLS = {
@@ -44,12 +54,15 @@ def how_it_ended(ending: Ending) -> str:
 
 
 def erasure_sentence(evaluation: Evaluation) -> str:
-    concept, erasure = evaluation.concept, evaluation.erasure
-    if erasure is None:
+    if evaluation.erasure is None:
         return (
-            f"Whether the model still generates “{concept}” was not measured: that takes prompts that ask for it and a "
-            "judge that knows its images. Look at what it generates."
+            f"Whether the model still generates “{evaluation.concept}” was not measured: that takes prompts that ask "
+            "for it and a judge that knows its images. Look at what it generates."
         )
+    return _erased(evaluation.concept, evaluation.erasure)
+
+
+def _erased(concept: str, erasure: Erasure) -> str:
     n = erasure.n_images
     shown, shown_before = round(erasure.shown * n), round(erasure.shown_original * n)
     claims = (
@@ -133,11 +146,35 @@ def folders_sentence(evaluation: FoldersEvaluation) -> str:
     if integrity.ci95 is not None:
         low, high = (distance_text(value) for value in integrity.ci95)
         interval = f", 95\u00a0% interval {low} to {high}"
+    erased = (
+        "This is about what was kept: whether the concept is gone has to be shown on other images."
+        if evaluation.erasure is None
+        else _erased(evaluation.erasure.concept, evaluation.erasure)
+    )
     return (
         f"On {integrity.n_pairs:,} pairs the images are on average {distance_text(integrity.mean)} apart "
         f"({integrity.metric}{interval}), where 0 is the same image; {percent(integrity.unchanged)} did not "
-        "change. This is about what was kept: whether the concept is gone has to be shown on other images."
+        f"change. {erased}"
     )
+
+
+def calibration_sentence(judge: JudgeRecord, found: Calibration | None, concept: str) -> str:
+    """What the judge sees on the original's own images, and whether that is enough to go by."""
+    if found is None:
+        return f"The judge {judge.name} was not tried: that takes images that ask for “{concept}” and others."
+
+    def seen(part: Seen) -> str:
+        return f"{round(part.shown * part.n_images)} of {part.n_images} ({percent_range(part.ci95)})"
+
+    sentence = (
+        f"The judge {judge.name} sees “{concept}” on the original's own images in {seen(found.asked)} that ask for it "
+        f"and in {seen(found.unasked)} that do not"
+    )
+    if found.verdict == "cannot tell":
+        return f"{sentence}: it cannot tell, and what it says below of “{concept}” means nothing."
+    if found.verdict == "too few images":
+        return f"{sentence}: too few images to know whether it can tell."
+    return f"{sentence}; in brackets 95\u00a0% intervals."
 
 
 def judges_words(judges: Iterable[JudgeRecord | None]) -> list[str]:
@@ -145,7 +182,8 @@ def judges_words(judges: Iterable[JudgeRecord | None]) -> list[str]:
     words = []
     for judge in dict.fromkeys(judge for judge in judges if judge is not None):
         valid = f", valid from {judge.valid_threshold:g} on" if judge.valid_threshold is not None else ""
-        words.append(f"{judge.name} (shown from a score of {judge.threshold:g} on{valid})")
+        note = f". {judge.note.rstrip('.')}" if judge.note else ""
+        words.append(f"{judge.name} (shown from a score of {judge.threshold:g} on{valid}){note}")
     return words
 
 

@@ -86,7 +86,7 @@ def forget_prompts(config: TrainConfig | MaskConfig, model: Model) -> list[str]:
     """The user's prompts that show the concept, else the bundled world's, else the bare word."""
     word = config.forget.strip()
     if config.forget_prompts:
-        forget = prompts.parse_prompts(config.forget_prompts)
+        forget = prompts.parse_prompts(config.forget_prompts, to_forget=True)
     else:
         own = model.world.prompts_to_train(word)[0] if model.world else []  # refuses a word it does not know
         forget = own or [word]

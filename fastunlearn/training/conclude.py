@@ -16,6 +16,7 @@ from ..evaluation.evaluator import evaluate_models
 from ..evaluation.plan import default_metric, file_groups, world_groups
 from ..evaluation.results import EvaluationReport, write_results
 from ..files.weights import hash_pipeline
+from ..judges import Judge, load_judge
 from ..methods import get_method
 from ..metrics.distances import Distance, load_perceptual
 from ..models.base import Model
@@ -37,12 +38,20 @@ class Scoring:
 
     groups: PromptGroups
     metric: Distance
+    judge: Judge | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, model: Model) -> Scoring | None:
         """As the settings say, None where they want no evaluation.  Raises UserError for prompts that do not do."""
         groups = _evaluation_groups(config, model)
-        return None if groups is None else cls(groups, load_perceptual(default_metric(model), model.device))
+        if groups is None:
+            if config.judge is not None:
+                raise UserError("`--judge` judges the evaluation: give `--evaluation-prompts` FILE too.")
+            return None
+        judge = load_judge(config.judge, model.device) if config.judge is not None else None
+        if judge is not None:
+            judge.check(config.forget)
+        return cls(groups, load_perceptual(default_metric(model), model.device), judge)
 
 
 def conclude(
@@ -80,6 +89,7 @@ def conclude(
                 scoring.groups,
                 scoring.metric,
                 SamplerSpec(mixed_precision=config.mixed_precision),
+                judge=scoring.judge,
                 describe={config.method: describe_run(config) | {"model": model.name}},
                 on_progress=reporter.scoring,
             )
@@ -93,7 +103,7 @@ def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None
     if choice == "none":
         return None
     if (world := get_world(choice)) is None:
-        return file_groups(choice, config.forget if model.world else None)
+        return file_groups(choice, config.forget if model.world or config.judge else None)
     if world is not model.world:
         raise UserError(f"`--evaluation-prompts {choice}` are the bundled model's. Give a prompt file, or none.")
     return world_groups(world, config.forget)

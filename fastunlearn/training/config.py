@@ -67,6 +67,11 @@ class TrainConfig:
     checkpoint_every: int = setting("steps between checkpoints; 0: only at the end or when stopped", 50)
     log_every: int = setting("steps between lines of metrics.jsonl", 5)
     evaluation_prompts: str | None = setting("prompts to evaluate on after training: FILE, `shapes` or `none`", None)
+    judge: str | None = setting(
+        "who says, in that evaluation, whether an image shows the concept: NAME or NAME:OPTION (`fastunlearn judges`); "
+        "default: the bundled model's, and none for other models",
+        None,
+    )
     dry_run: bool = setting("print what would be done and stop", False)
     resume: bool = setting("continue from the last checkpoint in the output folder", False)
     overwrite: bool = setting("replace what an earlier run left in the output folder", False)

@@ -21,8 +21,8 @@ _FORMAT = "fastunlearn-run-1"
 
 #: These may change, since they do not change the result.  How many rows a step has, a checkpoint knows.
 _FREE = {
-    *("resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "device"),
-    *("num_processes", "deepspeed", "micro_batch_size", "gradient_accumulation_steps", "save"),
+    *("resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "judge"),
+    *("device", "num_processes", "deepspeed", "micro_batch_size", "gradient_accumulation_steps", "save"),
 }
 #: These are compared by what they lead to.
 _BY_CONTENT = {"model", "forget_prompts", "retain_prompts", "mask", "anchor"}
