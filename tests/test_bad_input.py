@@ -250,7 +250,56 @@ DEEPSPEED = {
     "batch sizes that disagree": ([*TRAIN, "--deepspeed", "{files}/ds-batch.json"], "the batch sizes disagree"),
     "fp16": ([*TRAIN, "--deepspeed", "{files}/ds-fp16.json"], "fp16 with its loss scaling is not supported"),
 }
-TABLE = COMMANDS | NUMBERS | SETTINGS | CONCEPTS | PROMPTS | MODELS | WEIGHTS | IMAGE_FOLDERS | FOLDERS | DEEPSPEED
+JUDGES = {
+    "an unknown judge": ([*EVALUATE, "--judge", "nobody"], "unknown judge 'nobody'"),
+    "an option for a judge without": ([*EVALUATE, "--judge", "shapes:large"], "takes no option, got 'large'"),
+    "a threshold that is none": ([*EVALUATE, "--judge", "nsfw:high"], "the threshold must be a number above 0"),
+    "a judge of other things": ([*EVALUATE, "--judge", "nsfw"], "looks for sexual content, and the concept 'star'"),
+    "a concept that is no class": ([*EVALUATE, "--judge", "imagenet"], "no class 'star'. Near names: "),
+    "a class that is none": ([*EVALUATE, "--judge", "imagenet:dogg"], "no class 'dogg'"),
+    "a CLIP that is not there": ([*EVALUATE, "--judge", "clip:./none"], "the folder ./none, which is not there"),
+    "a CLIP that is none": ([*EVALUATE, "--judge", "clip:{model:whole}"], "config.json and .* in "),
+    "a CLIP with an unknown option": ([*EVALUATE, "--judge", "clip:x,size=3"], "'size=3' is none of against="),
+    "a training with an unknown judge": ([*TRAIN, "--judge", "nobody"], "unknown judge 'nobody'"),
+    "a training with another's judge": ([*TRAIN, "--judge", "imagenet"], "no class 'star'"),
+    "a training that nobody judges": (
+        [*TRAIN, "--judge", "shapes", "--evaluation-prompts", "none"],
+        "give `--evaluation-prompts` FILE too",
+    ),
+    "a demo with an unknown judge": (["demo", "--output", "{new}", "--judge", "nobody"], "unknown judge 'nobody'"),
+    "a demo with another's judge": (["demo", "--output", "{new}", "--judge", "nsfw"], "looks for sexual content"),
+    "images without a concept": ([*IMAGES, "--judge", "shapes"], "name it with `--forget`"),
+    "images without prompts": ([*IMAGES, "--judge", "shapes", "--forget", "star"], "give `--prompts FILE`"),
+    "a page of no judge": (["judges", "nobody"], "unknown judge 'nobody'"),
+}
+ASKED = ("prompts", "--concept", "okapi")
+ASKING = {
+    "prompts of nothing": (["prompts"], "missing: --concept"),
+    "prompts of a blank": (["prompts", "--concept", " "], "`--concept` is empty"),
+    "an unknown kind": ([*ASKED, "--kinds", "name,rhyme"], "unknown kind of prompts 'rhyme'"),
+    "no kind": ([*ASKED, "--kinds", ","], "`--kinds` is empty"),
+    "a kind of which nothing is known": ([*ASKED, "--kinds", "near"], "give `--near`"),
+    "a hint that names it": ([*ASKED, "--hints", "an okapi"], "names 'okapi'"),
+    "an unknown category": ([*ASKED, "--category", "animal"], "invalid choice: 'animal'"),
+    "no prompts of a kind": ([*ASKED, "--per-kind", "0"], "at least 1"),
+    "prompts into a text": ([*ASKED, "--output", "{new}.txt"], "ends in .csv"),
+    "prompts over a file": ([*ASKED, "--output", "{files}/groups.csv"], "exists"),
+    "prompts into no folder": ([*ASKED, "--output", "{new}/p.csv"], "does not exist. Make it first"),
+}
+TABLE = (
+    COMMANDS
+    | NUMBERS
+    | SETTINGS
+    | CONCEPTS
+    | PROMPTS
+    | MODELS
+    | WEIGHTS
+    | IMAGE_FOLDERS
+    | FOLDERS
+    | DEEPSPEED
+    | JUDGES
+    | ASKING
+)
 
 FILES = {
     "empty.txt": "",
@@ -421,5 +470,5 @@ def test_bad_input_is_one_line_and_changes_nothing(words, said, workbench, refus
 def test_the_table_is_as_long_as_it_says():
     assert len(TABLE) >= 120
     assert len(TABLE) == sum(map(len, (COMMANDS, NUMBERS, SETTINGS, CONCEPTS, PROMPTS, MODELS, WEIGHTS))) + sum(
-        map(len, (IMAGE_FOLDERS, FOLDERS, DEEPSPEED))
+        map(len, (IMAGE_FOLDERS, FOLDERS, DEEPSPEED, JUDGES, ASKING))
     )

@@ -170,7 +170,7 @@ def test_a_judge_that_some_images_speak_for_and_all_against_is_refused_at_the_en
         return light(images, concept) * (0.5 if calls else 1)
 
     settings = {"judge": fading, "forget": "bright", "output": tmp_path / "out", **SETTINGS}
-    with pytest.raises(UserError, match="cannot tell .* 0 of 30 .*insist with `--trust-judge --resume`"):
+    with pytest.raises(UserError, match=r"cannot tell .* 0 of 30 .*insist with `--trust-judge --resume`"):
         evaluate(paints(1.0), unlearned, GROUPED, **settings)
     assert "journal" in names_in(tmp_path / "out")
     done = len(calls)

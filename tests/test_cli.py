@@ -34,7 +34,7 @@ EVALUATE = [*JUDGE, "--unlearned", "shapes"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 FLAGS = {
-    "demo": {"config", "output", "seed", "overwrite"},
+    "demo": {"config", "output", "judge", "seed", "overwrite"},
     "train": {
         *("config", "model", "method", "forget", "anchor", "forget-prompts", "retain-prompts", "output"),
         *("mask", "mask-density", "mask-granularity", "clip-scope", "gradient-accumulation-steps", "save"),
@@ -42,7 +42,7 @@ FLAGS = {
         *("steps", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories", "trajectory-steps"),
         *("trajectory-guidance-scale", "trainable", "retain-weight", "set", "weight-decay"),
         *("max-grad-norm", "seed", "mixed-precision", "device", "checkpoint-every", "log-every"),
-        *("evaluation-prompts", "dry-run", "resume", "overwrite"),
+        *("evaluation-prompts", "judge", "dry-run", "resume", "overwrite"),
     },
     "mask": {
         *("config", "forget", "output", "model", "density", "granularity", "trainable", "forget-prompts"),
@@ -54,13 +54,18 @@ FLAGS = {
         *("config", "original", "unlearned", "prompts", "placebo", "output", "forget", "metric", "metrics"),
         "trunk-weights",
         *("seeds-per-prompt", "batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device"),
-        *("judge", "control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
+        *("judge", "trust-judge", "control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
     },
     "evaluate-images": {
         *("config", "original-images", "unlearned-images", "output", "prompts", "metric", "trunk-weights", "metrics"),
-        *("batch-size", "num-workers", "device", "overwrite"),
+        *("forget", "judge", "trust-judge", "batch-size", "num-workers", "device", "overwrite"),
     },
     "compare": {"config", "output", "margin", "overwrite"},
+    "prompts": {
+        *("config", "concept", "output", "kinds", "category", "aliases", "hints", "near", "per-kind", "seed"),
+        "overwrite",
+    },
+    "judges": set(),
     "methods": set(),
     "info": set(),
 }
@@ -107,7 +112,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
     from fastunlearn.cli import main as module
 
     taken = []
-    names = ("train", "mask", "apply", "evaluate", "evaluate_images", "compare")
+    names = ("train", "mask", "apply", "evaluate", "evaluate_images", "compare", "prompts")
     for name in names:
         monkeypatch.setattr(module, f"_{name}", lambda flags: taken.append(flags) or 0)
     for text in (getattr(module, f"_{name.upper()}_EXAMPLES") for name in names):
@@ -115,7 +120,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
             assert words[0] == "fastunlearn"
             assert cli(*words[1:]).status == 0, line
-    assert len(taken) == 17
+    assert len(taken) == 22
 
 
 def test_the_version_is_the_packages(cli):
@@ -128,6 +133,72 @@ def test_methods_lists_each_with_its_paper(cli):
     assert (answer.status, answer.err) == (0, "")
     for word in ("esd", "ovw", "saddle", "placebo", "identity", "2303.07345", "2411.02068"):
         assert word in answer.out
+
+
+def test_judges_lists_each_with_what_it_needs_and_whether_it_can_run_here(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    answer = cli("judges")
+    assert (answer.status, answer.err) == (0, "")
+    text = " ".join(re.sub("[│┃]", " ", answer.out).split())
+    for word in ("shapes", "clip", "imagenet", "nsfw", "nudenet", "AGPL-3.0", "BSD-2-Clause", "Imagenette"):
+        assert word in text
+    row = next(line for line in answer.out.splitlines() if "nudenet" in line)
+    assert row.rstrip("│ ").endswith("no")
+    page = cli("judges", "nudenet").out
+    assert "cannot run: it needs the package nudenet, which is not installed: pip install nudenet" in page
+    assert "--judge imagenet:OPTION, OPTION being CLASS;CLASS" in cli("judges", "imagenet").out
+    assert "unknown judge 'nobody'" in cli("judges", "nobody").err
+
+
+def test_prompts_writes_a_table_that_the_other_commands_read(cli, tmp_path):
+    from fastunlearn.prompts import PromptGroups, parse_prompts, read_prompts
+
+    path = tmp_path / "prompts.csv"
+    kinds = "name,prefix,variant,short,long,implicit,misspelt,near,random"
+    command = ("prompts", "--concept", "Van Gogh", "--kinds", kinds, "--per-kind", "3")
+    answer = cli(*command, "--output", path)
+    assert (answer.status, answer.err) == (0, "")
+    assert path.read_text().startswith("prompt,group,kind\nVan Gogh,forget-name,name\n")
+    read = read_prompts(str(path))
+    assert not read.notes, "every column is used"
+    groups = PromptGroups.of_list(read, "Van Gogh")
+    assert (len(groups.forget), len(groups.retain)) == (1 + 6 * 3, 2 * 3)
+    assert parse_prompts(str(path), to_forget=True) == [
+        prompt for prompt in dict(read.grouped) if prompt in groups.forget
+    ]
+    assert set(parse_prompts(str(path))) == set(groups.retain)
+    assert {read.kinds[prompt] for prompt in groups.retain} == {"near", "random"}
+    before = path.read_bytes()
+    assert "exists: use another name, or `--overwrite`" in cli(*command, "--output", path).err
+    assert cli(*command, "--output", path, "--overwrite").status == 0
+    assert path.read_bytes() == before
+    shown = cli(*command).out.splitlines()
+    assert len(shown) == len(read.grouped)
+    assert shown[0].split() == ["name", "Van", "Gogh"]
+
+
+def test_a_plan_takes_what_is_to_forget_and_what_to_keep_from_one_file(cli, tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,group\na red star,forget-short\na star,forget\na ring,near\na heart,random\n")
+    command = (
+        "train",
+        "--forget",
+        "star",
+        "--method",
+        "ovw",
+        "--trajectories",
+        1,
+        "--trajectory-steps",
+        2,
+        "--steps",
+        1,
+    )
+    prompts = ("--forget-prompts", path, "--retain-prompts", path, "--evaluation-prompts", "none")
+    answer = cli(*command, *prompts, "--dry-run", "--output", tmp_path / "run")
+    assert (answer.status, answer.err) == (0, "")
+    line = next(line for line in answer.out.splitlines() if line.startswith("forget "))
+    assert "a red star" in line
+    assert "ring" not in line
 
 
 def test_info_tells_versions_devices_kernels_and_metrics(cli):

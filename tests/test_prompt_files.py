@@ -30,6 +30,22 @@ READ = {
     "json texts": ("p.json", '["a red ring",\n "a blue cross"]', [RING, CROSS]),
     "json objects": ("p.json", '[{"prompt": "a red ring", "group": "near"}]', [NEAR]),
     "json by group": ("p.json", '{"Near": ["a red ring"], "far": ["x"]}', [NEAR, PromptRow("x", "far")]),
+    "EMMA": (
+        "4_short.json",
+        '[{"airplane": ["a ring", "b"]}, {"baseballbat": ["c"]}]',
+        [PromptRow("a ring", "airplane"), PromptRow("b", "airplane"), PromptRow("c", "baseballbat")],
+    ),
+    "UnlearnDiffAtk": (
+        "church.csv",
+        "case_number,prompt,evaluation_seed,evaluation_guidance\n0,Old stone church.,69922,7.5\n",
+        [PromptRow("Old stone church.", seed=69922)],
+    ),
+    "I2P as UnlearnDiffAtk has it": (
+        "nudity.csv",
+        'Unnamed: 0,prompt,categories,hard,evaluation_seed,sd_model,case_number\n21,"a, b ",x,1,932309623,sd,21\n',
+        [PromptRow("a, b ", seed=932309623)],
+    ),
+    "kinds": ("p.csv", "prompt,group,kind\na red ring,near,Near\n", [PromptRow("a red ring", "near", kind="near")]),
     "json lines of objects": (
         "p.jsonl",
         '{"prompt": "a red ring"}\n\n{"text2": 1, "prompt": "a blue cross"}',
@@ -71,6 +87,7 @@ REFUSED = {
     "json of a number": ("p.json", "5", "must hold a list"),
     "json of nested objects": ("p.json", '{"a": {"b": ["c"]}}', "'a' must be a list of prompts"),
     "json of mixed values": ("p.json", '["a", {"prompt": "b"}]', "entry 1 must be an object"),
+    "json of lists that hold a number": ("p.json", '[{"a": ["b"]}, {"c": [5]}]', "'c' must be a list of prompts"),
     "json without prompts": ("p.json", '[{"words": "a"}]', "no key named `prompt`"),
     "a prompt that is a number": ("p.json", '[{"prompt": 5}]', "must be a text"),
     "a broken line of json": ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "no JSON in line 2"),
@@ -169,3 +186,13 @@ def test_prompts_that_name_the_concept_are_found_as_whole_words():
     prompts = ["a red star", "a STARfish", "Star.", "a starry night", "five-star hotel"]
     assert mentions(prompts, "star") == ["a red star", "Star.", "five-star hotel"]
     assert mentions(prompts, None) == mentions(prompts, " ") == []
+
+
+def test_a_group_of_the_concepts_name_is_the_one_to_forget():
+    """EMMA's files hold all concepts, each under its name without spaces."""
+    from fastunlearn.prompts import PromptGroups, PromptList
+
+    read = PromptList([("a", "baseballbat"), ("b", "apple"), ("c", "bear")])
+    groups = PromptGroups.of_list(read, "Baseball bat")
+    assert (groups.forget, groups.retain) == (("a",), ("b", "c"))
+    assert PromptGroups.of_list(read, None).forget == ()

@@ -114,6 +114,8 @@ def concept_prompts(
         raise UserError(f"`--per-kind` must be at least 1, got {per_kind}.")
     if category is not None and category not in CATEGORIES:
         raise UserError(f"unknown category {category!r}. There are: {', '.join(CATEGORIES)}.")
+    if kinds is not None and not kinds:
+        raise UserError(f"`--kinds` is empty. There are: {', '.join(KINDS)}.")
     for kind in kinds or ():
         if kind not in KINDS:
             raise UserError(f"unknown kind of prompts {kind!r}. There are: {', '.join(KINDS)}.")

@@ -62,12 +62,16 @@ class Originals:
         for key in wanted:
             if len(batch) < self._source.batch_size and key not in batch and (not batch or self._is_missing(key)):
                 batch.append(key)
-        for _ in range(min(len(self._coming), 2 * self._source.batch_size)):  # no further ahead: all is held in memory
-            if len(batch) == self._source.batch_size:
-                break
+        ahead = 0
+        while self._coming and len(batch) < self._source.batch_size:
             key = self._coming.popleft()
-            if key not in batch and self._uses[key] > 0 and self._is_missing(key):
+            if key in self._held or key in batch or self._uses[key] <= 0:
+                continue
+            if self._is_missing(key):
                 batch.append(key)
+            ahead += 1
+            if ahead == 2 * self._source.batch_size:  # no further: all is held in memory
+                break
         finish = self._source.start(batch)
         generated = self._finish.submit(self._finished, finish, batch)
         self._held |= {key: (generated, index) for index, key in enumerate(batch)}
