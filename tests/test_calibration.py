@@ -196,10 +196,8 @@ def test_the_calibration_generates_nothing_more():
 def test_the_bundled_judge_can_tell(bundled):
     from fastunlearn.evaluation.plan import world_groups
 
-    grouped = world_groups(bundled.world, "star").grouped()
-    chosen = [row for row in grouped if row[1].startswith("forget")][:8] + [row for row in grouped if row[1] == "far"][
-        :8
-    ]
+    groups = world_groups(bundled.world, "star")
+    chosen = [(prompt, "forget") for prompt in groups.forget[:8]] + [(prompt, "far") for prompt in groups.retain[:8]]
     settings = {"num_inference_steps": 8, "batch_size": 16, "control_pairs": 2, "forget": "star"}
     found = evaluate(bundled, {"same": bundled}, chosen, **settings).results[0].evaluation.calibration
     assert found.verdict == "tells"

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from toys import MeanDifference
 
+from fastunlearn import EvaluateImagesConfig, evaluate_images
+from fastunlearn.cli.console import images_table
 from fastunlearn.errors import UserError
 from fastunlearn.judges import judged, load_judge
 from fastunlearn.judges.imagenet_classes import Classes, imagenet_classes
@@ -332,3 +335,41 @@ def test_a_clip_that_cannot_be_read_is_one_line(option, said, clip_folder, tmp_p
     with pytest.raises(UserError, match=said) as error:
         load_judge("clip:" + option.format(clip=clip_folder, empty=tmp_path / "empty", **folders)).check("van gogh")
     assert "\n" not in str(error.value)
+
+
+# ---- in an evaluation ------------------------------------------------------------------------------------------------
+
+
+def test_imagenet_judges_two_folders_of_real_images(pictures, capsys, tmp_path):
+    """A palace to forget, seen in every crop of its photo; in the other folder flowers stand in its place."""
+    crops = {"palace": "china", "flower": "flower", "espresso": "coffee", "tripod": "camera"}
+    rows = ["file,prompt,group"]
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        for word, name in crops.items():
+            for index in range(4):
+                shown = pictures["flower" if (word, side) == ("palace", "after") else name]
+                image = Image.fromarray(shown).convert("RGB")
+                box = (4 * index, 4 * index, image.width - 4 * (3 - index), image.height - 4 * (3 - index))
+                ImageOps.fit(image.crop(box), (256, 256)).save(tmp_path / side / f"{word}-{index}.png")
+                if side == "before":
+                    group = "forget" if word == "palace" else "far"
+                    rows.append(f"{word}-{index}.png,a photo of a {word} number {index},{group}")
+    (tmp_path / "prompts.csv").write_text("\n".join(rows) + "\n")
+    names = {"original_images": "before", "unlearned_images": "after", "prompts": "prompts.csv", "output": "out"}
+    settings = {name: str(tmp_path / value) for name, value in names.items()} | {"judge": "imagenet"}
+    result = evaluate_images(EvaluateImagesConfig(**settings, forget="palace"), metric=MeanDifference())
+    images_table(result, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["calibration"]["verdict"] == "tells"
+    assert content["calibration"]["unasked"]["shown"] == 0.0
+    assert content["erasure"]["shown_original"] >= 0.75
+    assert content["erasure"]["shown"] == 0.0
+    assert content["judge"]["weights"].startswith("579344248a93")
+    assert content["retain"]["attributes"]["class"]["n_asked"] == 8, "flower is no class"
+    assert content["retain"]["attributes"]["class"]["accuracy"] == 1.0
+    said = "The judge imagenet/efficientnet-lite0@579344248a93 sees “palace” on the original's own images in"
+    assert said in " ".join(capsys.readouterr().out.split())
+    settings["output"] = str(tmp_path / "other")
+    with pytest.raises(UserError, match="cannot tell 'tench': on the original's own images it sees it in 0 of 4"):
+        evaluate_images(EvaluateImagesConfig(**settings, forget="tench"), metric=MeanDifference())
