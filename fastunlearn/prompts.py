@@ -26,26 +26,43 @@ class PromptList:
     kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_prompts(value: str) -> PromptList:
+def read_prompts(value: str, concept: str | None = None) -> PromptList:
     """``FILE`` (see :mod:`.files.prompt_files`) or ``TEXT;TEXT``.  A prompt without a group is of ``retain``.
 
     The prompt may be empty in the group ``empty``: what a model generates without being asked for anything.
+    ``concept``: whose prompts to take from a file that has them for many.
+
     Raises UserError for a file that cannot be read, or is not there, and where there is no prompt.
     """
     if not _names_a_file(value):
         return _once([PromptRow(text) for text in value.split(";")], value, ())
     path = Path(value).expanduser()
     table = read_prompt_file(path)
-    return _once(table.rows, value, tuple(table.notes))
+    return _once(_of_concept(table.rows, value, concept), value, tuple(table.notes))
 
 
-def parse_prompts(value: str, *, to_forget: bool = False) -> list[str]:
+def _of_concept(rows: Sequence[PromptRow], value: str, concept: str | None) -> Sequence[PromptRow]:
+    """The rows for the concept, where rows say for which they are; else all."""
+    if not any(row.concept for row in rows):
+        return rows
+
+    def plain(name: str) -> str:  # such files write andy-warhol and baseballbat
+        return re.sub(r"[\W_]+", "", name).casefold()
+
+    if mine := [row for row in rows if concept is not None and plain(row.concept) == plain(concept)]:
+        return mine
+    names = list(dict.fromkeys(row.concept for row in rows))
+    wanted = "say which" if concept is None else f"{concept!r} is none of them"
+    raise UserError(f"{value!r} holds prompts for {len(names)} concepts, {', '.join(names[:4])}, ...: {wanted}.")
+
+
+def parse_prompts(value: str, *, to_forget: bool = False, concept: str | None = None) -> list[str]:
     """The prompts of :func:`read_prompts`.
 
     Where some of them are of a group to forget and others are not, only those that ``to_forget`` says, so that one
     file can hold both.
     """
-    grouped = read_prompts(value).grouped
+    grouped = read_prompts(value, concept).grouped
     wanted = [prompt for prompt, group in grouped if is_forget(group) == to_forget]
     is_mixed = 0 < sum(is_forget(group) for _, group in grouped) < len(grouped)
     return wanted if is_mixed else [prompt for prompt, _ in grouped]
@@ -169,12 +186,8 @@ class PromptGroups:
 
     @classmethod
     def of_list(cls, read: PromptList, concept: str | None) -> PromptGroups:
-        """From what was read from a file or a text.  A group that has the concept's name is to be forgotten."""
-        word = (concept or "").replace(" ", "").casefold()  # as EMMA writes it
-        grouped = [
-            (prompt, "forget" if word and group.replace(" ", "").casefold() == word else group)
-            for prompt, group in read.grouped
-        ]
+        """From what was read from a file or a text."""
+        grouped = read.grouped
         forget = tuple(prompt for prompt, group in grouped if is_forget(group))
         retain = tuple(prompt for prompt, group in grouped if not is_forget(group))
         return cls(forget, retain, concept, dict(grouped), read.seeds, read.notes)

@@ -33,7 +33,11 @@ READ = {
     "EMMA": (
         "4_short.json",
         '[{"airplane": ["a ring", "b"]}, {"baseballbat": ["c"]}]',
-        [PromptRow("a ring", "airplane"), PromptRow("b", "airplane"), PromptRow("c", "baseballbat")],
+        [
+            PromptRow("a ring", "forget-short", kind="short", concept="airplane"),
+            PromptRow("b", "forget-short", kind="short", concept="airplane"),
+            PromptRow("c", "forget-short", kind="short", concept="baseballbat"),
+        ],
     ),
     "UnlearnDiffAtk": (
         "church.csv",
@@ -188,11 +192,24 @@ def test_prompts_that_name_the_concept_are_found_as_whole_words():
     assert mentions(prompts, None) == mentions(prompts, " ") == []
 
 
-def test_a_group_of_the_concepts_name_is_the_one_to_forget():
-    """EMMA's files hold all concepts, each under its name without spaces."""
-    from fastunlearn.prompts import PromptGroups, PromptList
+def test_of_a_file_for_many_concepts_only_the_ones_prompts_are_read(write):
+    """EMMA's files: under a concept, in 7_hard, stand prompts for others, which are to be kept."""
+    from fastunlearn.prompts import PromptGroups
 
-    read = PromptList([("a", "baseballbat"), ("b", "apple"), ("c", "bear")])
-    groups = PromptGroups.of_list(read, "Baseball bat")
-    assert (groups.forget, groups.retain) == (("a",), ("b", "c"))
-    assert PromptGroups.of_list(read, None).forget == ()
+    content = (
+        '[{"baseballbat": ["a bat", "a wooden bat"]}, {"andy-warhol": ["pop art"]}, {"bear": ["a ball", "pop art"]}]'
+    )
+    path = str(write("4_short.json", content))
+    assert read_prompts(path, "Baseball Bat").grouped == [("a bat", "forget-short"), ("a wooden bat", "forget-short")]
+    assert parse_prompts(path, to_forget=True, concept="Andy Warhol") == ["pop art"]
+    hard = read_prompts(str(write("7_hard.json", content)), "bear")
+    as_one_object = str(write("6_random.json", '{"bear": ["a red ring"], "dog": ["a red ring"]}'))
+    assert read_prompts(as_one_object, "dog").grouped == [("a red ring", "random")]
+    assert PromptGroups.of_list(hard, "bear").retain == ("a ball", "pop art")
+    assert hard.kinds == {"a ball": "hard", "pop art": "hard"}
+    for concept, said in (
+        (None, "3 concepts, baseballbat, andy-warhol, bear, ...: say which"),
+        ("dog", "'dog' is none of"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_prompts(path, concept)

@@ -358,7 +358,9 @@ def test_imagenet_judges_two_folders_of_real_images(pictures, capsys, tmp_path):
     (tmp_path / "prompts.csv").write_text("\n".join(rows) + "\n")
     names = {"original_images": "before", "unlearned_images": "after", "prompts": "prompts.csv", "output": "out"}
     settings = {name: str(tmp_path / value) for name, value in names.items()} | {"judge": "imagenet"}
-    result = evaluate_images(EvaluateImagesConfig(**settings, forget="palace"), metric=MeanDifference())
+    distance = MeanDifference()
+    distance.micro_batch_size = 8  # no image is judged only to fill a batch
+    result = evaluate_images(EvaluateImagesConfig(**settings, forget="palace"), metric=distance)
     images_table(result, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert content["calibration"]["verdict"] == "tells"
@@ -372,4 +374,4 @@ def test_imagenet_judges_two_folders_of_real_images(pictures, capsys, tmp_path):
     assert said in " ".join(capsys.readouterr().out.split())
     settings["output"] = str(tmp_path / "other")
     with pytest.raises(UserError, match="cannot tell 'tench': on the original's own images it sees it in 0 of 4"):
-        evaluate_images(EvaluateImagesConfig(**settings, forget="tench"), metric=MeanDifference())
+        evaluate_images(EvaluateImagesConfig(**settings, forget="tench"), metric=distance)

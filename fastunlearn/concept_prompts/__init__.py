@@ -1,7 +1,8 @@
 """Prompts that ask for a concept in many ways, and for what lies next to it, from templates of our own.
 
-The kinds are those of EMMA (arXiv 2512.17320: name, prefix, variant, short, long to forget; near and random to keep)
-and three more of the field: implicit, misspelt, language.  Same arguments, same prompts, on any machine.
+The kinds are called after those of EMMA (arXiv 2512.17320: name, prefix, variant, short, long to forget; hard, which is
+near here, and random to keep), with three more of the field: implicit, misspelt, language.  EMMA's short and long ones
+mostly describe the concept without naming it, which here is implicit.  Same arguments, same prompts, on any machine.
 
 What a concept is, is known of the few in ``table.py``.  Of any other the caller says it: its ``category``, ``aliases``,
 ``hints`` that imply it without naming it, and what is ``near``.  Nothing is made up for a word that is not known.

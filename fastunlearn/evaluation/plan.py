@@ -134,7 +134,7 @@ def world_groups(world: World, concept: str) -> PromptGroups:
 
 def file_groups(value: str, concept: str | None) -> PromptGroups:
     """Prompts from a file or text; groups named ``forget...`` ask for the concept, all others are to be kept."""
-    return PromptGroups.of_list(read_prompts(value), concept)
+    return PromptGroups.of_list(read_prompts(value, concept), concept)
 
 
 def default_metric(model: Model | Source) -> str:

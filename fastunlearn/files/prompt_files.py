@@ -28,6 +28,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 #: What public files call the two kinds of prompts in their column ``type``.
 TYPES = {"erased": "forget", "erase": "forget", "target": "forget", "others": "retain", "other": "retain"}
+#: EMMA's kinds of prompts, by which its files are called: to forget, and to keep.
+FORGET_KINDS, RETAIN_KINDS = ("name", "prefix", "variant", "short", "long"), ("random", "hard")
 
 _TABLES = (".csv", ".tsv")
 _JSON = (".json",)
@@ -44,13 +46,17 @@ _MAX_SEED = 2**63 - 1
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-    """One row: ``group`` and ``kind`` are empty and ``seed`` and ``file`` are None where the file does not say."""
+    """One row: texts but the prompt are empty and ``seed`` and ``file`` are None where the file does not say.
+
+    ``concept``: whose erasing the prompt is to test, in a file for many concepts.
+    """
 
     prompt: str
     group: str = ""
     seed: int | None = None
     file: str | None = None
     kind: str = ""
+    concept: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +146,13 @@ def _from_json(path: Path, text: str) -> PromptTable:
         content = json.loads(text)
     except ValueError as error:
         raise UserError(f"the prompt file {path} is no JSON: {one_line(error)}.") from error
+    if isinstance(content, dict) and _emma_kind(path):
+        return _from_emma(path, [content])
     if isinstance(content, dict):
-        return _from_lists(path, content.items())
-    if isinstance(content, list) and content and all(map(_is_of_lists, content)):  # as EMMA writes them
-        return _from_lists(path, [item for one in content for item in one.items()])
+        rows = [PromptRow(prompt, _group(group, False)) for group, prompt in _of_lists(path, content.items())]
+        return PromptTable(rows, [f"{path}: its {len(content)} keys are the groups of their prompts."])
+    if isinstance(content, list) and content and all(map(_is_of_lists, content)):
+        return _from_emma(path, content)
     if not isinstance(content, list):
         raise UserError(f"the prompt file {path} must hold a list of prompts, got {_short(content)}.")
     return _from_values(path, enumerate(content, 1))
@@ -153,15 +162,32 @@ def _is_of_lists(value: Any) -> bool:
     return isinstance(value, dict) and len(value) > 0 and all(isinstance(prompts, list) for prompts in value.values())
 
 
-def _from_lists(path: Path, lists: Iterable[tuple[str, Any]]) -> PromptTable:
-    """From (group, its prompts)."""
-    rows, groups = [], set()
-    for group, prompts in lists:
+def _from_emma(path: Path, content: Sequence[Mapping[str, Any]]) -> PromptTable:
+    """A list of {concept: prompts}; the file is called after the kind of its prompts, such as 6_random.json.
+
+    A kind that is to be kept holds, under a concept, prompts for others.
+    """
+    kind = _emma_kind(path)
+    group = kind if kind in RETAIN_KINDS else f"forget-{kind}" if kind else "forget"
+    pairs = _of_lists(path, [item for one in content for item in one.items()])
+    rows = [PromptRow(prompt, group, kind=kind, concept=concept) for concept, prompt in pairs]
+    return PromptTable(rows, [f"{path}: its keys are concepts, and the group of all its prompts is {group}."])
+
+
+def _emma_kind(path: Path) -> str:
+    """The kind that a file is called after, 6_random.json; empty where it is called otherwise."""
+    number, _, kind = path.stem.lower().partition("_")
+    return kind if number.isdecimal() and kind in (*FORGET_KINDS, *RETAIN_KINDS) else ""
+
+
+def _of_lists(path: Path, lists: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """(key, prompt) from each key and its prompts."""
+    pairs = []
+    for key, prompts in lists:
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError(f"the prompt file {path}: {group!r} must be a list of prompts, got {_short(prompts)}.")
-        groups.add(group)
-        rows += [PromptRow(prompt, _group(group, False)) for prompt in prompts]
-    return PromptTable(rows, [f"{path}: its {len(groups)} keys are the groups of their prompts."])
+            raise UserError(f"the prompt file {path}: {key!r} must be a list of prompts, got {_short(prompts)}.")
+        pairs += [(key, prompt) for prompt in prompts]
+    return pairs
 
 
 def _from_json_lines(path: Path, text: str) -> PromptTable:

@@ -23,7 +23,7 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
     word = config.forget.strip()
     forget = forget_prompts(config, model)
     if config.retain_prompts and config.retain_prompts != AUTO:
-        retain = prompts.parse_prompts(config.retain_prompts)
+        retain = prompts.parse_prompts(config.retain_prompts, concept=word)
     else:
         retain = model.world.prompts_to_train(word)[1] if model.world else []
     if config.retain_prompts == AUTO:
@@ -86,7 +86,7 @@ def forget_prompts(config: TrainConfig | MaskConfig, model: Model) -> list[str]:
     """The user's prompts that show the concept, else the bundled world's, else the bare word."""
     word = config.forget.strip()
     if config.forget_prompts:
-        forget = prompts.parse_prompts(config.forget_prompts, to_forget=True)
+        forget = prompts.parse_prompts(config.forget_prompts, to_forget=True, concept=word)
     else:
         own = model.world.prompts_to_train(word)[0] if model.world else []  # refuses a word it does not know
         forget = own or [word]
