@@ -121,16 +121,17 @@ def concept_prompts(
         if kind not in KINDS:
             raise UserError(f"unknown kind of prompts {kind!r}. There are: {', '.join(KINDS)}.")
     table = known(name) or Known("")
+    names = (name, *aliases, *table.aliases)
+    for hint in hints:
+        if named := [word for word in names if _mentions(hint, word)]:
+            raise UserError(f"the hint {hint!r} names {named[0]!r}: a prompt of the kind `implicit` must not.")
     about = Known(
         category or table.category,
         (*aliases, *table.aliases),
-        (*hints, *table.hints),
+        (*hints, *(hint for hint in table.hints if not any(_mentions(hint, word) for word in names))),
         (*near, *table.near),
         table.translated,
     )
-    for hint in about.hints:
-        if named := [word for word in (name, *about.aliases) if _mentions(hint, word)]:
-            raise UserError(f"the hint {hint!r} names {named[0]!r}: a prompt of the kind `implicit` must not.")
     result: dict[str, str] = {}
     for kind in KINDS if kinds is None else dict.fromkeys(kinds):
         made = _MAKERS[kind](name, about)
