@@ -63,6 +63,17 @@ def test_the_bundled_judge_finds_noise_not_valid_and_knows_its_words(shapes):
         load_judge("shapes:large")
 
 
+def test_how_images_lie_in_memory_changes_no_bit(shapes):
+    """A full batch comes as the decoder left it, one that was filled up does not; ranks fill up at other places."""
+    images = noise(9)
+    whole = judged(shapes, images, "star", 9)
+    other = judged(shapes, images.contiguous(memory_format=torch.channels_last), "star", 9)
+    parts = [judged(shapes, part.contiguous(memory_format=torch.channels_last), "star", 9) for part in images.split(5)]
+    for again in (other, type(whole).joined(parts, axis=1)):
+        assert (again.shown == whole.shown).all()
+        assert (again.valid == whole.valid).all()
+
+
 def test_noise_is_not_forgetting(bundled):
     """A model that makes noise of every prompt: nothing is shown, nothing is valid, and every page says both."""
 

@@ -219,8 +219,8 @@ class Evaluator:
         """(M, N, F); every call has as many rows as a full batch, so that no row depends on its company."""
         size = self.plan.original.batch_size
         prompts = filled([prompt for prompt, _ in chunk], size)
-        first = filled_tensor(original, size)
-        rows = [metric.measure(first, filled_tensor(side, size), prompts)[: len(chunk)] for side in generated]
+        first, *sides = (filled_tensor(side.contiguous(), size) for side in (original, *generated))
+        rows = [metric.measure(first, side, prompts)[: len(chunk)] for side in sides]
         return np.stack([row.float().numpy() for row in rows])
 
     def _keys_to_try(self, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:

@@ -110,11 +110,22 @@ def judged(judge: Judge, images: torch.Tensor, concept: str, batch_size: int) ->
     Raises UserError where the judge's answer is none, and where a judge that is not ours raises anything.
     """
     parts = []
-    for part in images.split(batch_size):
+    # A network's last bits may depend on how its input lies in memory, and a batch that was filled up lies otherwise.
+    for part in images.contiguous().split(batch_size):
         with theirs(judge.name, judge):
             verdicts = judge.judge(filled_tensor(part, batch_size), concept)
         parts.append(_columns(judge, verdicts, batch_size).taken(range(len(part))))
     return Judged.joined(parts, axis=1)
+
+
+def logits_of(head: Any, features: torch.Tensor) -> torch.Tensor:
+    """The outputs (B, K) of a linear layer for features (B, F), float64 on the CPU.
+
+    In double precision: a product of floats, and what is computed from it, depends in its last bit on where in the
+    batch an image stands, and with it on how many processes share the images.
+    """
+    bias = None if head.bias is None else head.bias.double()
+    return torch.nn.functional.linear(features.double(), head.weight.double(), bias).cpu()
 
 
 @contextlib.contextmanager

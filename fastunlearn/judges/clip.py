@@ -81,10 +81,10 @@ class ClipJudge(Judge):
         seen = _unit(_pooled(self.model.get_image_features(pixel_values=pixels.to(self.device))))
         similar = seen @ self._embedded(concept).T
         ahead = similar[:, 0] - similar[:, 1:].amax(1) - self._margin
-        return Verdicts(torch.sigmoid(self.model.logit_scale.exp().float().cpu() * ahead))
+        return Verdicts(torch.sigmoid(self.model.logit_scale.exp().double().cpu() * ahead))
 
     def _embedded(self, concept: str) -> torch.Tensor:
-        """(1 + A, F) float32 of length 1 on the CPU: the concept first, then the alternatives."""
+        """(1 + A, F) float64 of length 1 on the CPU: the concept first, then the alternatives."""
         if concept not in self._texts:
             word = " ".join(concept.split())
             category = self._category or (known(word) or Known("")).category
@@ -102,9 +102,12 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _pooled(answer: Any) -> torch.Tensor:
-    """What transformers returned: the features, or, from 5.x on, an object that holds them; float32 on the CPU."""
+    """What transformers returned: the features, or, from 5.x on, an object that holds them; on the CPU.
+
+    In double precision, in which no rounding depends on where in the batch an image stands.
+    """
     features: torch.Tensor = getattr(answer, "pooler_output", answer)
-    return features.float().cpu()
+    return features.double().cpu()
 
 
 def _parsed(option: str) -> tuple[str, tuple[tuple[str, ...], str, float]]:

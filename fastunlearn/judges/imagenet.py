@@ -16,7 +16,7 @@ import torch
 
 from ..errors import UserError
 from ..files.images import to_pil
-from .base import Judge, Verdicts
+from .base import Judge, Verdicts, logits_of
 from .factory import JudgeFactory
 from .imagenet_classes import imagenet_classes
 
@@ -55,7 +55,8 @@ class ImagenetJudge(Judge):
     @torch.inference_mode()
     def judge(self, images: torch.Tensor, concept: str) -> Verdicts:
         shown = torch.stack([self.transform(image) for image in to_pil(images)])
-        logits = self.network(shown.to(self.device)).float().cpu()
+        features = self.network.forward_head(self.network.forward_features(shown.to(self.device)), pre_logits=True)
+        logits = logits_of(self.network.classifier, features)
         wanted = self._wanted(concept)
         others = logits.clone()
         others[:, wanted] = -torch.inf

@@ -7,7 +7,7 @@ import torch
 from ..files.weights import hash_module
 from ..worlds.shapes import SHAPES_WORLD, load_classifier
 from ..worlds.shapes.classifier import HEADS, to_pixel_values
-from .base import Judge, Verdicts
+from .base import Judge, Verdicts, logits_of
 from .factory import JudgeFactory
 
 
@@ -37,7 +37,8 @@ class ShapesJudge(Judge):
     @torch.inference_mode()
     def judge(self, images: torch.Tensor, concept: str) -> Verdicts:
         attribute, word = SHAPES_WORLD.find(concept)
-        logits = {head: rows.cpu() for head, rows in self.classifier(to_pixel_values(images.to(self.device))).items()}
+        pooled = self.classifier.pooled(to_pixel_values(images.to(self.device)))
+        logits = {name: logits_of(head, pooled) for name, head in self.classifier.heads.items()}
         mine = HEADS[attribute].index(word)
         others = logits[attribute].clone()
         others[:, mine] = -torch.inf

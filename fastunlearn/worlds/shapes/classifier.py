@@ -48,9 +48,13 @@ class Classifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """``pixel_values``: (B, 3, 64, 64) float in [-1, 1].  Returns logits (B, labels) by head."""
-        last = self.features(pixel_values)[-1]
-        pooled = torch.cat([last.mean(dim=(2, 3)), last.amax(dim=(2, 3))], dim=1)
+        pooled = self.pooled(pixel_values)
         return {name: head(pooled) for name, head in self.heads.items()}
+
+    def pooled(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 2 C): mean and maximum of each channel of the last stage."""
+        last = self.features(pixel_values)[-1]
+        return torch.cat([last.mean(dim=(2, 3)), last.amax(dim=(2, 3))], dim=1)
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor, batch_size: int = 128) -> dict[str, torch.Tensor]:
