@@ -218,6 +218,35 @@ def test_answers_that_are_none_are_refused(answer, said):
     assert "the judge function judge" in str(error.value)
 
 
+def test_what_a_judge_of_somebody_else_raises_is_one_line_and_a_fault_of_ours_is_not(monkeypatch):
+    class Fails(Judge):
+        name = "fails@1"
+
+        def check(self, concept):
+            raise KeyError(concept)
+
+        def judge(self, images, concept):
+            raise AttributeError("no attribute 'x'")
+
+    with pytest.raises(UserError, match=r"the judge fails@1 failed: AttributeError: no attribute 'x'"):
+        judged(Fails(), noise(2), "x", 2)
+    given = types.SimpleNamespace(name="odd@1", judge=lambda images, concept: [0.5] * len(images), check=Fails().check)
+    with pytest.raises(UserError, match="the judge odd@1 failed: KeyError: 'x'"):
+        evaluate(draw, draw, GROUPED, judge=given, forget="x", **SETTINGS)
+
+    def broken(device, option):
+        raise RuntimeError("no such network")
+
+    entry = types.SimpleNamespace(name="broken", value="theirs:broken", load=lambda: broken)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == "fastunlearn.judges" else [])
+    with pytest.raises(UserError, match="the judge broken failed: RuntimeError: no such network"):
+        load_judge("broken")
+    ours = load_judge("shapes")
+    monkeypatch.setattr(ours, "classifier", None)
+    with pytest.raises(AttributeError):
+        judged(ours, noise(2), "star", 2)
+
+
 def test_words_and_thresholds_that_are_none_are_refused():
     class Odd(Reader):
         def judge(self, images, concept):

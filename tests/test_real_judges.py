@@ -342,7 +342,7 @@ def test_a_clip_that_cannot_be_read_is_one_line(option, said, clip_folder, tmp_p
 
 def test_imagenet_judges_two_folders_of_real_images(pictures, capsys, tmp_path):
     """A palace to forget, seen in every crop of its photo; in the other folder flowers stand in its place."""
-    crops = {"palace": "china", "flower": "flower", "espresso": "coffee", "tripod": "camera"}
+    crops = {"palace": "china", "flower": "flower", "espresso": "coffee"}
     rows = ["file,prompt,group"]
     for side in ("before", "after"):
         (tmp_path / side).mkdir()
@@ -359,7 +359,7 @@ def test_imagenet_judges_two_folders_of_real_images(pictures, capsys, tmp_path):
     names = {"original_images": "before", "unlearned_images": "after", "prompts": "prompts.csv", "output": "out"}
     settings = {name: str(tmp_path / value) for name, value in names.items()} | {"judge": "imagenet"}
     distance = MeanDifference()
-    distance.micro_batch_size = 8  # no image is judged only to fill a batch
+    distance.micro_batch_size = 4  # no image is judged only to fill a batch
     result = evaluate_images(EvaluateImagesConfig(**settings, forget="palace"), metric=distance)
     images_table(result, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -368,7 +368,7 @@ def test_imagenet_judges_two_folders_of_real_images(pictures, capsys, tmp_path):
     assert content["erasure"]["shown_original"] >= 0.75
     assert content["erasure"]["shown"] == 0.0
     assert content["judge"]["weights"].startswith("579344248a93")
-    assert content["retain"]["attributes"]["class"]["n_asked"] == 8, "flower is no class"
+    assert content["retain"]["attributes"]["class"]["n_asked"] == 4, "flower is no class"
     assert content["retain"]["attributes"]["class"]["accuracy"] == 1.0
     said = "The judge imagenet/efficientnet-lite0@579344248a93 sees “palace” on the original's own images in"
     assert said in " ".join(capsys.readouterr().out.split())

@@ -43,7 +43,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     from ..evaluation.plan import world_groups
     from ..evaluation.results import EvaluationReport, write_results
     from ..files.run_folder import check_output, claimed, own, prepare_output
-    from ..judges import load_judge
+    from ..judges import check_concept, load_judge
     from ..metrics.distances import load_perceptual
     from ..models.loading import load_model
     from ..models.sampling import SamplerSpec
@@ -58,7 +58,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     check_output(folder, "demo", overwrite=config.overwrite)
     judge = load_judge(config.judge) if config.judge is not None else None
     if judge is not None:
-        judge.check(CONCEPT)
+        check_concept(judge, CONCEPT)
     with claimed(folder):
         prepare_output(folder, "demo", overwrite=config.overwrite)
         own(folder, "demo", [f"{method}/{file}" for method in METHODS for file in ("pairs.jsonl", "evaluation.json")])

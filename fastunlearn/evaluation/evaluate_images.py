@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..files.atomic import write_lines
 from ..files.images import ImageFile, read_image, unread_images
 from ..files.run_folder import check_output, claimed, prepare_output
-from ..judges import Judge, Judged, as_judge, judged, load_judge, record_of
+from ..judges import Judge, Judged, as_judge, check_concept, judged, load_judge, record_of
 from ..metrics.base import Metric, load_metrics
 from ..metrics.distances import Distance, check_distance, device_of, load_perceptual, pairs_per_pass
 from ..metrics.statistics import clustered_mean, quantiles, wilson
@@ -209,7 +209,7 @@ def _judge(config: EvaluateImagesConfig, device: torch.device, given: Any) -> Ju
         raise UserError(f"the judge {judge.name} looks for a concept: name it with `--forget`.")
     if config.prompts is None:
         raise UserError(f"the judge {judge.name} needs to know who asks for the concept: give `--prompts FILE`.")
-    judge.check(config.forget)
+    check_concept(judge, config.forget)
     return judge
 
 

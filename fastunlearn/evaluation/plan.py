@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..judges import load_judge, record_of
-from ..judges.base import Judge
+from ..judges.base import Judge, check_concept
 from ..metrics.base import Metric
 from ..metrics.distances import Distance, default_distance
 from ..models.base import Model
@@ -50,7 +50,7 @@ class Plan:
         if self.judge is not None:
             if self.groups.concept is None:
                 raise UserError(f"the judge {self.judge.name} looks for a concept: name it with `--forget`.")
-            self.judge.check(self.groups.concept)
+            check_concept(self.judge, self.groups.concept)
 
     @functools.cached_property
     def grouped(self) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..plugins import Registry, registry
-from .base import Judge, Judged, Verdicts, as_judge, judged, record_of, theirs
+from .base import Judge, Judged, Verdicts, as_judge, check_concept, judged, record_of, theirs
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ __all__ = [
     "all_judges",
     "as_judge",
     "broken_judges",
+    "check_concept",
     "find_judge",
     "judged",
     "load_judge",

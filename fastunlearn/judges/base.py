@@ -144,6 +144,12 @@ def theirs(name: str, what: Any) -> Iterator[None]:
         ) from error
 
 
+def check_concept(judge: Judge, concept: str) -> None:
+    """UserError where the judge does not know the concept, and where a judge that is not ours fails."""
+    with theirs(judge.name, judge):
+        judge.check(concept)
+
+
 def as_judge(given: Any) -> Judge:
     """A judge from an object of the protocol or from a function (images, concept) -> scores.
 

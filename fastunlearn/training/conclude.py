@@ -16,7 +16,7 @@ from ..evaluation.evaluator import evaluate_models
 from ..evaluation.plan import default_metric, file_groups, world_groups
 from ..evaluation.results import EvaluationReport, write_results
 from ..files.weights import hash_pipeline
-from ..judges import Judge, load_judge
+from ..judges import Judge, check_concept, load_judge
 from ..methods import get_method
 from ..metrics.distances import Distance, load_perceptual
 from ..models.base import Model
@@ -50,7 +50,7 @@ class Scoring:
             return None
         judge = load_judge(config.judge, model.device) if config.judge is not None else None
         if judge is not None:
-            judge.check(config.forget)
+            check_concept(judge, config.forget)
         return cls(groups, load_perceptual(default_metric(model), model.device), judge)
 
 
