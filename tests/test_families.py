@@ -5,30 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from against_diffusers import (
+    CASES,
+    GUIDANCE,
+    PROMPTS,
+    STEPS,
+    assert_same,
+    drawn_by,
+    images_of,
+    images_of_diffusers,
+)
 from pixart_alpha_family import PixArtAlpha
 from safetensors.torch import load_file
 from tiny_models import (
     ZERO_SNR,
     auraflow,
     build,
-    cosxl,
     ddim,
     diffusers,
-    dynamic,
-    euler,
-    flow,
     flux,
-    lumina2,
-    pixart,
-    playground,
-    pndm,
-    sana,
-    scheduler,
     sd1,
-    sd2,
     sd3,
-    sd35,
-    sdxl,
 )
 
 from fastunlearn import TrainConfig, plugins, unlearn
@@ -40,7 +37,7 @@ from fastunlearn.methods.rules import Sum
 from fastunlearn.models.base import Model
 from fastunlearn.models.families import all_families, family_of
 from fastunlearn.models.loading import load_model, wrap_pipeline
-from fastunlearn.models.sampling import SamplerSpec, initial_noise
+from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.training.bank import build_bank, plan_bank
 from fastunlearn.training.edit import text_matrices
 from fastunlearn.training.plan import plan_lines, plan_training
@@ -54,45 +51,6 @@ def slow_case(*case):
     return pytest.param(*case, marks=slow)
 
 
-CASES = {
-    "sd1 PNDM": sd1,
-    "sd1 DDIM": lambda: sd1(ddim()),
-    "sd1 Euler": lambda: sd1(euler()),
-    "sd1 Euler linspace": lambda: sd1(scheduler("EulerDiscrete")),
-    "sd1 Euler Karras": lambda: sd1(euler(use_karras_sigmas=True)),
-    "sd1 Heun": lambda: sd1(scheduler("HeunDiscrete")),
-    "sd1 LMS": lambda: sd1(scheduler("LMSDiscrete")),
-    "sd1 KDPM2": lambda: sd1(scheduler("KDPM2Discrete")),
-    "sd1 DPM++ 2M": lambda: sd1(scheduler("DPMSolverMultistep")),
-    "sd1 DPM++ 2M Karras": lambda: sd1(scheduler("DPMSolverMultistep", use_karras_sigmas=True)),
-    "sd1 DPM++ 2S": lambda: sd1(scheduler("DPMSolverSinglestep")),
-    "sd1 UniPC": lambda: sd1(scheduler("UniPCMultistep")),
-    "sd1 DEIS": lambda: sd1(scheduler("DEISMultistep")),
-    "sd1 sample": lambda: sd1(ddim(prediction_type="sample")),
-    "sd1 distilled": lambda: sd1(ddim(), time_cond_proj_dim=16),
-    "sd2 v": sd2,
-    "sd2 v PNDM": lambda: sd2(pndm(prediction_type="v_prediction")),
-    "sd2 zero SNR": lambda: sd2(ddim(**ZERO_SNR, set_alpha_to_one=True)),
-    "sd2 zero SNR Euler": lambda: sd2(euler(**ZERO_SNR)),
-    "sdxl": sdxl,
-    "sdxl encoded empty prompt": lambda: sdxl(zeros=False),
-    "sdxl v": lambda: sdxl(euler(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
-    "playground": playground,
-    "cosxl": cosxl,
-    "pixart alpha": lambda: pixart(alpha=True),
-    "pixart sigma": pixart,
-    "sd3": sd3,
-    "sd3 dynamic": lambda: sd3(flow(use_dynamic_shifting=True)),
-    "sd3 Heun": lambda: sd3(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
-    "sd3.5": sd35,
-    "flux dev": flux,
-    "flux schnell": lambda: flux(flow(shift=1.0), guidance=False),
-    "sana": sana,
-    "sana Euler": lambda: sana(flow(shift=3.0)),
-    "lumina2": lumina2,
-    "lumina2 dynamic": lambda: lumina2(dynamic()),
-    "auraflow": auraflow,
-}
 FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd")}
 FAST |= {("playground", "salun"), ("pixart alpha", "esd"), ("sd3.5", "esd"), ("flux dev", "esd")}
 FAST |= {("lumina2", "esd"), ("auraflow", "ovw")}
@@ -102,6 +60,10 @@ TRAINED = [
     for method in ("esd", "ovw", "salun")
 ]
 LONG_TAIL = {
+    "sd1 KDPM2 ancestral",
+    "sd1 TCD",
+    "sd1 DPM++ 2M SDE",
+    "sdxl LCM",
     "sd1 Euler linspace",
     "sd1 LMS",
     "sd1 KDPM2",
@@ -117,8 +79,6 @@ LONG_TAIL = {
     "sana Euler",
     "lumina2 dynamic",
 }
-PROMPTS = ["a painting by Van Gogh", "a photo of a dog"]
-STEPS, GUIDANCE = 4, 3.5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,37 +108,6 @@ def folder_of(tmp_path_factory):
 @pytest.fixture(params=[slow_case(case) if case in LONG_TAIL else case for case in CASES])
 def model(request, folder_of):
     return load_model(str(folder_of(request.param)), "cpu")
-
-
-def images_of(model, guidance=GUIDANCE, prompts=PROMPTS):
-    spec = SamplerSpec(STEPS, guidance, len(prompts))
-    return PipelineSource(model, spec).generate([(prompt, 0) for prompt in prompts]).int()
-
-
-def images_of_diffusers(folder, guidance=GUIDANCE, prompts=PROMPTS):
-    """The same from the same noise, by the pipeline as a stranger would load it."""
-    return drawn_by(diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True), guidance, prompts)
-
-
-def drawn_by(pipeline, guidance=GUIDANCE, prompts=PROMPTS):
-    pipeline.set_progress_bar_config(disable=True)
-    binned = type(pipeline).__name__.startswith(("PixArt", "Sana"))
-    options = {"use_resolution_binning": False, "clean_caption": False} if binned else {}
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-    packed = isinstance(pipeline, diffusers.FluxPipeline)
-    size, channels = network.config.sample_size, network.config.in_channels // (4 if packed else 1)
-    noise = initial_noise(prompts, [0] * len(prompts), (channels, size, size))
-    noise = pipeline._pack_latents(noise, *noise.shape) if packed else noise
-    side = size * pipeline.vae_scale_factor
-    options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": side, "width": side}
-    images = pipeline(prompts, latents=noise, output_type="np", **options).images
-    return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().int()
-
-
-def assert_same(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert ours.float().std() > 5, "an image of one color compares with anything"
-    assert (ours - theirs).abs().max() <= 1
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -222,8 +222,8 @@ def test_the_plan_names_no_wing_that_is_not_there_and_has_no_cycle():
 NUMBERS = {"worlds", "prompts", "methods", "models", "metrics", "judges", "record", "schema"}
 LOADS = {
     **{name: (set(), False) for name in ("Reporter", "UserError")},
-    **{name: ({"evaluation"}, False) for name in ("EvaluateConfig", "EvaluateImagesConfig")},
-    "TrainConfig": ({"training"}, False),
+    **{name: ({"evaluation", "models"}, False) for name in ("EvaluateConfig", "EvaluateImagesConfig")},
+    "TrainConfig": ({"training", "models"}, False),
     **{name: ({"judges", "record", "schema"}, True) for name in ("Judge", "Verdicts", "load_judge")},
     **{name: ({"metrics", "worlds"}, True) for name in ("Metric", "PerceptualDistance")},
     **{name: ({"metrics", "worlds"}, True) for name in ("load_metric", "load_perceptual")},

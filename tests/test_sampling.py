@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.models.sampling import SamplerSpec, initial_noise, sample
-from fastunlearn.models.schedulers import check_deterministic
+from fastunlearn.models.schedulers import step_options
 
 PROMPTS = ["a red star on a plain background", "a blue ring on a dotted background", "a circle"]
 
@@ -91,8 +92,24 @@ def test_more_keys_than_a_batch_give_the_same_images(bundled):
     assert torch.equal(three[2:], source.generate(keys[2:]))
 
 
-@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"])
-def test_samplers_that_draw_noise_are_refused(bundled, scheduler):
-    kind = getattr(import_diffusers(), scheduler)
-    with pytest.raises(ValueError, match="adds noise at every step"):
-        check_deterministic(kind.from_config(bundled.pipeline.scheduler.config))
+@pytest.mark.parametrize("scheduler", ["EulerAncestral", "DDPM", "LCM"])
+def test_noise_of_every_step_depends_on_the_row_alone(scheduler):
+    """Whatever torch's own generator does, and in whatever company."""
+    source = PipelineSource(load_model("shapes", "cpu", scheduler=scheduler), SamplerSpec(3, micro_batch_size=3))
+    keys = list(zip(PROMPTS, [0, 1, 2], strict=True))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        images = source.generate(keys)
+        torch.manual_seed(1)
+        assert torch.equal(source.generate(keys[::-1]).flip(0), images)
+    assert not torch.equal(source.generate([(PROMPTS[0], 1)])[0], images[0])
+
+
+def test_two_rows_do_not_share_the_noise_of_their_steps():
+    scheduler = import_diffusers().LCMScheduler()
+    noise = initial_noise(PROMPTS[:2], [0, 0], (2, 3, 3))
+    draws = [torch.randn(5, generator=generator) for generator in step_options(scheduler, noise)["generator"]]
+    again = [torch.randn(5, generator=generator) for generator in step_options(scheduler, noise)["generator"]]
+    assert not torch.equal(*draws)
+    assert all(map(torch.equal, draws, again))
+    assert step_options(import_diffusers().PNDMScheduler(), noise) == {}

@@ -1,5 +1,6 @@
 """Schedulers: which draw noise, how they mix it in, and their settings as JSON."""
 
+import inspect
 import json
 import types
 from functools import partial
@@ -11,7 +12,15 @@ from toys import MeanDifference
 
 from fastunlearn import evaluate
 from fastunlearn.errors import UserError
-from fastunlearn.models.schedulers import check_deterministic, dynamic_shift, noised, sampler_config
+from fastunlearn.models.samplers import build, is_flow
+from fastunlearn.models.schedulers import (
+    check_deterministic,
+    draws_noise,
+    dynamic_shift,
+    noised,
+    sampler_config,
+    step_options,
+)
 
 PLAIN = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete", "EulerAncestralDiscrete", "LCM", "TCD")
 PLAIN += ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep", "UniPCMultistep", "SASolver")
@@ -32,15 +41,15 @@ SAMPLERS = {
 }
 
 
-def final_latents(sampler, seed):
-    """What a fixed denoiser and the sampler come to, with torch's own noise seeded so."""
+def final_latents(sampler, seed, **options):
+    """What a fixed denoiser and the sampler come to, with torch's own noise seeded so.  ``options``: of a step."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sampler.set_timesteps(6)
         latents = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
         for timestep in sampler.timesteps:
             scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
-            latents = sampler.step(0.3 * scaled, timestep, latents, return_dict=False)[0]
+            latents = sampler.step(0.3 * scaled, timestep, latents, return_dict=False, **options)[0]
         return latents
 
 
@@ -48,20 +57,86 @@ def final_latents(sampler, seed):
 @pytest.mark.filterwarnings(
     "ignore:__array_wrap__ must accept:DeprecationWarning", "ignore:.*is deprecated:FutureWarning"
 )
-def test_a_sampler_is_refused_if_and_only_if_it_draws_noise(make):
-    """Asked of the sampler itself: two seeds of torch's generator, one result or two."""
-    draws_noise = not torch.equal(final_latents(make(), 0), final_latents(make(), 1))
-    if draws_noise:
-        with pytest.raises(UserError, match="adds noise at every step"):
-            check_deterministic(make())
-    else:
-        check_deterministic(make())
+def test_a_sampler_that_draws_noise_is_known_and_gets_ours(make):
+    """Asked of the sampler itself: two seeds of torch's generator, one result or two; with our noise, one."""
+    plain = step_options(make(), torch.zeros(0, 1, 4, 4)) | {"generator": None}
+    plain = {name: value for name, value in plain.items() if name in inspect.signature(make().step).parameters}
+    draws = not torch.equal(final_latents(make(), 0, **plain), final_latents(make(), 1, **plain))
+    assert bool(draws_noise(make())) is draws
+    check_deterministic(make())
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    one, other = (final_latents(make(), 0, **step_options(make(), noise[i : i + 1])) for i in (0, 1))
+    assert torch.equal(one, final_latents(make(), 1, **step_options(make(), noise[:1])))
+    assert torch.equal(one, other) is not draws
 
 
-def test_the_setting_that_makes_a_sampler_draw_noise_is_named():
-    sampler = scheduler("DPMSolverSinglestep", algorithm_type="sde-dpmsolver++")
-    with pytest.raises(UserError, match=r"^DPMSolverSinglestepScheduler with algorithm_type = sde-dpmsolver\+\+ adds"):
+class Restless(diffusers.DDIMScheduler):
+    """Named like those that draw noise, and takes no generator for it."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named", "others"),
+    [
+        ({}, "RestlessSDE adds noise", "Euler or DDIM or DPMSolverMultistep"),
+        ({"algorithm_type": "sde-x"}, "RestlessSDE with algorithm_type = sde-x adds", "Euler or DDIM"),
+        ({"rescale_betas_zero_snr": True}, "RestlessSDE adds noise", "Euler or DDIM or DPMSolverMultistep"),
+    ],
+)
+def test_a_sampler_whose_noise_cannot_be_ours_is_refused_with_others(settings, named, others):
+    sampler = type("RestlessSDE", (Restless,), {})(**BETAS)
+    sampler.register_to_config(**settings)
+    with pytest.raises(UserError, match=rf"^{named}.*by `--scheduler`, such as {others}"):
         check_deterministic(sampler)
+
+
+# ---- another sampler -------------------------------------------------------------------------------------------------
+
+
+DIFFUSION = ("DDIM", "ddimscheduler", "PNDM", "Euler", "EulerDiscrete", "heun", "LMS", "KDPM2", "UniPC", "DEIS")
+NAMED = [(name, ddim) for name in (*DIFFUSION, "DPMSolverMultistep", "DPMSolverSinglestep", "LCM", "EulerAncestral")]
+NAMED += [(name, diffusers.FlowMatchEulerDiscreteScheduler) for name in ("Heun", "DPMSolverMultistep", "UniPC")]
+NAMED += [("Euler", partial(diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, flow_shift=3.0))]
+NAMED += [("DPMSolverMultistep", diffusers.EDMEulerScheduler), ("Euler", diffusers.EDMDPMSolverMultistepScheduler)]
+
+
+@pytest.mark.parametrize(("name", "make"), NAMED)
+def test_a_sampler_by_name_keeps_what_is_the_models(name, make):
+    own = make() if make is not NAMED[-3][1] else make(prediction_type="flow_prediction")
+    built = build(own, name)
+    assert name.lower().removesuffix("scheduler") in type(built).__name__.lower()
+    assert is_flow(built) is is_flow(own)
+    shared = {"beta_start", "beta_end", "num_train_timesteps", "sigma_data", "sigma_max"} & set(own.config)
+    assert all(built.config[key] == own.config[key] for key in shared & set(built.config))
+    shift = {own.config.get("shift"), own.config.get("flow_shift")} - {None}
+    assert not is_flow(own) or {built.config.get("shift"), built.config.get("flow_shift")} >= shift
+
+
+def test_noise_at_every_step_is_switched_off_where_it_is_a_setting():
+    built = build(scheduler("DPMSolverMultistep", algorithm_type="sde-dpmsolver++"), "DPMSolverMultistep")
+    assert built.config.algorithm_type == "dpmsolver++"
+    assert not draws_noise(built)
+    flow = build(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "Euler")
+    assert not draws_noise(flow)
+
+
+REFUSED = {
+    "unknown": (ddim, "Nonsense", "has no such sampler. Use Euler or DPMSolverMultistep."),
+    "a scheduler of another thing": (ddim, "KarrasDiffusion", "has no such sampler"),
+    "a flow's for a diffusion": (ddim, "FlowMatchEulerDiscrete", "samples flow models, and the model is a diffusion"),
+    "a diffusion's for a flow": (diffusers.FlowMatchEulerDiscreteScheduler, "DDIM", "samples diffusion models"),
+    "EDM": (diffusers.EDMEulerScheduler, "DDIM", "has no sigma_data, with which"),
+    "zero SNR": (partial(ddim, **ZERO_SNR), "PNDM", "has no rescale_betas_zero_snr, with which the model is sampled"),
+}
+
+
+@pytest.mark.parametrize(("make", "name", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_sampler_that_cannot_sample_the_model_is_one_line(make, name, said):
+    with pytest.raises(UserError, match=rf"^`--scheduler {name}`: .*{said}") as error:
+        build(make(), name)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ---- mixing noise in -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ..errors import UserError
 def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
     """Give the parser a flag for every field of ``kind``, and ``--config FILE``.  Flags not given stay absent."""
     parser.add_argument("--config", metavar="YAML", help="file with the same names; flags win over it")
+    groups: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         accepted, choices = field_type(kind, field.name)
         default = "required" if is_required(field) else _shown(field.default)
@@ -36,12 +37,16 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
         if accepted is bool:
             parser.add_argument(flag, dest=field.name, action="store_true", default=argparse.SUPPRESS, **options)
             continue
+        title = field.metadata.get("group")
+        if title is not None and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        place = groups.get(title, parser)
         metavar = {int: "N", float: "X"}.get(accepted, field.name.split("_")[-1].upper())
         if choices:
             options["choices"] = choices
         else:
             options["metavar"] = metavar
-        parser.add_argument(flag, dest=field.name, type=accepted, default=argparse.SUPPRESS, **options)
+        place.add_argument(flag, dest=field.name, type=accepted, default=argparse.SUPPRESS, **options)
 
 
 def build(kind: type[Config], flags: dict[str, Any]) -> Config:

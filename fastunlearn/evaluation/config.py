@@ -7,13 +7,14 @@ from typing import Literal
 
 from ..config import above, at_least, expand_home, setting
 from ..errors import UserError
+from ..models.options import ModelOptions, check_guided
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(ModelOptions):
     """What `evaluate` does."""
 
-    original: str = setting("`shapes`, a diffusers folder, or a hub id", path=True)
+    original: str = setting("`shapes`, a diffusers folder or .safetensors file, or a hub id", path=True)
     unlearned: tuple[str, ...] = setting(
         "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times",
         path=True,
@@ -57,9 +58,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         expand_home(self)
+        super().__post_init__()
         at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps", "control_pairs", "num_processes")
         at_least(self, 0, "guidance_scale")
         above(self, 0, "cache_limit_gib")
+        check_guided(self.negative_prompt, self.guidance_scale, "guidance_scale")
         if not self.unlearned:
             raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
         if self.resume and self.overwrite:

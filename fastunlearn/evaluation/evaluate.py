@@ -14,6 +14,7 @@ from ..files.run_folder import check_output, claimed, clear_output, own
 from ..judges import Judge
 from ..metrics.base import Metric, load_metrics
 from ..metrics.distances import Distance
+from ..models.options import ModelOptions
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..worlds import get_world, world_with_model
@@ -28,6 +29,7 @@ from .inputs import (
     is_name,
     judge_of,
     named_models,
+    of_unlearned,
     perceptual,
     pipeline_of,
     prompt_groups,
@@ -65,6 +67,12 @@ def evaluate(
     num_processes: int = 1,
     resume: bool = False,
     overwrite: bool = False,
+    variant: str | None = None,
+    parts: str | Path | None = None,
+    scheduler: str | None = None,
+    resolution: str | int | None = None,
+    negative_prompt: str | None = None,
+    attention: Literal["native", "sdpa", "xformers", "flash"] | None = None,
     noise_shape: tuple[int, int, int] | None = None,
     reporter: Reporter | None = None,
 ) -> EvaluationReport:
@@ -80,6 +88,7 @@ def evaluate(
     ``trust_judge``; every result begins with what it sees on them.
     ``metric``, ``metrics``: names, or objects like what :func:`load_perceptual` and :func:`load_metric` return.
     ``trunk_weights``: safetensors file for an LPIPS trunk, as in :func:`load_perceptual`.
+    ``variant`` to ``attention``: how models are loaded and sampled, all alike, as in :class:`ModelOptions`.
 
     With ``output``, records go to a journal there as they come, so that an evaluation that was stopped continues with
     ``resume``; at the end the folder holds records, summary, grid and report.  Started by ``torchrun``, or with
@@ -109,9 +118,17 @@ def evaluate(
         runs = {name: run_of(model) for name, model in models.items()}
         spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size, mixed_precision)
         where = ranks.device(device)
-        source = as_source(original, spec, device=where, noise_shape=noise_shape)
+        options = ModelOptions.of(config)
+        source = as_source(original, spec, device=where, noise_shape=noise_shape, options=options)
         sources = {
-            name: as_source(pipeline_of(model), spec, name=name, device=where, noise_shape=source.noise_shape)
+            name: as_source(
+                pipeline_of(model),
+                spec,
+                name=name,
+                device=where,
+                noise_shape=source.noise_shape,
+                options=of_unlearned(options, model),
+            )
             for name, model in models.items()
         }
         groups = prompt_groups(prompts, forget, models, runs, source.world)
@@ -208,7 +225,7 @@ def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
     output = str(Path(given["output"] or ".").expanduser().resolve())
     values = given | {key: name(given[key]) for key in ("original", "placebo", "judge", "metric", "metrics")}
     values["unlearned"] = tuple(str(name(model)) for model in named_models(given["unlearned"])[0].values())
-    for key in ("trunk_weights", "cache"):
+    for key in ("trunk_weights", "cache", "parts"):
         if given[key] is not None:
             values[key] = str(Path(given[key]).expanduser().resolve())
     of_world = given["prompts"] is None or get_world(str(given["prompts"])) is not None

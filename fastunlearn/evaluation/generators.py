@@ -16,9 +16,9 @@ import torch
 from ..batching import chunks, filled
 from ..errors import UserError
 from ..files.weights import hash_part, hash_pipeline
-from ..methods.recipe import UNCONDITIONAL
 from ..models.base import Model
 from ..models.loading import content_of, load_model, own_settings, wrap_pipeline
+from ..models.options import ModelOptions
 from ..models.runtime import versions
 from ..models.sampling import SamplerSpec, decode, denoise, initial_noise
 from ..models.schedulers import check_deterministic, sampler_config
@@ -113,6 +113,9 @@ class PipelineSource(Source):
             "sampler_config": sampler,
             "steps": self.spec.num_inference_steps,
             "guidance_scale": self.spec.guidance_scale,
+            "resolution": "{}x{}".format(*self.model.image_size),
+            "negative_prompt": self.model.options.negative_prompt,
+            "attention": self.model.options.backend,
             "dtype": "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32",
             "micro_batch_size": self.batch_size,
         }
@@ -128,7 +131,9 @@ class PipelineSource(Source):
             self.text = other.text
 
     def begin(self, prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
-        branches = [self.text.of([UNCONDITIONAL] * len(prompts)), self.text.of(prompts)]
+        guided_from = self.model.guided_from(self.spec.guidance_scale)
+        branches = [self.text.of([one] * len(prompts)) for one in guided_from]
+        branches.append(self.text.of(prompts))
         return denoise(self.model, branches, noise, self.spec)
 
     def finish(self, begun: torch.Tensor) -> torch.Tensor:
@@ -191,21 +196,28 @@ class TextStates:
 
 
 def as_source(
-    given: Any, spec: SamplerSpec, *, name: str | None = None, device: str = "auto", noise_shape: Any = None
+    given: Any,
+    spec: SamplerSpec,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    noise_shape: Any = None,
+    options: ModelOptions | None = None,
 ) -> Source:
     """A source from a name or folder (as for ``load_model``), a ``Model``, a diffusers pipeline or a function.
 
-    ``noise_shape``: (C, H, W) of the noise that functions get.  Raises UserError, TypeError for anything else.
+    ``noise_shape``: (C, H, W) of the noise that functions get.  ``options``: how a model is loaded and sampled, but for
+    one that is a ``Model`` already; a function has its own say.  Raises UserError, TypeError for anything else.
     """
     if isinstance(given, Source):
         return given
     if isinstance(given, str | Path):
-        return PipelineSource(load_model(str(given), device), spec)
+        return PipelineSource(load_model(str(given), device, options), spec)
     if isinstance(given, Model):
         return PipelineSource(given, spec)
     name = name or str(getattr(given, "__name__", type(given).__name__))
     if hasattr(given, "components") and hasattr(given, "scheduler"):
-        return PipelineSource(wrap_pipeline(given, name), spec, saved=False)
+        return PipelineSource(wrap_pipeline(given, name, options), spec, saved=False)
     if callable(given):
         if noise_shape is None:
             raise UserError(f"`noise_shape` is missing: say which noise (C, H, W) the function {name} gets.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..errors import UserError
 from ..files.run_folder import RECORD
 from ..judges import Judge, as_judge, load_judge
 from ..metrics.distances import Distance, check_distance, load_perceptual
+from ..models.options import ModelOptions
 from ..prompts import PromptGroups
 from ..record import read_json
 from ..schema import RunRecord
@@ -88,6 +90,17 @@ def pipeline_of(model: Any) -> Any:
     if (folder / "model" / "model_index.json").is_file():
         return str(folder / "model")
     return str(folder) if folder.is_dir() else str(model)
+
+
+def of_unlearned(options: ModelOptions, model: Any) -> ModelOptions:
+    """The options for an unlearned model: those of the original, but for files that only a single file needs.
+
+    A variant is then found out: a run has the one that it was made from.
+    """
+    is_file = isinstance(model, str | Path) and Path(model).expanduser().is_file()
+    is_run = run_of(model) is not None
+    parts, variant = options.parts if is_file else None, None if is_run else options.variant
+    return dataclasses.replace(options, parts=parts, variant=variant)
 
 
 def run_of(model: Any) -> RunRecord | None:

@@ -40,6 +40,29 @@ def read_index(source: Path) -> dict[str, object]:
     return index
 
 
+def snapshot_of(folder: Path) -> Path:
+    """A model's folder of the hub's cache: of its root, the snapshot that ``refs/main`` names, else the only one.
+
+    Any other folder is its own.  Raises UserError where it is not clear which snapshot.
+    """
+    snapshots = folder / "snapshots"
+    if not folder.name.startswith("models--") or not snapshots.is_dir():
+        return folder
+    found = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file():
+        named = main.read_text(encoding="utf-8", errors="replace").strip()
+        if named not in found:
+            raise UserError(
+                f"{main} names the snapshot {named[:60]!r}, which {snapshots} does not have. Fetch it again."
+            )
+        return snapshots / named
+    if len(found) != 1:
+        held = f"{len(found)} snapshots and no refs/main to choose" if found else "no snapshot"
+        raise UserError(f"{folder} holds {held}. Pass the folder of a snapshot itself.")
+    return snapshots / found[0]
+
+
 def part_names(source: Path) -> list[str]:
     """The parts of a pipeline that have a folder, sorted."""
     return sorted(name for name in read_index(source) if not name.startswith("_") and (source / name).is_dir())
@@ -99,8 +122,7 @@ def find_variant(source: Path, parts: Iterable[str]) -> str | None:
     common = set.intersection(*found) if found else set()
     if len(common) > 1:
         raise UserError(
-            f"{source} holds its weights only as variants: {', '.join(sorted(common))}. Say which one, "
-            "`load_model(..., variant=...)`, or leave the files of one alone in the folder."
+            f"{source} holds its weights only as variants: {', '.join(sorted(common))}. Say which one by `--variant`."
         )
     return common.pop() if common else None
 
@@ -110,11 +132,16 @@ def _variants(folder: Path) -> set[str]:
     return {match[1] for path in folder.glob("*.safetensors") if (match := pattern.fullmatch(path.name))}
 
 
-def _shards(index: Path) -> list[Path]:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, sorted.  Raises UserError for a damaged one."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged: {one_line(error)}. Fetch it again.") from error
+
+
+def _shards(index: Path) -> list[Path]:
+    names = shard_names(index)
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} names the file {name!r}, which is no safetensors file in its folder. Not read.")

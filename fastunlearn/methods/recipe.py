@@ -25,6 +25,7 @@ ROLES: tuple[Role, ...] = ("forget", "retain")
 EMPTY = ""  # a prompt like any other
 # Names that stand where a prompt does; no prompt holds this sign.
 UNCONDITIONAL = "\0unconditional"  # what guidance leads away from: "" to some families of models, not to all
+NEGATIVE = "\0negative"  # what the user has it lead away from instead; never a part of a target
 NOISE = "\0noise"  # in a target: the noise itself
 
 

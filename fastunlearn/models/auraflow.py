@@ -27,8 +27,11 @@ class AuraFlow(Model):
     @property
     def sample_size(self) -> int:
         """The pipeline's default size, as far as the denoiser has positions; its ``sample_size`` is another."""
-        config = self.pipeline.transformer.config
-        return min(PIXELS // self.pipeline.vae_scale_factor, config.patch_size * math.isqrt(config.pos_embed_max_size))
+        return min(PIXELS // self.pixels_per_latent, self.largest_size)
+
+    @property
+    def largest_size(self) -> int:
+        return self.patch * math.isqrt(self._config.pos_embed_max_size)
 
     @property
     def reader(self) -> tuple[Any, int]:

@@ -19,9 +19,11 @@ from torch import nn
 
 from ..batching import chunks, filled
 from ..errors import UserError, one_line
-from ..methods.recipe import UNCONDITIONAL
+from ..methods.recipe import NEGATIVE, UNCONDITIONAL
 from ..worlds import World, world_of
 from . import schedulers
+from .attention import set_attention
+from .options import ModelOptions
 
 Tensors = dict[str, torch.Tensor]
 
@@ -75,11 +77,13 @@ class Model(ABC):
     """A pipeline on a device: ``encode`` prompts, ``predict``, ``decode`` latents.
 
     ``denoiser`` is the network that unlearning changes.  ``source`` is the folder that the weights were read from, of
-    their ``variant``.  Between the verbs latents are (B, C, H, W) and timesteps what the scheduler lists, in float32.
+    their ``variant``; ``options``: how they were, and how the model is sampled.  Between the verbs latents are
+    (B, C, H, W) and timesteps what the scheduler lists, in float32.
 
     A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
     bring; ``denoiser_folder``; ``groups``, what a method may change; ``default_group``, the one of these that stands
-    where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``.
+    where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``;
+    ``is_guided``, False for one whose guidance, if there is any, needs no second prediction.
     """
 
     family: ClassVar[str]
@@ -91,12 +95,20 @@ class Model(ABC):
     load_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
-        self, pipeline: Any, source: Path, name: str, device: torch.device, variant: str | None = None
+        self,
+        pipeline: Any,
+        source: Path,
+        name: str,
+        device: torch.device,
+        options: ModelOptions | None = None,
     ) -> None:
-        self.pipeline, self.source, self.name, self.device, self.variant = pipeline, source, name, device, variant
+        self.source, self.name, self.device = source, name, device
+        self.options = options or ModelOptions()
+        self.pipeline = schedulers.with_scheduler(pipeline, self.options.scheduler, name)
         self.check()
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_folder)
         pipeline.to(device, torch.float32)
+        set_attention(self.denoiser, self.options.backend, name)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -113,12 +125,51 @@ class Model(ABC):
                 f"{self.name} does not say its resolution: write the latents' size as `sample_size` into "
                 f"{self.denoiser_folder}/config.json."
             )
+        self._check_size()
         latent_channels = getattr(self.pipeline.vae.config, "latent_channels", self.latent_shape[0])
         if self.latent_shape[0] != latent_channels:
             raise UserError(
                 f"{self.name}'s denoiser takes {self.latent_shape[0]} channels where an image's latents have "
                 f"{latent_channels}: models for inpainting or editing are not served. Use a text-to-image model."
             )
+        if (text := self.options.negative_prompt) is not None:
+            if not self.is_guided:
+                raise UserError(
+                    f"{self.name} is distilled: its guidance leads away from nothing. Leave `--negative-prompt` out."
+                )
+            if self.too_long([text]):
+                raise UserError(
+                    f"the negative prompt has {self.count_tokens(text)} tokens and {self.name} reads "
+                    f"{self.max_tokens}. Shorten it."
+                )
+
+    def _check_size(self) -> None:
+        """Refuse a resolution that the latents' grid or the denoiser's patches do not divide, or have no places for."""
+        if self.options.size is None:
+            return
+        width, height = self.options.size
+        step = self.pixels_per_latent * self.patch
+        if width % step or height % step:
+            raise UserError(
+                f"`--resolution` {width}x{height}: {self.name} makes images whose sides are multiples of {step} "
+                f"pixels. Use {_multiple(width, step)}x{_multiple(height, step)}."
+            )
+        largest = self.largest_size
+        if largest is not None and max(width, height) > largest * self.pixels_per_latent:
+            raise UserError(
+                f"`--resolution` {width}x{height}: {self.name} has places for {largest * self.pixels_per_latent} "
+                "pixels a side. Use less."
+            )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance needs the prediction of what it leads away from."""
+        return True
+
+    @property
+    def variant(self) -> str | None:
+        """Which of the weights were read; None for the usual ones."""
+        return self.options.variant
 
     @functools.cached_property
     def world(self) -> World | None:
@@ -138,14 +189,44 @@ class Model(ABC):
     @property
     def sample_size(self) -> Any:
         """The latents' native size, one number or (H, W); None where the denoiser's settings name none."""
-        return getattr(getattr(self.pipeline, self.denoiser_folder).config, "sample_size", None)
+        return getattr(self._config, "sample_size", None)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels a latent stands for, along a side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def patch(self) -> int:
+        """How many latents a token of the denoiser takes, along a side."""
+        return int(getattr(self._config, "patch_size", None) or 1)
+
+    @property
+    def largest_size(self) -> int | None:
+        """The most latents along a side that the denoiser has positions for; None where there is no limit."""
+        positions = getattr(self._config, "pos_embed_max_size", None)
+        return positions * self.patch if positions else None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the model's native resolution."""
-        size = self.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return getattr(self.pipeline, self.denoiser_folder).config.in_channels, height, width
+        """(C, H, W) of one latent, at the resolution that was asked for, else the model's native one."""
+        if self.options.size is not None:
+            width, height = (side // self.pixels_per_latent for side in self.options.size)
+        else:
+            size = self.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+        return self._config.in_channels, height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) of the images, in pixels."""
+        _, height, width = self.latent_shape
+        return width * self.pixels_per_latent, height * self.pixels_per_latent
+
+    @property
+    def _config(self) -> Any:
+        """The denoiser's settings."""
+        return getattr(self.pipeline, self.denoiser_folder).config
 
     # ---- prompts
 
@@ -175,13 +256,14 @@ class Model(ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch_size: int | None = None) -> Conditions:
-        """Encode each distinct prompt once; ``UNCONDITIONAL`` among them stands for :meth:`unconditional`.
+        """Encode each distinct prompt once.
 
+        ``UNCONDITIONAL`` among them stands for :meth:`unconditional`, ``NEGATIVE`` for the user's negative prompt.
         With ``batch_size`` every forward has exactly so many rows, the last one filled up, so that a prompt's states do
         not depend on its company in any bit.
         """
         prompts = tuple(dict.fromkeys(prompts))
-        texts = [prompt for prompt in prompts if prompt != UNCONDITIONAL]
+        texts = [prompt for prompt in prompts if prompt not in (UNCONDITIONAL, NEGATIVE)]
         rows: dict[str, Tensors] = {}
         for chunk in chunks(texts, batch_size or 64):
             encoded = self.encode_texts(filled(chunk, batch_size or len(chunk)))
@@ -189,6 +271,9 @@ class Model(ABC):
         if UNCONDITIONAL in prompts:
             encoded = self.unconditional(batch_size or 1)
             rows[UNCONDITIONAL] = {name: values[0] for name, values in encoded.items()}
+        if NEGATIVE in prompts:
+            encoded = self.encode_negative([self.options.negative_prompt or ""] * (batch_size or 1))
+            rows[NEGATIVE] = {name: values[0] for name, values in encoded.items()}
         names = next(iter(rows.values()))
         return Conditions(prompts, {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in names})
 
@@ -198,7 +283,17 @@ class Model(ABC):
 
     def unconditional(self, count: int) -> Tensors:
         """``count`` rows of the condition that guidance leads away from, which is not always the prompt ""."""
-        return self.encode_texts([""] * count)
+        return self.encode_negative([""] * count)
+
+    def encode_negative(self, texts: list[str]) -> Tensors:
+        """Like :meth:`encode_texts`, of texts that guidance leads away from; some families read these otherwise."""
+        return self.encode_texts(texts)
+
+    def guided_from(self, scale: float) -> tuple[str, ...]:
+        """What guidance leads away from: one prompt, or none where there is no guidance or it needs no prediction."""
+        if scale <= 1 or not self.is_guided:
+            return ()
+        return (UNCONDITIONAL if self.options.negative_prompt is None else NEGATIVE,)
 
     def with_guidance(self, conditions: Tensors, scale: float) -> Tensors:
         """The conditions for a denoiser that takes the guidance scale as an input; for others they stay as they are.
@@ -222,9 +317,9 @@ class Model(ABC):
     def guide(self, predictions: torch.Tensor, scale: float) -> torch.Tensor:
         """The guided prediction (B, C, H, W) from (K, B, C, H, W): first the unconditional, then the prompt's.
 
-        Classifier-free guidance; a scale of at most 1 means none, as in diffusers.
+        Classifier-free guidance.  It is asked only where :meth:`guided_from` names a prompt.
         """
-        return torch.lerp(predictions[0], predictions[1], scale) if scale > 1 else predictions[1]
+        return torch.lerp(predictions[0], predictions[1], scale)
 
     def noised(
         self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -275,3 +370,8 @@ class Model(ABC):
         else:
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return vae.decode(latents, return_dict=False)[0]
+
+
+def _multiple(pixels: int, step: int) -> int:
+    """The multiple of ``step`` that is next to ``pixels``, and not 0."""
+    return max(1, round(pixels / step)) * step

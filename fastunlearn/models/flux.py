@@ -28,6 +28,8 @@ class Flux(Model):
     )
     groups = MMDIT_GROUPS
     default_group = "text-attention"
+    is_guided = False  # dev is told the scale, schnell knows none
+    patch = 2
 
     @property
     def sample_size(self) -> Any:
@@ -52,10 +54,6 @@ class Flux(Model):
             return conditions
         states = conditions["encoder_hidden_states"]
         return conditions | {"guidance": torch.full((len(states),), max(float(scale), 1.0), device=states.device)}
-
-    def guide(self, predictions: torch.Tensor, scale: float) -> torch.Tensor:
-        """The prompt's: dev is told the scale, schnell knows none."""
-        return predictions[1]
 
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Tensors, denoiser: nn.Module | None = None

@@ -5,6 +5,7 @@ Weights come from safetensors only, never from pickle or remote code.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from ..errors import UserError, is_out_of_memory, one_line
-from ..files.weights import PICKLES, files_of, find_variant, hash_module, read_index, weight_files
+from ..files.weights import PICKLES, files_of, find_variant, hash_module, read_index, snapshot_of, weight_files
 from ..worlds import all_worlds, world_with_model
 from .base import Conditions, Model
 from .families import family_of
+from .foreign_files import foreign, headers
+from .options import ModelOptions, SourceOptions
 from .runtime import import_diffusers, mend_torchvision, resolve_device, versions
 from .schedulers import sampler_config
+from .single_file import folder_of_file
 
 __all__ = [
     "Conditions",
@@ -36,19 +40,23 @@ __all__ = [
 ]
 
 
-def load_model(name: str, device: str | torch.device = "auto", variant: str | None = None) -> Model:
-    """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder or a hub id, in float32.
+def load_model(
+    name: str, device: str | torch.device = "auto", options: ModelOptions | None = None, **changes: Any
+) -> Model:
+    """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder, file or hub id, in float32.
 
-    ``variant``: which weights to read, such as ``fp16`` of ``*.fp16.safetensors``; found out where a folder has one.
+    ``options``, and ``changes``, which are fields of them: how the model is loaded and sampled.  A variant, such as
+    ``fp16`` of ``*.fp16.safetensors``, is found out where a folder has but one.
     Raises UserError, in one line, for anything that cannot be loaded: unknown name, unsupported family, pickled,
-    truncated or missing weights.
+    truncated or missing weights; and for options that the model cannot follow.
     """
+    options = dataclasses.replace(options or ModelOptions(), **changes)
     device = resolve_device(device)
-    source = resolve_source(name, variant)
+    source = resolve_source(name, options)
     pipeline_class = _pipeline_class(source, name)
     family = family_of(pipeline_class, repr(name))
     parts = _loaded_parts(source, family)
-    variant = variant or find_variant(source, parts)
+    variant = options.variant or find_variant(source, parts)
     _check_weight_files(source, parts, variant)
     diffusers = import_diffusers()
     if not hasattr(diffusers, pipeline_class):
@@ -62,16 +70,18 @@ def load_model(name: str, device: str | torch.device = "auto", variant: str | No
             raise
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     _check_complete(pipeline, source, variant)
-    return family(pipeline, source, name, device, variant)
+    return family(pipeline, source, name, device, dataclasses.replace(options, variant=variant, parts=None))
 
 
-def wrap_pipeline(pipeline: Any, name: str) -> Model:
+def wrap_pipeline(pipeline: Any, name: str, options: ModelOptions | None = None) -> Model:
     """A loaded diffusers pipeline as a :class:`Model`, on its device; put in evaluation mode and float32.
+
+    Its attention is set as ``options`` say; it keeps its scheduler.  Which files are read of it is past asking.
 
     Raises UserError for a family that is not supported.
     """
     family = family_of(type(pipeline).__name__, name)
-    return family(pipeline, Path(pipeline.name_or_path or "."), name, pipeline.device)
+    return family(pipeline, Path(pipeline.name_or_path or "."), name, pipeline.device, options)
 
 
 def content_of(pipeline: Any) -> str:
@@ -95,19 +105,35 @@ def own_settings(pipeline: Any) -> dict[str, str]:
     return {key: str(value) for key, value in pipeline.config.items() if key not in parts and not key.startswith("_")}
 
 
-def resolve_source(name: str, variant: str | None = None) -> Path:
-    """The folder of a model's files, fetched where it is a hub id.  UserError for an unknown name."""
+def resolve_source(name: str, options: SourceOptions | None = None) -> Path:
+    """The folder of a model's files: fetched where it is a hub id, made where it is a single file.
+
+    UserError for an unknown name.
+    """
+    options = options or SourceOptions()
+    folder = Path(name).expanduser()
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return folder_of_file(folder, options)
+    if options.parts is not None:
+        raise UserError(f"`--parts` completes a model in a single file, and {name!r} is none. Leave it out.")
     if world := world_with_model(name):
         return world.folder(name)
-    folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder.resolve()
+        return snapshot_of(folder.resolve())
+    if folder.is_file() and folder.suffix in PICKLES:
+        raise UserError(
+            f"{folder} is pickled, which can run code when read, so it is not. Convert it to .safetensors and pass "
+            "that."
+        )
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(model for world in all_worlds().values() for model in world.models)
-        raise UserError(f"unknown model {name!r}: it is no folder. Use {known}, a diffusers folder or a hub id.")
+        raise UserError(
+            f"unknown model {name!r}: it is no folder. Use {known}, a diffusers folder, a .safetensors file or a hub "
+            "id."
+        )
     diffusers = import_diffusers()
     try:
-        return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True, variant=variant))
+        return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True, variant=options.variant))
     except Exception as error:
         raise UserError(
             f"cannot fetch the model {name!r} from the hub: {_first_line(error)} "
@@ -123,7 +149,10 @@ def _pipeline_class(source: Path, name: str) -> str:
             f"{name!r} is a run saved as a delta. Rebuild its model with `fastunlearn apply` and pass that."
         )
     if not index.is_file():
-        raise UserError(f"{name!r} is no diffusers pipeline: it has no model_index.json. Pass the pipeline's folder.")
+        files = sorted(source.glob("*.safetensors"))
+        what = foreign(*headers(files[0])) if len(files) == 1 else None
+        why = f"it holds {what}" if what else "it has no model_index.json. Pass the pipeline's folder"
+        raise UserError(f"{name!r} is no diffusers pipeline: {why}.")
     named = read_index(source).get("_class_name")
     if isinstance(named, list):
         raise UserError(f"{name!r} is a custom pipeline, {named}, whose code is not run. Save it as one of diffusers'.")

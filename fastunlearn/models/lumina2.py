@@ -14,7 +14,7 @@ TOKENS = 256  # the pipeline's default
 
 
 class Lumina2(Model):
-    """A prompt is read after a system prompt; the unconditional has none.
+    """A prompt is read after a system prompt; one to lead away from is not.
 
     The denoiser's time runs from noise, 0, to the image, 1, so its velocity has the other sign.
     """
@@ -42,8 +42,10 @@ class Lumina2(Model):
         )
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
-    def unconditional(self, count: int) -> Tensors:
-        *_, states, mask = self.pipeline.encode_prompt([""] * count, device=self.device, max_sequence_length=TOKENS)
+    def encode_negative(self, texts: list[str]) -> Tensors:
+        *_, states, mask = self.pipeline.encode_prompt(
+            [""] * len(texts), negative_prompt=texts, device=self.device, max_sequence_length=TOKENS
+        )
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def predict(
@@ -63,9 +65,11 @@ class Lumina2(Model):
     def guide(self, predictions: torch.Tensor, scale: float) -> torch.Tensor:
         """Classifier-free guidance, every line of it as long as the prompt's was."""
         guided = super().guide(predictions, scale)
-        if scale <= 1:
-            return guided
         return guided * (predictions[1].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    @property
+    def largest_size(self) -> int | None:
+        return min(self._config.axes_lens[1:]) * self.patch
 
     def timestep_options(self, num_inference_steps: int) -> dict[str, Any]:
         # The pipeline takes the number of channels for that of tokens.

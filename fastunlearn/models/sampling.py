@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .base import Model, Tensors
-from .schedulers import check_deterministic
+from .schedulers import check_deterministic, step_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,15 @@ def sample(
 ) -> Iterator[Point]:
     """Run the model's own sampler from ``noise`` (B, C, H, W), guided as its family is.
 
-    ``branches`` are the denoiser's conditions: first the unconditional, then the prompts that guide, then any further
-    ones whose predictions are wanted at the same points.  All branches of a step share one forward.
+    ``branches`` are the denoiser's conditions: first what ``model.guided_from`` names, if it does, then the prompts
+    that guide, then any further ones whose predictions are wanted at the same points.  All branches of a step share
+    one forward.
     """
     check_deterministic(model.pipeline.scheduler)
     scheduler = model.new_scheduler(num_inference_steps)
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)  # flow has none
+    further = step_options(scheduler, noise)
+    is_guided = bool(model.guided_from(guidance_scale))
     count, batch = len(branches), len(noise)
     conditions = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
     conditions = model.with_guidance(conditions, guidance_scale)
@@ -79,13 +82,13 @@ def sample(
         latent_model_input = scale_input(latents, timestep)
         predictions = model.predict(latent_model_input.repeat(count, 1, 1, 1), timestep, conditions)
         predictions = predictions.view(count, batch, *latents.shape[1:])
-        noise_pred = model.guide(predictions, guidance_scale)
-        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
+        noise_pred = model.guide(predictions, guidance_scale) if is_guided else predictions[0]
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **further)[0]
         yield Point(timestep, latent_model_input, predictions, latents)
 
 
 def denoise(model: Model, branches: Sequence[Tensors], noise: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
-    """Final latents (B, C, H, W) of a batch from its noise, guided by two branches: unconditional, prompts."""
+    """Final latents (B, C, H, W) of a batch from its noise, guided by ``branches`` as in :func:`sample`."""
     with _repeatable(model, spec):
         for point in sample(
             model,

@@ -15,7 +15,7 @@ TOKENS = 300  # the pipeline's default
 
 
 class Sana(Model):
-    """A prompt is read after an instruction to enhance it, which is diffusers' own; the unconditional has none."""
+    """A prompt is read after an instruction to enhance it, which is diffusers' own; one to lead away from is not."""
 
     family = "sana"
     pipelines = ("SanaPipeline",)
@@ -34,8 +34,8 @@ class Sana(Model):
         parameters = inspect.signature(type(self.pipeline).__call__).parameters
         return self._encode(texts, parameters["complex_human_instruction"].default)
 
-    def unconditional(self, count: int) -> Tensors:
-        return self._encode([""] * count, None)
+    def encode_negative(self, texts: list[str]) -> Tensors:
+        return self._encode(texts, None)
 
     def _encode(self, texts: list[str], instruction: Any) -> Tensors:
         states, mask, _, _ = self.pipeline.encode_prompt(

@@ -1,10 +1,11 @@
-"""What a scheduler says of a model: whether it draws noise of its own, its settings, and how it mixes noise in.
+"""What a scheduler says of a model: whether it draws noise at every step, its settings, and how it mixes noise in.
 
 It is the scheduler that decides this, not the family: Stable Diffusion XL comes with both kinds below.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from typing import Any
@@ -13,25 +14,68 @@ import torch
 
 from ..errors import UserError
 from ..record import plain
+from .samplers import alternatives, is_flow, with_scheduler
+
+__all__ = [
+    "check_deterministic",
+    "draws_noise",
+    "dynamic_shift",
+    "flow_timesteps",
+    "is_flow",
+    "noised",
+    "sampler_config",
+    "step_options",
+    "with_scheduler",
+]
 
 # In the name of a class that draws noise at every step, whatever its settings.
-_STOCHASTIC = ("Ancestral", "SDE", "Sde", "DDPM", "LCM", "TCD", "SASolver", "UnCLIP", "RePaint", "CMStochastic", "SCM")
+_STOCHASTIC = ("Ancestral", "SDE", "Sde", "DDPM", "LCM", "SASolver", "UnCLIP", "RePaint", "CMStochastic", "SCM")
 
 
-def check_deterministic(scheduler: Any) -> None:
-    """UserError for a sampler that draws noise at every step: pairs made by it would differ by chance."""
+def draws_noise(scheduler: Any) -> str:
+    """Why this sampler draws noise at every step, in words; empty for one that draws none."""
     name = type(scheduler).__name__
     config = getattr(scheduler, "config", {})
-    settings = {
+    reasons = {
         "algorithm_type": str(config.get("algorithm_type", "")).startswith("sde"),
         "stochastic_sampling": bool(config.get("stochastic_sampling", False)),
         "eta": bool(config.get("eta", 0.0)),
     }
-    why = [f" with {key} = {config[key]}" for key, draws_noise in settings.items() if draws_noise]
-    if why or any(word in name for word in _STOCHASTIC):
+    why = [f"{name} with {key} = {config[key]}" for key, is_reason in reasons.items() if is_reason]
+    return why[0] if why else name if any(word in name for word in _STOCHASTIC) else ""
+
+
+def check_deterministic(scheduler: Any) -> None:
+    """UserError for a sampler whose images are no function of the noise that they start from.
+
+    Noise that a sampler draws at every step is made such a function by :func:`step_options`, if it takes a generator.
+    """
+    if (why := draws_noise(scheduler)) and "generator" not in _arguments(scheduler):
+        others = " or ".join(alternatives(scheduler))
         raise UserError(
-            f"{name}{''.join(why[:1])} adds noise at every step, so pairs cannot be compared. Use DDIM, PNDM or Euler."
+            f"{why} adds noise at every step, so pairs cannot be compared. Use another by `--scheduler`"
+            f"{f', such as {others}' if others else ''}."
         )
+
+
+def step_options(scheduler: Any, noise: torch.Tensor) -> dict[str, Any]:
+    """Further arguments of a sampler's ``step`` for a batch that starts from ``noise`` (B, C, H, W).
+
+    Of one that draws noise, a generator for each row, keyed by SHA-256 of the noise that the row starts from, so that
+    it depends on no other row.  ``eta`` is 0 where a step takes it, as in diffusers' pipelines.
+    """
+    options: dict[str, Any] = {"eta": 0.0} if "eta" in _arguments(scheduler) else {}
+    if draws_noise(scheduler):
+        options["generator"] = []
+        for row in noise.detach().cpu().float().contiguous():
+            key = hashlib.sha256(b"fastunlearn-step-noise-1|" + row.numpy().tobytes()).digest()
+            options["generator"].append(torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1))
+    return options
+
+
+def _arguments(scheduler: Any) -> Any:
+    """The arguments of ``step``, by name."""
+    return inspect.signature(scheduler.step).parameters
 
 
 def sampler_config(model: Any) -> dict[str, Any]:
@@ -41,14 +85,6 @@ def sampler_config(model: Any) -> dict[str, Any]:
     """
     config = json.loads(model.pipeline.scheduler.to_json_string())
     return {key: plain(value) for key, value in config.items() if key != "_diffusers_version"}
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether its denoiser predicts the velocity of a rectified flow, on a straight line from the image to noise.
-
-    A timestep is then the noise's share of the latents, times ``num_train_timesteps``.
-    """
-    return hasattr(scheduler, "scale_noise") or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def dynamic_shift(scheduler: Any, tokens: int, max_shift: float = 1.15) -> float:

@@ -48,8 +48,9 @@ class StableDiffusion(Model):
         embedded = self.pipeline.get_guidance_scale_embedding(weights, embedding_dim=width)
         return conditions | {"timestep_cond": embedded.to(self.device)}
 
-    def guide(self, predictions: torch.Tensor, scale: float) -> torch.Tensor:
-        return super().guide(predictions, scale if self._guidance_width is None else 1.0)
+    @property
+    def is_guided(self) -> bool:
+        return self._guidance_width is None
 
     @property
     def _guidance_width(self) -> int | None:

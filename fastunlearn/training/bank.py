@@ -43,8 +43,9 @@ class Bank:
 
     All are float32, timesteps too: many samplers ask at fractions, and there the teacher answered.
     ``coefficients``: (P, K) mixes the K predictions into the row's target.  ``condition``: (P,) indexes ``conditions``.
-    ``weights``: (P,), of each row's squared error.  ``role_rows`` lists, for each role, the rows that are trained on:
-    those within their kind's window of timesteps.
+    ``weights``: (P,), of each row's squared error.  ``places``: (P, 2) int64, where among the K predictions are the
+    unconditional and that of the trajectory's prompt; -1 where one is not kept.  ``role_rows`` lists, for
+    each role, the rows that are trained on: those within their kind's window of timesteps.
     """
 
     latents: torch.Tensor
@@ -52,6 +53,7 @@ class Bank:
     teacher_preds: torch.Tensor
     coefficients: torch.Tensor
     weights: torch.Tensor
+    places: torch.Tensor
     condition: torch.Tensor
     conditions: Conditions
     role_rows: dict[Role, torch.Tensor]
@@ -97,7 +99,12 @@ class Bank:
     def concept_strength(self) -> float:
         """Mean over forget rows of ``(teacher(concept) - teacher(unconditional))^2``, the unit of Saddle's margin."""
         rows = self.role_rows["forget"].to(self.latents.device)
-        return (self.teacher_preds[1, rows] - self.teacher_preds[0, rows]).square().mean().item()
+        unconditional, concept = self.places[rows].unbind(1)
+        if unconditional.min() < 0:
+            raise ValueError(
+                "a rule that asks for the concept's strength needs rows with the unconditional in the target"
+            )
+        return (self.teacher_preds[concept, rows] - self.teacher_preds[unconditional, rows]).square().mean().item()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +112,8 @@ class BankPlan:
     """What a bank will hold and cost, known before anything is computed.
 
     ``assignments``: (row kind, trajectory number) for each trajectory.  ``points``: of a trajectory, one per forward;
-    some samplers (PNDM, Heun) have more of them than steps.  ``unet_evaluations``: forwards of one sample.
+    some samplers (PNDM, Heun) have more of them than steps.  ``guided_from``: see ``Model.guided_from``.
+    ``unet_evaluations``: forwards of one sample.
     """
 
     assignments: tuple[tuple[Row, int], ...]
@@ -113,6 +121,7 @@ class BankPlan:
     num_inference_steps: int
     points: int
     guidance_scale: float
+    guided_from: tuple[str, ...]
     seed: int
 
     @property
@@ -126,7 +135,12 @@ class BankPlan:
 
     @property
     def unet_evaluations(self) -> int:
-        return sum(self.points * len(_branch_prompts(row)) for row, _ in self.assignments)
+        return sum(self.points * len(self.branch_prompts(row)) for row, _ in self.assignments)
+
+    def branch_prompts(self, row: Row) -> list[str]:
+        """Whose predictions a row's trajectory is sampled with: those that guide it, then the others in its target."""
+        guiding = (*self.guided_from, row.trajectory)
+        return [*guiding, *(key for key in row.target if key not in (*guiding, NOISE))]
 
 
 def plan_bank(
@@ -146,8 +160,10 @@ def plan_bank(
         assignments += [(kinds[order[n % len(kinds)]], n) for n in range(trajectories if kinds else 0)]
     for row, _ in assignments:
         row.window(points)  # holds a point, or says so
-    branches = max((len(_branch_prompts(row)) for row, _ in assignments), default=2)
-    return BankPlan(tuple(assignments), branches, num_inference_steps, points, guidance_scale, seed)
+    guided_from = model.guided_from(guidance_scale)
+    plan = BankPlan(tuple(assignments), 1, num_inference_steps, points, guidance_scale, guided_from, seed)
+    branches = max((len(plan.branch_prompts(row)) for row, _ in assignments), default=1)
+    return dataclasses.replace(plan, branches=branches)
 
 
 @torch.no_grad()
@@ -156,11 +172,10 @@ def build_bank(
 ) -> Bank:
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
-    A trajectory's predictions are, in order: the unconditional, its own prompt's (the two that guide it), then those of
-    the other prompts in the row's target.  ``micro_batch_size`` trajectories run at once.  No evaluation shares their
-    noise, nor does another ``purpose``.  Raises UserError for predictions that are no numbers.
+    A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once.  No
+    evaluation shares their noise, nor does another ``purpose``.  Raises UserError for predictions that are no numbers.
     """
-    conditions = _encoded(model, recipe)
+    conditions = _encoded(model, recipe, plan.guided_from)
     # What a denoiser takes of the guidance, the student is told as the teacher was.
     guided = model.with_guidance(conditions.tensors, plan.guidance_scale)
     conditions = dataclasses.replace(conditions, tensors=guided)
@@ -171,14 +186,15 @@ def build_bank(
     teacher_preds = torch.zeros(plan.branches, total, *shape, device=model.device)
     coefficients = torch.zeros(total, plan.branches, device=model.device)
     weights = torch.ones(total, device=model.device)
+    places = torch.full((total, 2), -1, device=model.device)
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
     role_rows: dict[Role, list[torch.Tensor]] = {}
 
-    for first, group in _groups(plan.assignments, micro_batch_size):
+    for first, group in _groups(plan, micro_batch_size):
         kinds = [row for row, _ in group]
         seeds = [plan.seed * 1_000_003 + number for _, number in group]
         noise = initial_noise([row.trajectory for row in kinds], seeds, shape, purpose)
-        prompts = [_branch_prompts(row) for row in kinds]
+        prompts = [plan.branch_prompts(row) for row in kinds]
         branches = [conditions.of(branch) for branch in zip(*prompts, strict=True)]
         rows = torch.arange(first * points, (first + len(group)) * points, device=model.device).view(len(group), points)
         steps = plan.num_inference_steps
@@ -197,6 +213,8 @@ def build_bank(
         for row, branch, where in zip(kinds, prompts, rows, strict=True):
             condition[where] = conditions.prompts.index(row.condition)
             coefficients[where, : len(branch)] = torch.tensor(_coefficients(row, branch), device=model.device)
+            kept = [branch.index(name) if name in branch else -1 for name in (UNCONDITIONAL, row.trajectory)]
+            places[where] = torch.tensor(kept, device=model.device)
             weights[where] = row.weight
             window = row.window(points)
             role_rows.setdefault(row.role, []).append(where[window.start : window.stop].cpu())
@@ -206,12 +224,12 @@ def build_bank(
             "its settings (`prediction_type`, `rescale_betas_zero_snr`) do not fit the model. Mend its scheduler."
         )
     indexed = {role: torch.cat(rows) for role, rows in role_rows.items()}
-    return Bank(latents, timesteps, teacher_preds, coefficients, weights, condition, conditions, indexed)
+    return Bank(latents, timesteps, teacher_preds, coefficients, weights, places, condition, conditions, indexed)
 
 
-def _encoded(model: Model, recipe: Recipe) -> Conditions:
-    """The recipe's prompts, encoded, and its named embeddings behind them."""
-    conditions = model.encode(recipe.prompts())
+def _encoded(model: Model, recipe: Recipe, guided_from: Sequence[str]) -> Conditions:
+    """The recipe's prompts, encoded, with what guides beside them, and its named embeddings behind them."""
+    conditions = model.encode([*recipe.prompts(), *guided_from])
     for name, embedding in recipe.embeddings.items():
         if embedding.keys() != conditions.tensors.keys():
             raise ValueError(f"the embedding {name!r} must have {sorted(conditions.tensors)}, got {sorted(embedding)}.")
@@ -222,28 +240,21 @@ def _encoded(model: Model, recipe: Recipe) -> Conditions:
     return Conditions((*conditions.prompts, *recipe.embeddings), tensors)
 
 
-def _branch_prompts(row: Row) -> list[str]:
-    guiding = (UNCONDITIONAL, row.trajectory)
-    return [*guiding, *(key for key in row.target if key not in (*guiding, NOISE))]
-
-
 def _coefficients(row: Row, names: list[str]) -> list[float]:
-    if NOISE in row.target:  # stands where the unconditional prediction does in other rows
-        return [1.0, 0.0]
-    coefficients = [row.target.get(name, 0.0) for name in names]
-    if row.trajectory == UNCONDITIONAL:  # both guiding branches are the same prediction: count it once
-        coefficients[1] = 0.0
-    return coefficients
+    if NOISE in row.target:  # stands where the first prediction does in other rows
+        return [1.0, *[0.0] * (len(names) - 1)]
+    # Two branches may be the same prediction, where a trajectory is the unconditional's own: count it once.
+    return [row.target.get(name, 0.0) if name not in names[:place] else 0.0 for place, name in enumerate(names)]
 
 
-def _groups(assignments: Sequence[tuple[Row, int]], size: int) -> list[tuple[int, Sequence[tuple[Row, int]]]]:
+def _groups(plan: BankPlan, size: int) -> list[tuple[int, Sequence[tuple[Row, int]]]]:
     """Runs of at most ``size`` trajectories with equally many branches, each with its first trajectory's place."""
     groups: list[tuple[int, Sequence[tuple[Row, int]]]] = []
-    start = 0
+    assignments, start = plan.assignments, 0
     while start < len(assignments):
-        width = len(_branch_prompts(assignments[start][0]))
+        width = len(plan.branch_prompts(assignments[start][0]))
         end = start
-        while end < min(start + size, len(assignments)) and len(_branch_prompts(assignments[end][0])) == width:
+        while end < min(start + size, len(assignments)) and len(plan.branch_prompts(assignments[end][0])) == width:
             end += 1
         groups.append((start, assignments[start:end]))
         start = end

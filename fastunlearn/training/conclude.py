@@ -81,11 +81,11 @@ def conclude(
         if scoring is not None:
             reporter.stage("evaluation")
             # The original is loaded afresh: the model in memory has changed.
-            base = load_model(str(model.source), model.device)
+            base = load_model(str(model.source), model.device, model.options)
             base.name = model.name
             result = evaluate_models(
                 base,
-                {config.method: load_model(str(unlearned), model.device)},
+                {config.method: load_model(str(unlearned), model.device, model.options)},
                 scoring.groups,
                 scoring.metric,
                 SamplerSpec(mixed_precision=config.mixed_precision),

@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 from ..config import above, at_least, check_types, expand_home, map_setting, setting, share
 from ..errors import UserError
+from ..models.options import ModelOptions, SourceOptions, check_guided
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ModelOptions):
     """What `train` does.  A setting left at None takes the method's default for the model (`fastunlearn methods`)."""
 
     forget: str = setting('the concept to forget, e.g. "star" or "Van Gogh"')
     output: str = setting("folder of the run", path=True)
-    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes", path=True)
+    model: str = setting(
+        "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
+    )
     method: str = setting("see `fastunlearn methods`", "ovw")
     anchor: str | None = setting(
         "what the concept becomes (of TEXT;TEXT each prompt draws one); default: nothing, or its neighbour", None
@@ -79,6 +82,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         expand_home(self)
         check_types(self)
+        super().__post_init__()
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
@@ -95,17 +99,20 @@ class TrainConfig:
         above(self, 0, "learning_rate")
         if self.learning_rate is not None and self.learning_rate > 1:
             raise UserError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
+        check_guided(self.negative_prompt, self.trajectory_guidance_scale, "trajectory_guidance_scale")
         if self.resume and self.overwrite:
             raise UserError("`--resume` continues a run and `--overwrite` replaces it: give one of them.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskConfig:
+class MaskConfig(ModelOptions):
     """What `mask` does.  A setting left at None takes SalUn's default for the model."""
 
     forget: str = setting('the concept whose weights to find, e.g. "star"')
     output: str = setting("FILE for the mask, e.g. star.mask.safetensors", path=True)
-    model: str = setting("`shapes` (bundled), a diffusers folder, or a hub id", "shapes", path=True)
+    model: str = setting(
+        "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
+    )
     density: float = setting("share of the trainable elements to select", 0.5)
     granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
@@ -128,18 +135,22 @@ class MaskConfig:
     def __post_init__(self) -> None:
         expand_home(self)
         check_types(self)
+        super().__post_init__()
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "seed", "trajectory_guidance_scale")
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps")
         share(self.density, "density")
+        check_guided(self.negative_prompt, self.trajectory_guidance_scale, "trajectory_guidance_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ApplyConfig:
+class ApplyConfig(SourceOptions):
     """What `apply` does."""
 
-    model: str = setting("the original: `shapes` (bundled), a diffusers folder, or a hub id", path=True)
+    model: str = setting(
+        "the original: `shapes` (bundled), a diffusers folder or .safetensors file, or a hub id", path=True
+    )
     delta: str = setting("FILE that `train --save delta` wrote", path=True)
     output: str = setting("folder for the pipeline", path=True)
     overwrite: bool = setting("replace a pipeline that an earlier `apply` left in the output folder", False)
@@ -147,3 +158,4 @@ class ApplyConfig:
     def __post_init__(self) -> None:
         expand_home(self)
         check_types(self)
+        super().__post_init__()

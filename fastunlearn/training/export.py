@@ -4,13 +4,17 @@ A delta is one safetensors file.  For every tensor NAME of the denoiser that cha
 the type that the original's file has, and which elements of the flattened tensor they replace: ``NAME.indices`` (k,)
 int32, or int64 in a tensor of 2^31 elements, or ``NAME.bits``, where that is shorter: element i is bit i % 8 of byte
 i // 8.
-The metadata (see ``files/tensors.py``) has the original's hash, the folder of the denoiser and the tensors' shapes.
+The metadata (see ``files/tensors.py``) has the original's hash, the folder of the denoiser, the variant of its weights
+that was read, where it was not the usual one, and the tensors' shapes.
+
+Of the folder of the denoiser only the files that were read are written: whatever lies beside them, in another precision
+or without the moving average, still holds what was unlearned.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +25,7 @@ from ..errors import UserError
 from ..files.atomic import whole_folder
 from ..files.run_folder import check_output, claimed, files_below, own
 from ..files.tensors import load_tensors, refused, save_tensors
-from ..files.weights import hash_pipeline, part_names, pipeline_files, read_tensors
+from ..files.weights import hash_pipeline, part_names, pipeline_files, read_tensors, shard_names, weight_files
 from ..models.base import Model
 from ..models.loading import resolve_source
 from .config import ApplyConfig
@@ -42,12 +46,7 @@ def check_export(model: Model, selection: Selection, save: Save) -> None:
     """
     folder = model.source / model.denoiser_folder
     found: dict[str, Path] = {}
-    for path, name, shape in _stored(folder, selection.shapes):
-        if name in found and save == "delta":
-            raise UserError(
-                f"{folder} has {name} in two files, {found[name].name} and {path.name}, which a delta cannot "
-                "tell apart. Use `--save model`, or take the file that is not loaded out of the folder."
-            )
+    for path, name, shape in _stored(read_files(folder, model.variant), selection.shapes):
         found[name] = path
         if shape != tuple(selection.shapes[name]):
             raise UserError(
@@ -57,11 +56,11 @@ def check_export(model: Model, selection: Selection, save: Save) -> None:
     _check_found(folder, dict.fromkeys(selection.shapes), found)
 
 
-def _stored(folder: Path, names: Container[str]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
-    """File, name and shape of each of these tensors in the folder's safetensors files; no values are read."""
+def _stored(files: Iterable[Path], names: Container[str]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
+    """File, name and shape of each of these tensors in the files; no values are read."""
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 if name in names:
@@ -75,15 +74,15 @@ def export(model: Model, path: Path, save: Save, values: Values, selection: Sele
     """
     parts = (model.source, model.denoiser_folder)
     if save == "delta":
-        return export_delta(*parts, path, values, selection.bits)
+        return export_delta(*parts, path, values, selection.bits, model.variant)
     with whole_folder(path) as unfinished:
-        return export_model(*parts, unfinished, values, selection.bits)
+        return export_model(*parts, unfinished, values, selection.bits, model.variant)
 
 
 def apply(config: ApplyConfig) -> Path:
     """Rebuild an unlearned pipeline from its original and a delta; returns its folder."""
     folder = Path(config.output).expanduser().resolve()
-    source = resolve_source(config.model)
+    source = resolve_source(config.model, config)
     if folder == source:
         raise UserError(f"`--output` {folder} is the original itself. Name another folder.")
     check_output(folder, "apply", overwrite=config.overwrite)
@@ -93,24 +92,26 @@ def apply(config: ApplyConfig) -> Path:
     return folder
 
 
-def export_model(source: Path, part: str, folder: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
+def export_model(
+    source: Path, part: str, folder: Path, values: Values, bits: Bits, variant: str | None = None
+) -> dict[str, torch.dtype]:
     """Write the pipeline ``source`` into an empty folder, with ``values`` in ``part``; other bytes are the original's.
 
-    Returns the type in which each tensor is stored.
+    ``variant``: which weights of ``part`` were read.  Returns the type in which each tensor is stored.
     """
-    copy_pipeline(source, folder)
+    copy_pipeline(source, folder, left_out=unread_files(source / part, variant))
     return overlay(folder / part, values, bits)
 
 
-def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits) -> dict[str, torch.dtype]:
+def export_delta(
+    source: Path, part: str, path: Path, values: Values, bits: Bits, variant: str | None = None
+) -> dict[str, torch.dtype]:
     """Write the delta between ``source`` and what :func:`export_model` would write; returns the types likewise."""
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for file in sorted((source / part).glob("*.safetensors")):
+    for file in read_files(source / part, variant):
         for name, original in read_tensors(file, values)[0].items():
-            if name in dtypes:
-                raise UserError(f"{source / part} has {name} in two files, which a delta cannot tell apart.")
             dtypes[name] = original.dtype
             trained = _replaced(name, original, values[name], bits.get(name))
             changed = (_integers(trained) != _integers(original)).view(-1)
@@ -124,7 +125,8 @@ def export_delta(source: Path, part: str, path: Path, values: Values, bits: Bits
             else:
                 tensors[f"{name}.indices"] = indices
     _check_found(source / part, values, dtypes)
-    save_tensors(path, tensors, DELTA_FORMAT, {"original": hash_pipeline(source), "part": part, "shapes": shapes})
+    content = {"original": hash_pipeline(source), "part": part, "shapes": shapes}
+    save_tensors(path, tensors, DELTA_FORMAT, content | ({"variant": variant} if variant else {}))
     return dtypes
 
 
@@ -140,6 +142,7 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     with refused(delta, what):
         part, original = str(content["part"]), str(content["original"])
         shapes = {name: [int(size) for size in shape] for name, shape in content["shapes"].items()}
+        variant = str(content["variant"]) if "variant" in content else None
     if (ours := hash_pipeline(source)) != original:
         raise UserError(
             f"the delta {delta} belongs to another original: its hash is {original[:12]}, that of {source} "
@@ -148,7 +151,7 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
     if part not in part_names(source):
         raise UserError(f"the delta {delta} is for the part {part!r}, which {source} does not have.")
     found: set[str] = set()
-    for _, name, shape in _stored(source / part, shapes):
+    for _, name, shape in _stored(read_files(source / part, variant), shapes):
         found.add(name)
         if list(shape) != shapes[name]:
             raise UserError(f"the delta {delta} says that {name} is {shapes[name]}; it is {list(shape)}.")
@@ -160,7 +163,7 @@ def apply_delta(source: Path, delta: Path, folder: Path) -> None:
         for name, replaced in values.items():
             if not torch.isfinite(replaced).all():
                 raise ValueError(f"{name} has values that are no numbers")
-    export_model(source, part, folder, values, bits)
+    export_model(source, part, folder, values, bits, variant)
 
 
 def _bits_of(tensors: Mapping[str, torch.Tensor], name: str, shape: list[int]) -> torch.Tensor:
@@ -220,9 +223,25 @@ def _integers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(_AS_INTEGERS[tensor.element_size()])
 
 
-def copy_pipeline(source: Path, target: Path) -> None:
+def read_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a part that are read: of the variant, or the usual ones where the part has none of it."""
+    return weight_files(folder, variant) or weight_files(folder)
+
+
+def unread_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a part, and their indices, that hold its weights a second time and are not read."""
+    read = read_files(folder, variant)
+    named = {path.name for path in read}
+    kept = {*read, *(path for path in folder.glob("*.index*.json") if named & set(shard_names(path)))}
+    beside = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index*.json")]
+    return sorted(path for path in beside if path not in kept)
+
+
+def copy_pipeline(source: Path, target: Path, left_out: Container[Path] = ()) -> None:
     """Copy the pipeline's parts: bytes alone, neither links nor modes, which may be read-only."""
     for path in pipeline_files(source):
+        if path in left_out:
+            continue
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)

@@ -173,7 +173,7 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
     settings = dataclasses.asdict(plan.settings)
     settings |= {"anchor": plan.concept.anchor, "options": settings["options"] or {}}
     settings |= {"dry_run": False, "resume": False, "overwrite": False}
-    for name in ("output", "model", "mask", "deepspeed"):
+    for name in ("output", "model", "parts", "mask", "deepspeed"):
         value = getattr(config, name)
         is_bundled = name == "model" and world_with_model(value) is not None
         if value is not None and not is_bundled and (name == "output" or Path(value).expanduser().exists()):

@@ -15,6 +15,7 @@ from ..methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row
 from ..methods.rules import Sum
 from ..models.base import Model
 from ..models.loading import load_model
+from ..models.options import ModelOptions
 from ..models.schedulers import check_deterministic
 from ..progress import Reporter
 from .bank import Bank, build_bank, plan_bank
@@ -39,7 +40,7 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> Selection:
 
 
 def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
-    model = load_model(config.model, config.device)
+    model = load_model(config.model, config.device, ModelOptions.of(config))
     defaults = get_method("salun").defaults_for(model.defaults_key)
     forget = forget_prompts(config, model)
     names = select_parameters(model, config.trainable)

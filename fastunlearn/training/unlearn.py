@@ -22,6 +22,7 @@ from ..methods import get_method
 from ..methods.recipe import Edit
 from ..models.base import Model
 from ..models.loading import load_model
+from ..models.options import ModelOptions
 from ..progress import Reporter
 from .bank import build_bank
 from .conclude import Scoring, conclude
@@ -97,7 +98,7 @@ class _Run:
         method = get_method(config.method)
         if config.resume:
             check_settings(config, folder)
-        model = load_model(self.source, device_of(self.world, config.device))
+        model = load_model(self.source, device_of(self.world, config.device), ModelOptions.of(config))
         model.name = self.name
         plan = plan_training(config, method, model, self.world)
         scoring = Scoring.of(config, model)  # fails early or not at all
