@@ -129,6 +129,63 @@ PROMPTS = {
     "one prompt to keep": ([*EVALUATE, "--prompts", "a red ring"], "at least 2 retain prompts"),
     "only prompts to forget": ([*EVALUATE, "--prompts", "{files}/forget.csv"], "at least 2 retain prompts"),
 }
+OPTIONS = {
+    "a sampler that is none": ([*TRAIN, "--scheduler", "Nonsense"], "has no such sampler. Use Euler"),
+    "a sampler of nothing": ([*EVALUATE, "--scheduler", ""], "has no such sampler. Use Euler"),
+    "a sampler of flows": ([*MASK, "--scheduler", "FlowMatchEulerDiscrete"], "samples flow models"),
+    "a size that is none": ([*TRAIN, "--resolution", "64x"], "must be N or WxH in pixels"),
+    "a size of nothing": ([*EVALUATE, "--resolution", "0"], "must be N or WxH in pixels"),
+    "a size between two": ([*MASK, "--resolution", "63"], "multiples of .* pixels. Use 64x64"),
+    "an unknown attention": ([*TRAIN, "--attention", "fast"], "invalid choice: 'fast'"),
+    "attention that cannot run": ([*EVALUATE, "--attention", "xformers"], "needs a CUDA device|cannot run here"),
+    "flash attention for a UNet": ([*TRAIN, "--attention", "flash"], "do not ask diffusers' dispatcher"),
+    "a negative prompt that is cut": ([*TRAIN, "--negative-prompt", "star " * 40], "the negative prompt has"),
+    "a negative prompt without guidance": (
+        [*EVALUATE, "--negative-prompt", "x", "--guidance-scale", "1"],
+        "does nothing without guidance",
+    ),
+    "a negative prompt without guidance of trajectories": (
+        [*MASK, "--negative-prompt", "x", "--trajectory-guidance-scale", "0"],
+        "does nothing without guidance",
+    ),
+    "a variant that is no name": ([*TRAIN, "--variant", "../x"], "is no variant's name"),
+    "a variant that is not there": ([*TRAIN, "--variant", "bf16", "--model", "{model:whole}"], "cannot load the model"),
+    "parts for a folder": ([*TRAIN, "--parts", "{model:whole}"], "completes a model in a single file"),
+    "parts to apply to a folder": (
+        [*APPLY, "--delta", "{run}/delta.safetensors", "--parts", "{model:whole}"],
+        "completes a model in a single file",
+    ),
+    "parts that are none": ([*TRAIN, "--model", "{files}/sd.safetensors", "--parts", "{files}"], "no diffusers folder"),
+    "parts of another layout": (
+        [*TRAIN, "--model", "{files}/flux.safetensors", "--parts", "{model:whole}"],
+        "holds the weights of a FluxPipeline alone, and `--parts` .* is a StableDiffusionPipeline",
+    ),
+    "a file without its settings": ([*TRAIN, "--model", "{files}/sd.safetensors"], "by `--parts`|cannot read"),
+    "a file without its parts": (
+        [*TRAIN, "--model", "{files}/sd.safetensors", "--parts", "{model:none}"],
+        "cannot read|has no",
+    ),
+    "a LoRA for a model": ([*TRAIN, "--model", "{files}/lora.safetensors"], "is a LoRA"),
+    "a ControlNet for a model": ([*MASK, "--model", "{files}/control.safetensors"], "is a ControlNet"),
+    "a VAE for a model": ([*EVALUATE, "--unlearned", "{files}/vae.safetensors"], "is a VAE alone"),
+    "a text encoder for a model": ([*TRAIN, "--model", "{files}/text.safetensors"], "is a text encoder alone"),
+    "a mask for a model": ([*TRAIN, "--model", "{files}/star.mask.safetensors"], "a mask to `--mask`"),
+    "a delta for a model": (
+        [*EVALUATE, "--unlearned", "{run}/delta.safetensors"],
+        "a delta to `fastunlearn apply`",
+    ),
+    "tensors for a model": ([*TRAIN, "--model", "{files}/tensors.safetensors"], "whose layout is known"),
+    "a cut file for a model": ([*TRAIN, "--model", "{files}/cut.mask.safetensors"], "is no whole safetensors file"),
+    "a pickle for a model": ([*TRAIN, "--model", "{files}/model.ckpt"], "is pickled"),
+}
+SINGLE_FILES = {
+    "lora": ("lora_unet_x.lora_down.weight",),
+    "control": ("control_model.input_blocks.0.0.weight",),
+    "vae": ("first_stage_model.encoder.conv_in.weight",),
+    "text": ("text_model.embeddings.token_embedding.weight",),
+    "sd": ("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x", "first_stage_model.x"),
+    "flux": ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight",),
+}
 MODELS = {
     "an unknown model": ([*TRAIN, "--model", "sd99"], "unknown model 'sd99'"),
     "a model folder that is not there": ([*TRAIN, "--model", "./none"], "unknown model './none'"),
@@ -144,7 +201,14 @@ MODELS = {
     "a model with a link that leads out": ([*MASK, "--model", "{model:link}"], "outside the model's folder"),
     "a model whose index leads out": ([*TRAIN, "--model", "{model:part}"], "no name of a folder in it"),
     "another sampler": ([*EVALUATE, "--unlearned", "{model:sampler}", "--forget", "star"], "another sampler"),
-    "a sampler that draws": ([*TRAIN, "--model", "{model:ancestral}"], "adds noise at every step"),
+    "a custom pipeline": ([*TRAIN, "--model", "{model:custom}"], "is a custom pipeline, .*whose code is not run"),
+    "a LoRA still injected": ([*TRAIN, "--model", "{model:injected}"], r"holds LoRA layers.*`fuse_lora\(\)`"),
+    "a model for inpainting": ([*TRAIN, "--model", "{model:inpainting}"], "takes 9 channels where"),
+    "a model of no size": ([*TRAIN, "--model", "{model:sizeless}"], "does not say its resolution"),
+    "a model without a tokenizer": ([*TRAIN, "--model", "{model:speechless}"], "has no tokenizer, without which"),
+    "a model without its scheduler": ([*TRAIN, "--model", "{model:still}"], "cannot load the model"),
+    "a model of variants alone": ([*TRAIN, "--model", "{model:variants}"], "Say which one by `--variant`"),
+    "a root of the cache without a snapshot": ([*TRAIN, "--model", "{files}/models--x--y"], "holds no snapshot"),
     "more steps than the sampler has": ([*EVALUATE, "--num-inference-steps", "1001"], "1000"),
     "an original that is none": ([*EVALUATE, "--original", "sd99"], "unknown model 'sd99'"),
     "an unlearned model that is none": ([*EVALUATE, "--unlearned", "sd99"], "unknown model 'sd99'"),
@@ -286,20 +350,9 @@ ASKING = {
     "prompts over a file": ([*ASKED, "--output", "{files}/groups.csv"], "exists"),
     "prompts into no folder": ([*ASKED, "--output", "{new}/p.csv"], "does not exist. Make it first"),
 }
-TABLE = (
-    COMMANDS
-    | NUMBERS
-    | SETTINGS
-    | CONCEPTS
-    | PROMPTS
-    | MODELS
-    | WEIGHTS
-    | IMAGE_FOLDERS
-    | FOLDERS
-    | DEEPSPEED
-    | JUDGES
-    | ASKING
-)
+TABLES = (COMMANDS, NUMBERS, SETTINGS, CONCEPTS, PROMPTS, OPTIONS, MODELS, WEIGHTS, IMAGE_FOLDERS, FOLDERS, DEEPSPEED)
+TABLES = (*TABLES, JUDGES, ASKING)
+TABLE = {name: row for table in TABLES for name, row in table.items()}
 
 FILES = {
     "empty.txt": "",
@@ -322,6 +375,8 @@ FILES = {
     "groups.csv": "prompt,group\na,near\na,far\nb,far\n",
     "seed.csv": "prompt,seed\na,x\n",
     "seeds.csv": "prompt,seed\na,1\nb,\n",
+    "model.ckpt": b"\x80",
+    "models--x--y/snapshots/none": "",
     "broken.json": '["a"',
     "broken.jsonl": '"a"\n{"b"\n',
     "number.json": "5",
@@ -356,6 +411,13 @@ def nudged(path):
     save_file(tensors | {name: tensors[name] + 1}, path)
 
 
+def with_channels(folder, count):
+    change_json(folder / "unet" / "config.json", in_channels=count)
+    tensors = load_file(folder / UNET)
+    kernel = tensors["conv_in.weight"]
+    save_file(tensors | {"conv_in.weight": kernel.new_zeros(len(kernel), count, 3, 3)}, folder / UNET)
+
+
 def pickled(folder):
     (folder / UNET).unlink()
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
@@ -377,9 +439,15 @@ MODEL_DAMAGE = {
     "link": lambda f: linked(f, f.with_name("outside.json")),
     "part": lambda f: change_json(f / "model_index.json", **{"../../x": ["diffusers", "DDIMScheduler"]}),
     "sampler": lambda f: change_json(f / "scheduler" / "scheduler_config.json", beta_end=0.02),
-    "ancestral": lambda f: (
-        change_json(f / "model_index.json", scheduler=["diffusers", "EulerAncestralDiscreteScheduler"]),
-        change_json(f / "scheduler" / "scheduler_config.json", _class_name="EulerAncestralDiscreteScheduler"),
+    "custom": lambda f: change_json(f / "model_index.json", _class_name=["mine", "MyPipeline"]),
+    "injected": lambda f: save_file({**load_file(f / UNET), "x.lora_A.a.weight": torch.zeros(1)}, f / UNET),
+    "inpainting": lambda f: with_channels(f, 9),
+    "sizeless": lambda f: change_json(f / "unet" / "config.json", sample_size=None),
+    "speechless": lambda f: change_json(f / "model_index.json", tokenizer=[None, None]),
+    "still": lambda f: shutil.rmtree(f / "scheduler"),
+    "variants": lambda f: (
+        [shutil.copy(f / UNET, (f / UNET).with_suffix(f".{name}.safetensors")) for name in ("ema", "fp16")]
+        and (f / UNET).unlink()
     ),
     "changed": lambda f: nudged(f / UNET),
 }
@@ -415,9 +483,11 @@ def workbench(tmp_path_factory):
     root = tmp_path_factory.mktemp("workbench")
     for name, content in FILES.items():
         path = root / "files" / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     save_file({"x": torch.zeros(3)}, root / "files" / "tensors.safetensors")
+    for name, tensors in SINGLE_FILES.items():
+        save_file({tensor: torch.zeros(4, 4, 3, 3) for tensor in tensors}, root / "files" / f"{name}.safetensors")
     for name, damage in MODEL_DAMAGE.items():
         damage(Path(shutil.copytree(pipeline_folder("shapes"), root / f"model-{name}")))
     for side in ("before", "after"):
@@ -469,6 +539,4 @@ def test_bad_input_is_one_line_and_changes_nothing(words, said, workbench, refus
 
 def test_the_table_is_as_long_as_it_says():
     assert len(TABLE) >= 120
-    assert len(TABLE) == sum(map(len, (COMMANDS, NUMBERS, SETTINGS, CONCEPTS, PROMPTS, MODELS, WEIGHTS))) + sum(
-        map(len, (IMAGE_FOLDERS, FOLDERS, DEEPSPEED, JUDGES, ASKING))
-    )
+    assert len(TABLE) == sum(map(len, TABLES))

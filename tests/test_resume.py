@@ -175,21 +175,16 @@ def two_files(pipeline_copy):
     return pipeline_copy
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_a_delta_of_two_files_is_refused_before_the_bank(refused, two_files, tmp_path, monkeypatch, dry):
-    monkeypatch.setattr("fastunlearn.training.unlearn.build_bank", None)
-    line = refused(*TRAIN, "--model", two_files, "--save", "delta", "--output", tmp_path / "run", *dry)
-    assert "in two files, diffusion_pytorch_model.non_ema.safetensors and diffusion_pytorch_model.safetensors" in line
-    assert "Use `--save model`" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_selection_that_is_in_one_file_alone_can_be_a_delta(cli, two_files, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    path = (two_files / UNET).with_suffix(".non_ema.safetensors")
-    save_file({"conv_in.weight": load_file(path)["conv_in.weight"]}, path)
-    assert cli(*TRAIN, "--model", two_files, "--save", "delta", "--output", tmp_path / "run").status == 0
+def test_a_delta_is_of_the_file_that_is_read_and_the_other_is_told(cli, two_files, tmp_path):
+    answer = cli(*TRAIN, "--model", two_files, "--save", "delta", "--output", tmp_path / "run")
+    assert answer.status == 0
+    assert "left out    what still holds" in answer.out
+    assert ": diffusion_pytorch_model.non_ema.safetensors" in " ".join(answer.out.split())
+    words = ["apply", "--model", two_files, "--delta", tmp_path / "run" / "delta.safetensors"]
+    assert cli(*words, "--output", tmp_path / "applied").status == 0
+    unet = tmp_path / "applied" / "unet"
+    assert [path.name for path in unet.glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    assert (unet / Path(UNET).name).read_bytes() != (two_files / UNET).read_bytes()
 
 
 def test_names_and_shapes_of_the_files_are_compared_before_the_bank(pipeline_copy, tmp_path):
@@ -202,14 +197,14 @@ def test_names_and_shapes_of_the_files_are_compared_before_the_bank(pipeline_cop
 
     model = load_model(str(pipeline_copy), "cpu")
     selection = Selection.of(model.denoiser, ["conv_in.weight", "conv_out.bias"])
-    check_export(model, selection, "delta")
+    check_export(model, selection)
     weights = load_file(pipeline_copy / UNET)
     save_file(weights | {"conv_out.bias": torch.zeros(9)}, pipeline_copy / UNET)
     with pytest.raises(UserError, match=r"has conv_out\.bias of the shape \(9,\)"):
-        check_export(model, selection, "model")
+        check_export(model, selection)
     save_file({name: values for name, values in weights.items() if name != "conv_in.weight"}, pipeline_copy / UNET)
     with pytest.raises(UserError, match=r"has no tensor 'conv_in\.weight'"):
-        check_export(model, selection, "model")
+        check_export(model, selection)
 
 
 def test_a_delta_with_values_that_are_no_numbers_is_refused(tmp_path):

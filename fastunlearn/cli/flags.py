@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
         title = field.metadata.get("group")
         if title is not None and title not in groups:
             groups[title] = parser.add_argument_group(title)
-        place = groups.get(title, parser)
+        place = parser if title is None else groups[title]
         metavar = {int: "N", float: "X"}.get(accepted, field.name.split("_")[-1].upper())
         if choices:
             options["choices"] = choices

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,11 +115,7 @@ class Model(ABC):
 
     def check(self) -> None:
         """Refuse a pipeline that this family's verbs cannot serve.  Raises UserError."""
-        if missing := [part for part in self.parts if getattr(self.pipeline, part, None) is None]:
-            raise UserError(
-                f"{self.name} has no {', '.join(missing)}, without which it generates nothing from a prompt alone. "
-                "Use a whole text-to-image pipeline."
-            )
+        self.check_parts([part for part in self.parts if getattr(self.pipeline, part, None) is not None], self.name)
         if self.sample_size is None:
             raise UserError(
                 f"{self.name} does not say its resolution: write the latents' size as `sample_size` into "
@@ -142,6 +138,15 @@ class Model(ABC):
                     f"the negative prompt has {self.count_tokens(text)} tokens and {self.name} reads "
                     f"{self.max_tokens}. Shorten it."
                 )
+
+    @classmethod
+    def check_parts(cls, present: Collection[str], name: str) -> None:
+        """Refuse a pipeline that lacks one of the parts that the family needs."""
+        if missing := [part for part in cls.parts if part not in present]:
+            raise UserError(
+                f"{name} has no {', '.join(missing)}, without which it generates nothing from a prompt alone. "
+                "Use a whole text-to-image pipeline."
+            )
 
     def _check_size(self) -> None:
         """Refuse a resolution that the latents' grid or the denoiser's patches do not divide, or have no places for."""

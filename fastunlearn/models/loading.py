@@ -55,6 +55,7 @@ def load_model(
     source = resolve_source(name, options)
     pipeline_class = _pipeline_class(source, name)
     family = family_of(pipeline_class, repr(name))
+    family.check_parts(_named_parts(source), repr(name))
     parts = _loaded_parts(source, family)
     variant = options.variant or find_variant(source, parts)
     _check_weight_files(source, parts, variant)
@@ -161,13 +162,14 @@ def _pipeline_class(source: Path, name: str) -> str:
     return named
 
 
+def _named_parts(source: Path) -> set[str]:
+    """The parts that the index names a class for."""
+    return {part for part, what in read_index(source).items() if isinstance(what, list) and all(what)}
+
+
 def _loaded_parts(source: Path, family: type[Model]) -> list[str]:
     """The parts that the index names and that the family loads; whatever lies beside them is not read."""
-    return [
-        part
-        for part, what in read_index(source).items()
-        if isinstance(what, list) and all(what) and part not in family.load_options and (source / part).is_dir()
-    ]
+    return sorted(part for part in _named_parts(source) - set(family.load_options) if (source / part).is_dir())
 
 
 def _check_weight_files(source: Path, parts: list[str], variant: str | None) -> None:

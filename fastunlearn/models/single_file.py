@@ -166,7 +166,7 @@ def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path)
                 f"{path} has no {part} ({what[1]}), and {base} has no safetensors of it either. Name a diffusers "
                 "folder that has by `--parts`."
             )
-        given[part] = _read_part(base / part, *what, dtype)
+        given[part] = _read_part(base / part, str(what[0]), str(what[1]), dtype)
     try:
         pipeline = getattr(diffusers, layout.pipeline).from_single_file(
             str(path), config=str(base), local_files_only=True, torch_dtype=dtype, **given

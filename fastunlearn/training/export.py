@@ -39,7 +39,7 @@ Bits = Mapping[str, torch.Tensor]  # parameter -> packed mask; a parameter witho
 Save = Literal["model", "delta"]
 
 
-def check_export(model: Model, selection: Selection, save: Save) -> None:
+def check_export(model: Model, selection: Selection) -> None:
     """UserError for a model whose files cannot take new values of what is selected.  Reads names and shapes only.
 
     To be called before any work: what it refuses would be lost at the end.

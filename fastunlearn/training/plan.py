@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .deepspeed_config import read_deepspeed
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
-from .export import check_export
+from .export import check_export, unread_files
 from .memory import MemoryEstimate, estimate_memory, measure_activations
 from .selection import GROUPS, Selection, load_mask, select_parameters
 
@@ -57,6 +57,7 @@ class TrainPlan:
     seconds_per_evaluation: float
     evidence: EvidencePlan | None  # None where the training ends by its steps alone
     cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
+    left_out: tuple[str, ...]  # files that hold the denoiser a second time and are not read
 
     @property
     def loop_evaluations(self) -> int:
@@ -110,7 +111,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         settings = dataclasses.replace(settings, mask_density=None)
     elif settings.mask_density is not None:
         trainable = round(settings.mask_density * trainable)
-    check_export(model, selection, config.save)
+    check_export(model, selection)
     check_deterministic(model.pipeline.scheduler)
     settings = dataclasses.replace(settings, steps=settings.steps if rows.rows else 0)
     bank = plan_bank(
@@ -162,6 +163,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
+        left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
     )
 
 
@@ -276,6 +278,8 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     if plan.cut:
         more = f"{len(plan.cut)} prompts are" if len(plan.cut) > 1 else "one prompt is"
         lines.append(f"cut         {more} longer than the model reads, and read in part: {_some(plan.cut, 2)}")
+    if plan.left_out:
+        lines.append(f"left out    what still holds all that the original knows: {', '.join(plan.left_out)}")
     if plan.untried_on:
         lines.append(f"settings    where you chose none, those for stable-diffusion: untried on {plan.untried_on}")
     lines += [
