@@ -15,6 +15,7 @@ from tiny_models import (
     pixart,
     playground,
     pndm,
+    qwen_image,
     sana,
     scheduler,
     sd1,
@@ -22,6 +23,7 @@ from tiny_models import (
     sd3,
     sd35,
     sdxl,
+    z_image,
 )
 
 from fastunlearn.evaluation.generators import PipelineSource
@@ -74,6 +76,8 @@ CASES = {
     "lumina2": lumina2,
     "lumina2 dynamic": lambda: lumina2(dynamic()),
     "auraflow": auraflow,
+    "qwen-image": qwen_image,
+    "z-image": z_image,
 }
 PROMPTS = ["a painting by Van Gogh", "a photo of a dog"]
 STEPS, GUIDANCE = 4, 3.5
@@ -97,13 +101,16 @@ def drawn_by(pipeline, guidance=GUIDANCE, prompts=PROMPTS, size=None, **options)
     if type(pipeline).__name__.startswith(("PixArt", "Sana")):
         options |= {"use_resolution_binning": False, "clean_caption": False}
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    packed = isinstance(pipeline, diffusers.FluxPipeline)
+    packed = isinstance(pipeline, diffusers.FluxPipeline | diffusers.QwenImagePipeline)
     channels, factor = network.config.in_channels // (4 if packed else 1), pipeline.vae_scale_factor
     width, height = size or [network.config.sample_size * factor] * 2
     noise = initial_noise(prompts, [0] * len(prompts), (channels, height // factor, width // factor))
     options |= {"generator": step_options(pipeline.scheduler, noise).get("generator")}
     noise = pipeline._pack_latents(noise, *noise.shape) if packed else noise
     options |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "height": height, "width": width}
+    if isinstance(pipeline, diffusers.QwenImagePipeline):  # its guidance scale is another thing
+        options |= {"guidance_scale": None, "true_cfg_scale": guidance}
+        options = {"negative_prompt": [""] * len(prompts)} | options
     images = pipeline(prompts, latents=noise, output_type="np", **options).images
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().int()
 

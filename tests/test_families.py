@@ -53,7 +53,7 @@ def slow_case(*case):
 
 FAST = {("sd1 PNDM", "salun"), ("sd1 distilled", "salun"), ("sd2 zero SNR", "ovw"), ("sdxl", "esd")}
 FAST |= {("playground", "salun"), ("pixart alpha", "esd"), ("sd3.5", "esd"), ("flux dev", "esd")}
-FAST |= {("lumina2", "esd"), ("auraflow", "ovw")}
+FAST |= {("lumina2", "esd"), ("auraflow", "ovw"), ("qwen-image", "esd"), ("z-image", "esd")}
 TRAINED = [
     (case, method) if (case, method) in FAST else slow_case(case, method)
     for case in CASES
@@ -303,7 +303,7 @@ def test_text_attention_is_what_belongs_to_the_text(folder_of):
         select_parameters(model, "cross-attention")
 
 
-@pytest.mark.parametrize("case", ["sd3.5", "flux dev", "sana", "lumina2", "auraflow"])
+@pytest.mark.parametrize("case", ["sd3.5", "flux dev", "sana", "lumina2", "auraflow", "qwen-image", "z-image"])
 def test_every_group_of_a_family_selects_something_and_all_selects_all(folder_of, case):
     model = load_model(str(folder_of(case)), "cpu")
     everything = {name for name, _ in model.denoiser.named_parameters()}
@@ -360,6 +360,7 @@ def test_a_sampler_that_takes_no_noise_levels_is_named(folder_of):
 
 
 LIMITS = [("sd1 DDIM", 75), ("sdxl", 75), ("pixart sigma", 299), ("flux dev", 511), ("lumina2", 91), ("sana", 298)]
+LIMITS += [("qwen-image", 329), ("z-image", 497)]
 LIMITS += [slow_case("sd3", 255), slow_case("auraflow", 255)]
 
 

@@ -209,8 +209,8 @@ def test_two_names_mean_torchs_own_and_one_is_recorded():
         ("flux dev", "xformers", "needs a CUDA device"),
         ("flux dev", "flash", "needs a CUDA device"),
         ("sd3.5", "xformers", "needs a CUDA device"),
-        ("auraflow", "xformers", r"layers that it cannot compute \(AuraFlowAttnProcessor2_0\)"),
-        ("sana", "xformers", r"layers that it cannot compute \(Sana"),
+        ("auraflow", "xformers", "layers that it cannot compute"),
+        ("sana", "xformers", "layers that it cannot compute"),
     ],
 )
 def test_attention_that_cannot_run_is_one_line(monkeypatch, case, backend, said):

@@ -14,8 +14,10 @@ from tiny_models import build, clip_text, ddim, diffusers, flux, sd1, sd2, sd3, 
 
 from fastunlearn import unlearn
 from fastunlearn.errors import UserError
+from fastunlearn.models import single_file, usual_settings
 from fastunlearn.models.foreign_files import foreign, headers
 from fastunlearn.models.loading import load_model
+from fastunlearn.models.usual_settings import has_settings, write_settings
 
 slow = pytest.mark.slow
 
@@ -63,6 +65,10 @@ KINDS = {
 
 @pytest.fixture
 def narrow_flux(monkeypatch):
+    narrow_converter(monkeypatch)
+
+
+def narrow_converter(monkeypatch):
     """diffusers' converter knows FLUX's own width alone: here it knows the tiny one."""
     from diffusers.loaders import single_file_model, single_file_utils
 
@@ -170,20 +176,109 @@ def test_a_part_of_which_a_tensor_is_missing_is_named(tmp_path):
 
 
 def test_without_a_folder_of_settings_the_hubs_cache_is_asked_and_nothing_is_fetched(tmp_path, monkeypatch):
+    """Of Stable Diffusion 2 there are two kinds, epsilon and v, that no tensor tells apart."""
     import huggingface_hub
 
-    file, base, _ = written(tmp_path, "sd1")
+    monkeypatch.setattr(single_file, "_repository", lambda tensors: "stabilityai/stable-diffusion-2-1")
+    file, base, whole = written(tmp_path, "sd2")
     asked = []
 
     def cached(repository, **options):
         asked.append((repository, options["local_files_only"]))
         return str(base)
 
-    with pytest.raises(UserError, match="those of stable-diffusion-v1-5/stable-diffusion-v1-5, which is not"):
+    with pytest.raises(UserError, match="those of stabilityai/stable-diffusion-2-1, which is not in the hub's cache"):
         load_model(str(file), "cpu")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    load_model(str(file), "cpu")
-    assert asked == [("stable-diffusion-v1-5/stable-diffusion-v1-5", True)]
+    assert_same(images_of(load_model(str(file), "cpu")), images_of_diffusers(whole))
+    assert asked == [("stabilityai/stable-diffusion-2-1", True)]
+
+
+def test_the_repository_is_the_one_that_diffusers_names():
+    tensors = {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": {"shape": [320, 1024]}}
+    assert single_file._repository(tensors) == "stabilityai/stable-diffusion-2-1"
+
+
+#: Parameters of the public models, as their cards and papers have them.
+PARAMETERS = {
+    "StableDiffusionPipeline": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "StableDiffusionXLPipeline": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_the_usual_settings_are_those_of_the_public_models(tmp_path, kind):
+    import transformers
+
+    pytest.importorskip("open_clip")
+    write_settings(tmp_path, kind, ())
+    index = diffusers.DiffusionPipeline.load_config(tmp_path)
+    for part, count in PARAMETERS[kind].items():
+        library, name = index[part]
+        with torch.device("meta"):
+            if library == "diffusers":
+                cls = getattr(diffusers, name)
+                module = cls.from_config(cls.load_config(tmp_path, subfolder=part))
+            else:
+                config = transformers.CLIPTextConfig.from_pretrained(tmp_path, subfolder=part)
+                module = getattr(transformers, name)(config)
+        assert sum(parameter.numel() for parameter in module.parameters()) == count, part
+
+
+# What open_clip's own cleaning leaves as it is, without XL's padding, a mark of its own.
+TEXTS = (
+    "a photo of a cat",
+    "Van Gogh's Starry Night, 1889.",
+    "caf\u00e9 \U0001f40e",
+    "x" * 300,
+)
+
+
+def test_the_vocabulary_is_clips(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    import transformers
+
+    write_settings(tmp_path, "StableDiffusionXLPipeline", ())
+    theirs = open_clip.SimpleTokenizer()
+    for part, pad in (("tokenizer", 49407), ("tokenizer_2", 0)):
+        ours = transformers.CLIPTokenizer.from_pretrained(tmp_path, subfolder=part)
+        assert ours.pad_token_id == pad
+        assert ours.model_max_length == 77
+        for text in TEXTS:
+            ids = ours(text, truncation=True).input_ids
+            assert ids == theirs([text])[0][: len(ids)].tolist(), text
+
+
+def test_a_file_that_says_so_predicts_v(tmp_path):
+    pytest.importorskip("open_clip")
+    write_settings(tmp_path, "StableDiffusionXLPipeline", ("v_pred", "ztsnr"))
+    scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.rescale_betas_zero_snr
+    assert has_settings("StableDiffusionXLPipeline", ())
+    assert not has_settings("StableDiffusionXLPipeline", ("edm_mean",)), "Playground v2.5"
+    assert not has_settings("StableDiffusionPipeline", ("cond_stage_model.model.token_embedding.weight",))
+    assert not has_settings("FluxPipeline", ())
+
+
+def test_the_usual_settings_serve_where_no_folder_is_named(tmp_path, monkeypatch):
+    """Those of the tiny model stand in for them here."""
+    file, base, whole = written(tmp_path, "sd1")
+    monkeypatch.setattr(
+        single_file, "write_settings", lambda folder, *rest: shutil.copytree(base, folder, dirs_exist_ok=True)
+    )
+    assert_same(images_of(load_model(str(file), "cpu")), images_of_diffusers(whole))
+
+
+def test_without_a_vocabulary_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(usual_settings.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="`pip install open_clip_torch` brings it, or name"):
+        write_settings(tmp_path, "StableDiffusionPipeline", ())
 
 
 def index(folder, **changes):

@@ -380,6 +380,71 @@ def auraflow():
     )
 
 
+def chat_tokenizer():
+    """Characters, in a chat that is its one message."""
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<user>{{ message['content'] }}</user>{% endfor %}"
+    return tokenizer
+
+
+def qwen_image():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    text = {**sizes, "num_key_value_heads": 2, "vocab_size": len(t5_tokenizer()), "rope_parameters": rope}
+    reader = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+    network = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    network.register_to_config(sample_size=16)
+    decoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.5, 2.0, 0.8, 1.0],
+    )
+    return diffusers.QwenImagePipeline(
+        transformer=network, vae=decoder, scheduler=dynamic(), text_encoder=reader, tokenizer=t5_tokenizer()
+    )
+
+
+def z_image():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    reader = transformers.Qwen3Model(
+        transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=len(t5_tokenizer()))
+    )
+    network = diffusers.ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    network.register_to_config(sample_size=8)
+    return diffusers.ZImagePipeline(
+        transformer=network,
+        vae=flow_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        scheduler=flow(shift=3.0),
+        text_encoder=reader,
+        tokenizer=chat_tokenizer(),
+    )
+
+
 def build(make, seed=0):
     """The pipeline of ``make()`` with the weights of a seed."""
     with torch.random.fork_rng():

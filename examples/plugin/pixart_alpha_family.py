@@ -24,8 +24,9 @@ class PixArtAlpha(Model):
         network = self.denoiser if denoiser is None else denoiser
         size = {"resolution": None, "aspect_ratio": None}
         if self.denoiser.config.sample_size == 128:  # the model for 1024 px is told so
-            square = torch.ones(len(latents), 2, dtype=self.dtype, device=self.device)
-            size = {"resolution": 1024 * square, "aspect_ratio": square[:, :1]}
+            width, height = self.image_size
+            told = torch.tensor([[height, width]], dtype=self.dtype, device=self.device).expand(len(latents), -1)
+            size = {"resolution": told, "aspect_ratio": told[:, :1] / told[:, 1:]}
         prediction = network(
             latents.to(self.dtype),
             timestep=timesteps.expand(len(latents)),

@@ -21,8 +21,7 @@ def set_attention(denoiser: Any, backend: str, name: str) -> None:
 
     Raises UserError, in one line, where this machine or the denoiser of the model ``name`` cannot.
     """
-    processors = [module.processor for module in denoiser.modules() if hasattr(module, "processor")]
-    dispatches = any(hasattr(processor, "_attention_backend") for processor in processors)
+    dispatches = _dispatches(denoiser)
     if backend == "native":
         if dispatches:  # else a variable of the environment decides
             denoiser.set_attention_backend("native")
@@ -32,11 +31,8 @@ def set_attention(denoiser: Any, backend: str, name: str) -> None:
             f"`--attention flash`: {name}'s layers do not ask diffusers' dispatcher. Leave it out (torch's own takes "
             "flash attention where it can) or use xformers."
         )
-    strange = sorted({type(p).__name__ for p in processors} - set(_EXCHANGED))
-    if not dispatches and strange:
-        raise UserError(
-            f"`--attention {backend}`: {name} has layers that it cannot compute ({strange[0]}). Leave it out."
-        )
+    if not can_compute(denoiser, backend):
+        raise UserError(f"`--attention {backend}`: {name} has layers that it cannot compute. Leave it out.")
     if not torch.cuda.is_available():
         raise UserError(f"`--attention {backend}` needs a CUDA device and this machine has none. Leave it out.")
     try:
@@ -49,3 +45,17 @@ def set_attention(denoiser: Any, backend: str, name: str) -> None:
             f"`--attention {backend}` cannot run here: {one_line(error)} Install {_PACKAGES[backend]} for this "
             "torch, or leave it out."
         ) from error
+
+
+def can_compute(denoiser: Any, backend: str) -> bool:
+    """Whether ``xformers`` or ``flash`` can compute all of the denoiser's layers, on a machine that has it."""
+    kinds = {type(processor).__name__ for processor in _processors(denoiser)}
+    return _dispatches(denoiser) or (backend == "xformers" and kinds <= set(_EXCHANGED))
+
+
+def _processors(denoiser: Any) -> list[Any]:
+    return [module.processor for module in denoiser.modules() if hasattr(module, "processor")]
+
+
+def _dispatches(denoiser: Any) -> bool:
+    return any(hasattr(processor, "_attention_backend") for processor in _processors(denoiser))

@@ -13,10 +13,12 @@ from .base import Model
 from .flux import Flux
 from .lumina2 import Lumina2
 from .pixart import PixArtSigma
+from .qwen_image import QwenImage
 from .sana import Sana
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
+from .z_image import ZImage
 
 OURS: tuple[type[Model], ...] = (
     StableDiffusion,
@@ -27,6 +29,8 @@ OURS: tuple[type[Model], ...] = (
     Sana,
     Lumina2,
     AuraFlow,
+    QwenImage,
+    ZImage,
 )
 
 

@@ -60,21 +60,33 @@ class Flux(Model):
     ) -> torch.Tensor:
         network = self.denoiser if denoiser is None else denoiser
         inputs = {name: values.to(self.dtype) for name, values in conditions.items()}
-        count, channels, height, width = latents.shape
+        count, _, height, width = latents.shape
         rows, columns = height // 2, width // 2
-        squares = latents.to(self.dtype).reshape(count, channels, rows, 2, columns, 2)
         places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
         prediction = network(
-            hidden_states=squares.permute(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, channels * 4),
+            hidden_states=packed(latents.to(self.dtype)),
             timestep=timesteps.expand(count) / 1000,
             img_ids=places.to(self.device, self.dtype),
             txt_ids=torch.zeros(inputs["encoder_hidden_states"].shape[1], 3, device=self.device, dtype=self.dtype),
             return_dict=False,
             **inputs,
         )[0]
-        squares = prediction.view(count, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return squares.reshape(latents.shape).float()
+        return unpacked(prediction, latents.shape).float()
 
     def timestep_options(self, num_inference_steps: int) -> dict[str, Any]:
         _, height, width = self.latent_shape
         return flow_timesteps(self.pipeline.scheduler, num_inference_steps, (height // 2) * (width // 2))
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, H, W) as tokens (B, H / 2 * W / 2, 4 C), each a square of 2 x 2."""
+    count, channels, height, width = latents.shape
+    squares = latents.reshape(count, channels, height // 2, 2, width // 2, 2)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(count, height * width // 4, channels * 4)
+
+
+def unpacked(tokens: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The latents of such tokens, of the shape (B, C, H, W)."""
+    count, channels, height, width = shape
+    squares = tokens.view(count, height // 2, width // 2, channels, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(shape)

@@ -101,15 +101,15 @@ def dynamic_shift(scheduler: Any, tokens: int, max_shift: float = 1.15) -> float
 
 def flow_timesteps(scheduler: Any, steps: int, tokens: int) -> dict[str, Any]:
     """Arguments of ``set_timesteps``: noise shares evenly from 1 to 1 / steps, which the scheduler then shifts."""
-    mu = dynamic_shift(scheduler, tokens)
+    mu = {"mu": dynamic_shift(scheduler, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}
     if scheduler.config.get("use_flow_sigmas"):
-        return {"num_inference_steps": steps, "mu": mu}
+        return {"num_inference_steps": steps, **mu}
     if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise UserError(
             f"{type(scheduler).__name__} takes no noise levels, which this model chooses itself. "
             "Use FlowMatchEulerDiscreteScheduler."
         )
-    return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), "mu": mu}
+    return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), **mu}
 
 
 def noised(

@@ -1,7 +1,7 @@
 """A model in one .safetensors file, in the key names of its makers: turned into a diffusers folder, by diffusers.
 
 Such a file holds weights alone.  Settings and tokenizers, and whichever parts it lacks, come from a diffusers folder of
-the same base: the one that the user names, else what the hub's cache has of it.  Nothing is fetched.
+the same base: the one that the user names, else the usual settings, else what the hub's cache has.  Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .families import family_of
 from .foreign_files import foreign, headers
 from .options import SourceOptions
 from .runtime import import_diffusers
+from .usual_settings import has_settings, write_settings
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -100,19 +101,23 @@ def _folder(path: Path, changed_ns: int, size: int, parts: str | None) -> Path:
     layout = next((one for one in LAYOUTS if any(name.startswith(one.marks) for name in tensors)), None)
     if (what := foreign(tensors, metadata)) is not None or layout is None:
         raise UserError(f"{path} is {what or 'no text-to-image model whose layout is known'}.")
-    base = _base(path, layout, tensors, parts)
     folder = Path(tempfile.mkdtemp(prefix="fastunlearn-file-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        _convert(path, layout, tensors, base).save_pretrained(folder, safe_serialization=True)
+        with tempfile.TemporaryDirectory(prefix="fastunlearn-settings-") as settings:
+            base = _base(path, layout, tensors, parts, Path(settings))
+            _convert(path, layout, tensors, base, parts).save_pretrained(folder, safe_serialization=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
 
 
-def _base(path: Path, layout: Layout, tensors: Mapping[str, Any], parts: str | None) -> Path:
-    """The diffusers folder of the same base.  UserError where there is none, and for one of another family."""
+def _base(path: Path, layout: Layout, tensors: Mapping[str, Any], parts: str | None, empty: Path) -> Path:
+    """The diffusers folder of the same base, written into ``empty`` where its settings are known here.
+
+    UserError where there is none, and for one of another family.
+    """
     what = f"{path.name} holds the weights of a {layout.pipeline} alone"
     if parts is not None:
         folder = snapshot_of(Path(parts).resolve())
@@ -121,6 +126,9 @@ def _base(path: Path, layout: Layout, tensors: Mapping[str, Any], parts: str | N
         if (named := read_index(folder).get("_class_name")) != layout.pipeline:
             raise UserError(f"{what}, and `--parts` {parts} is a {named}. Name a folder of the same base.")
         return folder
+    if has_settings(layout.pipeline, tensors):
+        write_settings(empty, layout.pipeline, tensors)
+        return empty
     repository = _repository(tensors)
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -145,8 +153,8 @@ def _repository(tensors: Mapping[str, Any]) -> str:
     return str(utils.fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
 
 
-def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path) -> Any:
-    """The pipeline: the file's parts by diffusers' converters, all others from ``base``."""
+def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path, parts: str | None) -> Any:
+    """The pipeline: the file's parts by diffusers' converters, all others from ``base``; the user named ``parts``."""
     diffusers = import_diffusers()
     family = family_of(layout.pipeline, str(path))
     kinds = {str(entry["dtype"]) for entry in tensors.values()} - {"I64", "I32", "BOOL"}
@@ -162,10 +170,8 @@ def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path)
         if any(name.startswith(layout.parts[part]) for name in tensors):
             continue
         if not weight_files(base / part):
-            raise UserError(
-                f"{path} has no {part} ({what[1]}), and {base} has no safetensors of it either. Name a diffusers "
-                "folder that has by `--parts`."
-            )
+            beside = f", and {parts} has no safetensors of it either" if parts is not None else ""
+            raise UserError(f"{path} has no {part} ({what[1]}){beside}. Name a diffusers folder that has by `--parts`.")
         given[part] = _read_part(base / part, str(what[0]), str(what[1]), dtype)
     try:
         pipeline = getattr(diffusers, layout.pipeline).from_single_file(
@@ -175,8 +181,8 @@ def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path)
         if is_out_of_memory(error) or is_disk_full(error):
             raise
         raise UserError(
-            f"cannot read {path} as a {layout.pipeline} with the settings of {base}: {one_line(error)[:300]} Is that "
-            "of the same base?"
+            f"cannot read {path} as a {layout.pipeline} with the settings of {parts or 'its base'}: "
+            f"{one_line(error)[:300]} Name a diffusers folder of the same base by `--parts`."
         ) from error
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module) and (gone := [name for name, p in module.named_parameters() if p.is_meta]):
