@@ -138,7 +138,12 @@ OPTIONS = {
     "a size between two": ([*MASK, "--resolution", "63"], "multiples of .* pixels. Use 64x64"),
     "an unknown attention": ([*TRAIN, "--attention", "fast"], "invalid choice: 'fast'"),
     "attention that cannot run": ([*EVALUATE, "--attention", "xformers"], "needs a CUDA device|cannot run here"),
-    "flash attention for a UNet": ([*TRAIN, "--attention", "flash"], "do not ask diffusers' dispatcher"),
+    "flash attention for a training": ([*TRAIN, "--attention", "flash"], "a training's rows are made in float32"),
+    "flash attention in float32": ([*EVALUATE, "--attention", "flash"], "add `--mixed-precision bf16`"),
+    "flash attention for a UNet": (
+        [*EVALUATE, "--attention", "flash", "--mixed-precision", "bf16"],
+        "do not ask diffusers' dispatcher",
+    ),
     "a negative prompt that is cut": ([*TRAIN, "--negative-prompt", "star " * 40], "the negative prompt has"),
     "a negative prompt without guidance": (
         [*EVALUATE, "--negative-prompt", "x", "--guidance-scale", "1"],

@@ -96,7 +96,11 @@ def tensors_of(files, folder):
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
-@pytest.mark.parametrize(("make", "asked", "options"), LAYOUTS.values(), ids=LAYOUTS)
+FAST = ("variant in shards", "full clone", "root of the hub's cache")
+CASES = [pytest.param(*row, id=name, marks=[] if name in FAST else pytest.mark.slow) for name, row in LAYOUTS.items()]
+
+
+@pytest.mark.parametrize(("make", "asked", "options"), CASES)
 def test_a_layout_is_trained_on_and_exported_whole(tmp_path, cli, make, asked, options):
     given = make(tmp_path)
     before = files_in(given)

@@ -157,6 +157,21 @@ def test_a_part_that_the_file_lacks_comes_from_the_folder_or_is_named(tmp_path):
         load_model(str(file), "cpu", parts=str(base))
     model = load_model(str(file), "cpu", parts=str(whole))
     assert_same(images_of(model), images_of_diffusers(whole))
+    (whole / "text_encoder_3" / "model.safetensors").rename(whole / "text_encoder_3" / "model.fp16.safetensors")
+    assert torch.equal(images_of(load_model(str(copied(file)), "cpu", parts=str(whole))), images_of(model))
+
+
+def copied(file):
+    """The same file by another name, which is converted anew."""
+    return shutil.copy(file, file.with_name("again.safetensors"))
+
+
+def test_parts_that_lead_out_of_their_folder_are_not_read(tmp_path):
+    file, base, whole = written(tmp_path, "sd1", drop=["first_stage_model."])
+    name = "diffusion_pytorch_model.safetensors"
+    (base / "vae" / name).symlink_to(whole / "vae" / name)
+    with pytest.raises(UserError, match=r"is a link to .*outside the model's folder"):
+        load_model(str(file), "cpu", parts=str(base))
 
 
 def test_a_part_that_is_pickled_there_is_not_read(tmp_path):

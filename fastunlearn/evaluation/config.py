@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..config import above, at_least, expand_home, setting
 from ..errors import UserError
-from ..models.options import ModelOptions, check_guided
+from ..models.options import ModelOptions, check_guided, check_precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class EvaluateConfig(ModelOptions):
         at_least(self, 0, "guidance_scale")
         above(self, 0, "cache_limit_gib")
         check_guided(self.negative_prompt, self.guidance_scale, "guidance_scale")
+        check_precision(self.attention, self.mixed_precision == "bf16", "add `--mixed-precision bf16`")
         if not self.unlearned:
             raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
         if self.resume and self.overwrite:

@@ -242,6 +242,11 @@ def check_comparable(original: Source, unlearned: Source, name: str) -> None:
                 f"{name} has another sampler than the original ({', '.join(differing)} differ), so their images "
                 "cannot be compared. Give both the same scheduler/scheduler_config.json."
             )
+        for key in ("attention", "negative_prompt"):
+            if (theirs := unlearned.settings()[key]) != (mine := original.settings()[key]):
+                raise UserError(
+                    f"{name} was loaded with {key} = {theirs!r}, the original with {mine!r}. Load both alike."
+                )
     if original.noise_shape != unlearned.noise_shape:
         raise UserError(
             f"{name} starts from noise {unlearned.noise_shape}, the original from {original.noise_shape}: models of "
@@ -270,7 +275,7 @@ def other_batch_size(source: Source) -> Source:
 
 def other_precision(source: Source) -> PipelineSource | None:
     """A pipeline in bfloat16, or one that is in bfloat16 in float32; None for what has no precision to choose."""
-    if not isinstance(source, PipelineSource):
+    if not isinstance(source, PipelineSource) or source.model.options.backend == "flash":  # it has no float32
         return None
     precision = "no" if source.spec.mixed_precision == "bf16" else "bf16"
     size = min(8, source.batch_size)

@@ -16,9 +16,10 @@ _PACKAGES = {"xformers": "xformers", "flash": "flash-attn"}
 _EXCHANGED = ("AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0")
 
 
-def set_attention(denoiser: Any, backend: str, name: str) -> None:
+def set_attention(denoiser: Any, backend: str, name: str, *, is_masked: bool = False) -> None:
     """Have ``native``, ``xformers`` or ``flash`` compute the denoiser's attention.
 
+    ``is_masked``: the denoiser leaves tokens out by a mask, which flash attention does not take.
     Raises UserError, in one line, where this machine or the denoiser of the model ``name`` cannot.
     """
     dispatches = _dispatches(denoiser)
@@ -31,7 +32,7 @@ def set_attention(denoiser: Any, backend: str, name: str) -> None:
             f"`--attention flash`: {name}'s layers do not ask diffusers' dispatcher. Leave it out (torch's own takes "
             "flash attention where it can) or use xformers."
         )
-    if not can_compute(denoiser, backend):
+    if not can_compute(denoiser, backend, is_masked=is_masked):
         raise UserError(f"`--attention {backend}`: {name} has layers that it cannot compute. Leave it out.")
     if not torch.cuda.is_available():
         raise UserError(f"`--attention {backend}` needs a CUDA device and this machine has none. Leave it out.")
@@ -47,8 +48,10 @@ def set_attention(denoiser: Any, backend: str, name: str) -> None:
         ) from error
 
 
-def can_compute(denoiser: Any, backend: str) -> bool:
+def can_compute(denoiser: Any, backend: str, *, is_masked: bool = False) -> bool:
     """Whether ``xformers`` or ``flash`` can compute all of the denoiser's layers, on a machine that has it."""
+    if backend == "flash" and is_masked:
+        return False
     kinds = {type(processor).__name__ for processor in _processors(denoiser)}
     return _dispatches(denoiser) or (backend == "xformers" and kinds <= set(_EXCHANGED))
 

@@ -83,7 +83,8 @@ class Model(ABC):
     A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
     bring; ``denoiser_folder``; ``groups``, what a method may change; ``default_group``, the one of these that stands
     where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``;
-    ``is_guided``, False for one whose guidance, if there is any, needs no second prediction.
+    ``is_guided``, False for one whose guidance, if there is any, needs no second prediction; ``masks_attention``, True
+    for one that asks diffusers' dispatcher with a mask.
     """
 
     family: ClassVar[str]
@@ -93,6 +94,7 @@ class Model(ABC):
     default_group: ClassVar[str] = "cross-attention"
     denoiser_folder: ClassVar[str] = "transformer"
     load_options: ClassVar[Mapping[str, Any]] = {}
+    masks_attention: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class Model(ABC):
         self.check()
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_folder)
         pipeline.to(device, torch.float32)
-        set_attention(self.denoiser, self.options.backend, name)
+        set_attention(self.denoiser, self.options.backend, name, is_masked=self.masks_attention)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)

@@ -82,6 +82,12 @@ def check_guided(negative_prompt: str | None, scale: float, name: str) -> None:
         )
 
 
+def check_precision(attention: str | None, can_be_half: bool, what_to_do: str) -> None:
+    """UserError for flash attention, which computes in half precision alone, where anything is float32."""
+    if attention == "flash" and not can_be_half:
+        raise UserError(f"`--attention flash` computes in half precision alone: {what_to_do}, or leave it out.")
+
+
 def _convert(config: Any, kind: type[Any], name: str) -> None:
     value = converted(kind, name, getattr(config, name), f"`{name}`")
     object.__setattr__(config, name, value)

@@ -27,6 +27,7 @@ class QwenImage(Model):
     groups = MMDIT_GROUPS
     default_group = "text-attention"
     patch = 2
+    masks_attention = True
 
     @property
     def sample_size(self) -> Any:

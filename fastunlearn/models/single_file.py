@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, is_disk_full, is_out_of_memory, one_line
-from ..files.weights import INDEX, read_index, snapshot_of, weight_files
+from ..files.weights import INDEX, files_of, find_variant, part_names, read_index, snapshot_of, weight_files
 from .families import family_of
 from .foreign_files import foreign, headers
 from .options import SourceOptions
@@ -125,6 +125,8 @@ def _base(path: Path, layout: Layout, tensors: Mapping[str, Any], parts: str | N
             raise UserError(f"`--parts` {parts} is no diffusers folder: it has no {INDEX}.")
         if (named := read_index(folder).get("_class_name")) != layout.pipeline:
             raise UserError(f"{what}, and `--parts` {parts} is a {named}. Name a folder of the same base.")
+        for part in part_names(folder):
+            files_of(folder / part, folder)  # refuses links that lead out of it
         return folder
     if has_settings(layout.pipeline, tensors):
         write_settings(empty, layout.pipeline, tensors)
@@ -169,10 +171,11 @@ def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path,
             continue
         if any(name.startswith(layout.parts[part]) for name in tensors):
             continue
-        if not weight_files(base / part):
+        variant = find_variant(base, [part])
+        if not weight_files(base / part, variant):
             beside = f", and {parts} has no safetensors of it either" if parts is not None else ""
             raise UserError(f"{path} has no {part} ({what[1]}){beside}. Name a diffusers folder that has by `--parts`.")
-        given[part] = _read_part(base / part, str(what[0]), str(what[1]), dtype)
+        given[part] = _read_part(base / part, str(what[0]), str(what[1]), dtype, variant)
     try:
         pipeline = getattr(diffusers, layout.pipeline).from_single_file(
             str(path), config=str(base), local_files_only=True, torch_dtype=dtype, **given
@@ -190,10 +193,10 @@ def _convert(path: Path, layout: Layout, tensors: Mapping[str, Any], base: Path,
     return pipeline
 
 
-def _read_part(folder: Path, library: str, kind: str, dtype: torch.dtype) -> Any:
-    loader = getattr(importlib.import_module(library), kind)
+def _read_part(folder: Path, library: str, kind: str, dtype: torch.dtype, variant: str | None) -> Any:
+    options = {"use_safetensors": True, "local_files_only": True, "torch_dtype": dtype, "variant": variant}
     try:
-        return loader.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
+        return getattr(importlib.import_module(library), kind).from_pretrained(folder, **options)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -30,6 +30,7 @@ class ZImage(Model):
     }
     default_group = "joint-attention"
     patch = 2
+    masks_attention = True
 
     @property
     def sample_size(self) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..config import above, at_least, check_types, expand_home, map_setting, setting, share
 from ..errors import UserError
-from ..models.options import ModelOptions, SourceOptions, check_guided
+from ..models.options import ModelOptions, SourceOptions, check_guided, check_precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ class TrainConfig(ModelOptions):
         if self.learning_rate is not None and self.learning_rate > 1:
             raise UserError(f"`--learning-rate` must be at most 1, got {self.learning_rate:g}.")
         check_guided(self.negative_prompt, self.trajectory_guidance_scale, "trajectory_guidance_scale")
+        check_precision(self.attention, False, "a training's rows are made in float32. Use xformers")
         if self.resume and self.overwrite:
             raise UserError("`--resume` continues a run and `--overwrite` replaces it: give one of them.")
 
@@ -142,6 +143,7 @@ class MaskConfig(ModelOptions):
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps")
         share(self.density, "density")
         check_guided(self.negative_prompt, self.trajectory_guidance_scale, "trajectory_guidance_scale")
+        check_precision(self.attention, False, "a training's rows are made in float32. Use xformers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
