@@ -360,7 +360,7 @@ def test_a_sampler_that_takes_no_noise_levels_is_named(folder_of):
 
 
 LIMITS = [("sd1 DDIM", 75), ("sdxl", 75), ("pixart sigma", 299), ("flux dev", 511), ("lumina2", 91), ("sana", 298)]
-LIMITS += [("qwen-image", 329), ("z-image", 497)]
+LIMITS += [("qwen-image", 332), ("z-image", 497)]
 LIMITS += [slow_case("sd3", 255), slow_case("auraflow", 255)]
 
 

@@ -41,10 +41,8 @@ class QwenImage(Model):
     @property
     def max_tokens(self) -> int:
         """What the template's end leaves: it stands behind the prompt and is read with it."""
-        before, after = self.pipeline.prompt_template_encode.split("{}")
-        drop = self.pipeline.prompt_template_encode_start_idx
-        around = sum(len(self.pipeline.tokenizer(text).input_ids) for text in (before, after))
-        return TOKENS - max(0, around - drop)
+        around = self.pipeline.tokenizer(self.pipeline.prompt_template_encode.format("")).input_ids
+        return TOKENS - max(0, len(around) - self.pipeline.prompt_template_encode_start_idx)
 
     def encode_texts(self, texts: list[str]) -> Tensors:
         states, mask = self.pipeline.encode_prompt(texts, device=self.device, max_sequence_length=TOKENS)
