@@ -64,6 +64,7 @@ LONG_TAIL = {
     "sd1 TCD",
     "sd1 DPM++ 2M SDE",
     "sdxl LCM",
+    "sdxl Lightning",
     "sd1 Euler linspace",
     "sd1 LMS",
     "sd1 KDPM2",

@@ -100,7 +100,7 @@ def written(root, kind, dtype=None, drop=()):
     return root / "model.safetensors", root / "base", root / "whole"
 
 
-@pytest.mark.parametrize("kind", [k if k in ("sd1", "sdxl", "flux") else pytest.param(k, marks=slow) for k in KINDS])
+@pytest.mark.parametrize("kind", [k if k in ("sdxl", "flux") else pytest.param(k, marks=slow) for k in KINDS])
 def test_a_single_file_is_the_model_that_it_was_made_of(tmp_path, narrow_flux, kind):
     file, base, whole = written(tmp_path, kind)
     before = file.read_bytes()
