@@ -124,6 +124,13 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if os.environ.get("FASTUNLEARN_KERNELS") and args.command is not _info:
+        from fastunlearn_kernels.launch import check_choice
+
+        try:
+            check_choice()
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
     flags = {name: value for name, value in vars(args).items() if name != "command"}
     command: Command = args.command
     return command(flags)

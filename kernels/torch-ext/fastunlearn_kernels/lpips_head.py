@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import reference
+from . import native_calls, reference
 from .checks import INT32_MAX, check_tensor, check_tensor_list
-from .launch import ceil_div, jit, next_power_of_2, on_device_of, runs_triton, tl
+from .launch import backend_of, ceil_div, jit, next_power_of_2, num_warps, on_device_of, tl
 from .tables import TRITON_DTYPES, are_aligned, load_pointer, tensor_table
 
 TILE_ELEMENTS = 4096  # of each map, 32 a thread: four 128-bit loads of 16-bit features
@@ -123,7 +123,7 @@ def launch_lpips_distance(
             NUM_LAYERS=len(channels),
             ALIGNED=are_aligned([features0, features1]),
             NUM_COLUMNS=table.rows.shape[1],
-            num_warps=4,
+            num_warps=num_warps(4),
             # a fused multiply-add rounds one product and not the other: equal maps would not be at distance 0
             enable_fp_fusion=False,
         )
@@ -137,7 +137,7 @@ def lpips_distance(
 
     Args:
         features0, features1: one (N, C_l, H_l, W_l) map a layer, float16, bfloat16 or float32. channels_last is read as
-            it lies; another layout is copied first on a GPU.
+            it lies; another layout is copied first.
         weights: one (C_l,) vector a layer, the ``lin`` weights of LPIPS.
 
     Returns:
@@ -167,5 +167,9 @@ def lpips_distance(
             if batch:
                 raise ValueError("Feature maps must have at least one channel and one pixel.")
             return torch.zeros(0, dtype=torch.float32, device=device)
-        run = launch_lpips_distance if runs_triton(features0[0]) else reference.lpips_distance
+        run = {
+            "triton": launch_lpips_distance,
+            "native": native_calls.lpips_distance,
+            "reference": reference.lpips_distance,
+        }[backend_of(features0[0])]
         return run(features0, features1, weights)

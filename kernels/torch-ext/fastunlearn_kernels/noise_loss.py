@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, overload
 
 import torch
 
-from . import reference
+from . import native_calls, reference
 from .checks import FLOAT_DTYPES, INT32_MAX, check_tensor
-from .launch import ceil_div, jit, next_power_of_2, on_device_of, runs_triton, tl
+from .launch import backend_of, ceil_div, jit, next_power_of_2, num_warps, on_device_of, tl
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 BLOCK_SIZE = 1024  # 8 elements a thread: one 128-bit load of 16-bit latents per input
@@ -264,7 +264,7 @@ def launch_noise_pred_loss(
             PREDICTION_TYPE=rows.prediction_type,
             WRITE_GRADIENT=with_gradient,
             BLOCK_SIZE=BLOCK_SIZE,
-            num_warps=4,
+            num_warps=num_warps(4),
         )
         _reduce_rows_kernel[(1,)](
             partial,
@@ -280,7 +280,7 @@ def launch_noise_pred_loss(
             PREDICTION_TYPE=rows.prediction_type,
             ROWS=4096 // columns,  # a tile of 4096 partials: 32 a thread
             COLUMNS=columns,
-            num_warps=4,
+            num_warps=num_warps(4),
         )
     return loss, per_row, gradient
 
@@ -291,7 +291,7 @@ def launch_scale(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dt
     n = gradient.numel()
     with on_device_of(gradient):
         _scale_kernel[(ceil_div(n, SCALE_BLOCK_SIZE),)](
-            gradient, upstream, out, n, IN_PLACE=out is gradient, BLOCK_SIZE=SCALE_BLOCK_SIZE, num_warps=8
+            gradient, upstream, out, n, IN_PLACE=out is gradient, BLOCK_SIZE=SCALE_BLOCK_SIZE, num_warps=num_warps(8)
         )
     return out
 
@@ -327,8 +327,15 @@ class NoisePredLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.launched = runs_triton(noise_pred)
-        run = launch_noise_pred_loss if ctx.launched else _run_reference
+        backend = backend_of(noise_pred)
+        if backend == "native" and torch.compiler.is_compiling():
+            backend = "reference"  # which a compiler can trace
+        ctx.launched = backend == "triton"
+        run = {
+            "triton": launch_noise_pred_loss,
+            "native": native_calls.noise_pred_loss,
+            "reference": _run_reference,
+        }[backend]
         loss, per_row, gradient = run(noise_pred, rows, with_gradient)
         ctx.gradient, ctx.dtype = gradient, noise_pred.dtype
         ctx.mark_non_differentiable(per_row)

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from . import reference
+from . import native_calls, reference
 from .bits import num_bytes, pack_bits, unpack_bits
-from .checks import check_tensor, check_tensor_list
-from .launch import ceil_div, jit, on_device_of, runs_triton, tl
+from .checks import check_tensor, check_tensor_list, flattened
+from .launch import backend_of, ceil_div, jit, num_warps, on_device_of, tl
 from .tables import TRITON_DTYPES, alike, are_aligned, load_pointer, place_of_program, tensor_table
 
 MODES = ("absolute", "signed", "squared")
@@ -144,7 +144,7 @@ def launch_accumulate(saliency: Sequence[torch.Tensor], gradients: Sequence[torc
                 ALIGNED=are_aligned(columns),
                 NUM_COLUMNS=table.rows.shape[1],
                 BLOCK_SIZE=ACCUMULATE_BLOCK,
-                num_warps=4,
+                num_warps=num_warps(4),
             )
 
 
@@ -158,7 +158,7 @@ def launch_select_largest(scores: Sequence[torch.Tensor], count: int) -> list[to
         "NUM_COLUMNS": table.rows.shape[1],
         "SECTORS": SECTORS,
         "TILES": TILES,
-        "num_warps": 8,
+        "num_warps": num_warps(8),
     }
     grid = (table.num_programs,)
     histograms = torch.empty(table.num_programs, BINS, dtype=torch.int32, device=device)
@@ -205,8 +205,13 @@ def accumulate_saliency_(
     with torch.no_grad():
         filled = [i for i, total in enumerate(saliency) if total.numel()]
         if filled:
-            run = launch_accumulate if runs_triton(saliency[filled[0]]) else reference.accumulate_saliency_
-            run([saliency[i].view(-1) for i in filled], [gradients[i].reshape(-1) for i in filled], mode)
+            backend = backend_of(saliency[filled[0]])
+            run = {
+                "triton": launch_accumulate,
+                "native": native_calls.accumulate_saliency_,
+                "reference": reference.accumulate_saliency_,
+            }[backend]
+            run([saliency[i].view(-1) for i in filled], [flattened(gradients[i]) for i in filled], mode)
 
 
 def saliency_mask(
@@ -251,8 +256,11 @@ def _select_largest(scores: list[torch.Tensor], count: int) -> list[torch.Tensor
     filled = [i for i, score in enumerate(scores) if score.numel()]
     if count == 0 or not filled:
         return bits
-    if runs_triton(scores[0]):
+    backend = backend_of(scores[0])
+    if backend == "triton":
         selected = launch_select_largest([scores[i] for i in filled], count)
+    elif backend == "native":
+        selected = native_calls.select_largest([scores[i] for i in filled], count)
     else:
         selected = [pack_bits(mask) for mask in reference.select_largest([scores[i] for i in filled], count)]
     for i, packed in zip(filled, selected, strict=True):
@@ -262,7 +270,7 @@ def _select_largest(scores: list[torch.Tensor], count: int) -> list[torch.Tensor
 
 def _unit_scores(saliency: torch.Tensor, granularity: str) -> torch.Tensor:
     if granularity == "element" or saliency.numel() == 0:
-        return saliency.reshape(-1)
+        return flattened(saliency)
     magnitude = saliency.abs().nan_to_num_(nan=0.0, posinf=float("inf"))
     if granularity == "row":
         return magnitude.view(saliency.shape[0] if saliency.dim() else 1, -1).mean(1)
