@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .launch import jit, num_warps, on_device_of, tl
-from .tables import TRITON_DTYPES, Moving, MovingTable, load_pointer, use
+from .tables import TRITON_DTYPES, Moving, MovingTable, load_pointer, pick, use
 
 if TYPE_CHECKING:
     from .plans import Member
@@ -223,9 +223,10 @@ class TritonStep:
         dtypes = (param.dtype, member.grad.dtype, None if other is None else other.dtype)
         return param.device, dtypes, member.mode, member.group, is_aligned
 
-    def __init__(self, members: Sequence[Member], places: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...]) -> None:
         chosen = [members[i] for i in places]
         first = chosen[0]
+        self.is_aligned = launch[-1]
         self.places, self.device, self.group, self.mode = places, first.param.device, first.group, first.mode
         self.dtypes = [first.param.dtype, first.grad.dtype, torch.float32 if first.other is None else first.other.dtype]
         self.has_master, self.has_other = "master" in first.state, first.other is not None
@@ -237,12 +238,10 @@ class TritonStep:
         read_wide = ("exp_avg", "exp_avg_sq", "master")
         exp_avg, exp_avg_sq, master = (addresses(m.state.get(name) for m in chosen) for name in read_wide)
         params, steps = addresses(m.param for m in chosen), addresses(m.state["step"] for m in chosen)
-        self.wide = [*params, *exp_avg, *exp_avg_sq, *master]
         self.table = MovingTable(self.device, BLOCK_ELEMENTS, [m.param.numel() for m in chosen], [
             params, none, exp_avg, exp_avg_sq, steps, master,
             addresses(m.bits for m in chosen), addresses(m.ranks for m in chosen), none,
         ])  # fmt: skip
-        self.wide_is_aligned = all(address % 16 == 0 for address in self.wide)
 
     def run(
         self,
@@ -252,11 +251,10 @@ class TritonStep:
         other_coefficient: torch.Tensor | None,
     ) -> None:
         """Steps them in place; the scalars are read on the device of the parameters."""
-        grads = [moving.grads[i] for i in self.places]
+        grads = pick(moving.grads, self.places)
         columns = {GRAD: grads}
         if moving.others is not None:
-            columns[OTHER] = [moving.others[i] for i in self.places]
-        is_aligned = self.wide_is_aligned and not any(a & 15 for column in columns.values() for a in column)
+            columns[OTHER] = pick(moving.others, self.places)
         table = use(self.table.at(columns))
         group, device = groups[self.group], self.device
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -292,7 +290,7 @@ class TritonStep:
                 HAS_OTHER=self.has_other,
                 HAS_GRAD_SCALE=grad_scale is not None,
                 LR_ON_DEVICE=isinstance(lr, torch.Tensor),
-                ALIGNED=is_aligned,
+                ALIGNED=self.is_aligned,
                 NUM_COLUMNS=table.rows.shape[1],
                 SECTORS=SECTORS,
                 num_warps=num_warps(8 if self.mode == "compact" else 4),  # ranks take registers: 168 a thread with 4

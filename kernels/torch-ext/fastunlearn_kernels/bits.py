@@ -9,6 +9,7 @@ import torch
 from . import native_calls
 from .checks import check_tensor, flattened
 from .launch import backend_of, ceil_div
+from .operators import is_watched
 
 
 def num_bytes(numel: int) -> int:
@@ -23,7 +24,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """
     check_tensor("mask", mask, (torch.bool,))
     flat = flattened(mask)
-    if backend_of(flat) == "native" and not torch.compiler.is_compiling():
+    if not is_watched(flat) and backend_of(flat) == "native":
         return native_calls.pack_bits(flat)
     padding = -flat.numel() % 8
     if padding:

@@ -17,6 +17,7 @@ from . import native_calls, reference
 from .bits import num_bytes, unpack_bits
 from .checks import check_tensor, check_tensor_list, flattened
 from .launch import backend_of, jit, num_warps, on_device_of, tl
+from .operators import is_watched, operator
 from .tables import (
     TRITON_DTYPES,
     Moving,
@@ -25,6 +26,7 @@ from .tables import (
     alike,
     are_aligned,
     load_pointer,
+    pick,
     place_of_program,
     tensor_table,
     use,
@@ -145,7 +147,8 @@ class TritonNorm:
         """What the members of one launch share."""
         return member.param.device, member.grad.dtype, moving.grads[place] % 16 == 0
 
-    def __init__(self, members: Sequence[Member], places: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...]) -> None:
+        self.is_aligned = launch[-1]
         chosen = [members[i] for i in places]
         self.places, self.device, self.dtype = places, chosen[0].param.device, chosen[0].grad.dtype
         bits = [0 if m.bits is None else m.bits.data_ptr() for m in chosen]
@@ -155,10 +158,8 @@ class TritonNorm:
 
     def run(self, moving: Moving) -> torch.Tensor:
         """() float64 on the device."""
-        grads = [moving.grads[i] for i in self.places]
-        is_aligned = not any(address & 15 for address in grads)
-        table = use(self.table.at({2: grads}))
-        return _launch(table, self.device, self.dtype, None, self.has_bits, is_aligned)[0]
+        grads = pick(moving.grads, self.places)
+        return _launch(use(self.table.at({2: grads})), self.device, self.dtype, None, self.has_bits, self.is_aligned)[0]
 
 
 def gradient_dots(
@@ -194,28 +195,44 @@ def gradient_dots(
             )
         for i, (gradient0, gradient1) in enumerate(zip(gradients0, gradients1, strict=True)):
             check_tensor(f"gradients1[{i}]", gradient1, shape=tuple(gradient0.shape), device=device, frozen=False)
-    bits = [None] * len(gradients0) if grad_masks is None else list(grad_masks)
+    bits: list[torch.Tensor | None] = [None] * len(gradients0) if grad_masks is None else list(grad_masks)
     if len(bits) != len(gradients0):
         raise ValueError(f"`grad_masks` must have {len(gradients0)} entries like `gradients0`, got {len(bits)}.")
     for i, (gradient0, packed) in enumerate(zip(gradients0, bits, strict=True)):
         if packed is not None:
             check_tensor(f"grad_masks[{i}]", packed, (torch.uint8,), (num_bytes(gradient0.numel()),), device)
     with torch.no_grad():
-        backend = backend_of(gradients0[0])
-        if backend == "native":
-            flat1 = None if gradients1 is None else [flattened(gradient) for gradient in gradients1]
-            return native_calls.gradient_dots([flattened(gradient) for gradient in gradients0], flat1, bits)
-        if backend == "reference":
-            selected = [None if b is None else unpack_bits(b, g.numel()) for b, g in zip(bits, gradients0, strict=True)]
-            return reference.gradient_dots(gradients0, gradients1, selected)
-        dots = torch.zeros(3, dtype=torch.float64, device=device)
-        for group in alike([gradients0] if gradients1 is None else [gradients0, gradients1]):
-            dots += launch_gradient_dots(
-                [flattened(gradients0[i]) for i in group],
-                None if gradients1 is None else [flattened(gradients1[i]) for i in group],
-                [bits[i] for i in group],
-            )
-        return dots.float()
+        flat0 = [flattened(gradient) for gradient in gradients0]
+        flat1 = None if gradients1 is None else [flattened(gradient) for gradient in gradients1]
+        return (_operator if is_watched(gradients0[0]) else _run)(flat0, flat1, bits)
+
+
+def _run(
+    gradients0: list[torch.Tensor], gradients1: list[torch.Tensor] | None, bits: list[torch.Tensor | None]
+) -> torch.Tensor:
+    """Of flat dense tensors."""
+    backend = backend_of(gradients0[0])
+    if backend == "native":
+        return native_calls.gradient_dots(gradients0, gradients1, bits)
+    if backend == "reference":
+        selected = [None if b is None else unpack_bits(b, g.numel()) for b, g in zip(bits, gradients0, strict=True)]
+        return reference.gradient_dots(gradients0, gradients1, selected)
+    dots = torch.zeros(3, dtype=torch.float64, device=gradients0[0].device)
+    for group in alike([gradients0] if gradients1 is None else [gradients0, gradients1]):
+        dots += launch_gradient_dots(
+            [gradients0[i] for i in group],
+            None if gradients1 is None else [gradients1[i] for i in group],
+            [bits[i] for i in group],
+        )
+    return dots.float()
+
+
+_operator = operator(
+    "gradient_dots",
+    "(Tensor[] gradients0, Tensor[]? gradients1, Tensor?[] bits) -> Tensor",
+    _run,
+    lambda gradients0, gradients1, bits: gradients0[0].new_empty(3, dtype=torch.float32),
+)
 
 
 def projection_coefficient(dots: torch.Tensor) -> torch.Tensor:

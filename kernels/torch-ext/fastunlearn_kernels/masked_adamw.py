@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -136,7 +138,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _forget_plans(self) -> None:
         """What passes over the tensors have been planned, once masks are others."""
         self._plans: dict[str, Plan] = {}
-        self._idle = {param for param, selection in self._selections.items() if selection.count == 0}
+        self._idle = {id(param) for param, selection in self._selections.items() if selection.count == 0}
 
     def grad_mask(self, param: torch.Tensor) -> torch.Tensor | None:
         """The packed mask of ``param``, None if it is trained whole."""
@@ -224,40 +226,45 @@ class MaskedAdamW(torch.optim.Optimizer):
         return plan, plan.moving(moving)
 
     def _read(self, kind: str, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> tuple[list[Any], Moving]:
-        """The addresses of what a pass would touch, and what they hang on; 686 parameters take less than 1 ms."""
-        key: list[Any] = [self.compact]
-        grads, tensors = [], []
-        others: list[int] | None = None if other_grads is None else []
-        other_tensors = []
-        with_states, idle = kind == "step", self._idle
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    raise ValueError("The gradient is sparse, which MaskedAdamW does not support.")
-                address = grad.data_ptr()
-                if address == 0 or (idle and param in idle):  # empty, or nothing of it selected
-                    continue
-                grads.append(address)
-                tensors.append(grad)
-                key.append((number, param.data_ptr(), param.dtype, grad.dtype, grad.stride(), address & 15))
-                if with_states:
-                    key.extend(value.data_ptr() for value in self.state.get(param, _NO_STATE).values())
-                if others is not None:
-                    other = _other_gradient(param, other_grads)
-                    others.append(other.data_ptr())
-                    other_tensors.append(other)
-                    key.append((other.dtype, other.stride(), others[-1] & 15))
-        return key, Moving(grads, others, tensors, other_tensors)
+        """The addresses of what a pass would touch, and what they hang on, in lists: it is Python's share of a step."""
+        params: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        ends = []
+        for group in self.param_groups:
+            here = group["params"]
+            its = [param.grad for param in here]
+            if self._idle or any(map(is_, its, repeat(None))):
+                here = [p for p, grad in zip(here, its, strict=True) if grad is not None and id(p) not in self._idle]
+                its = [param.grad for param in here]
+            params += here
+            grads += cast("list[torch.Tensor]", its)
+            ends.append(len(params))
+        if not {torch.strided}.issuperset(map(_LAYOUT, grads)):
+            raise ValueError("The gradient is sparse, which MaskedAdamW does not support.")
+        addresses = list(map(_ADDRESS, grads))
+        if 0 in addresses:  # what is empty is in no launch
+            addresses = [address for address in addresses if address]
+            grads = [grad for grad in grads if grad.data_ptr()]
+        key = [
+            self.compact, ends, list(map(id, params)), list(map(_ADDRESS, params)),
+            list(map(_DTYPE, grads)), [grad.stride() for grad in grads], _unaligned(addresses),
+        ]  # fmt: skip
+        if kind == "step":
+            states = chain.from_iterable(map(dict.values, self.state.values()))
+            key += [list(map(id, self.state)), list(map(_ADDRESS, states))]
+        if other_grads is None:
+            return key, Moving(addresses, None, grads, ())
+        others = [_other_gradient(p, other_grads) for p in params if p.grad is not None and p.grad.data_ptr()]
+        other_addresses = list(map(_ADDRESS, others))
+        key += [[(other.dtype, other.stride()) for other in others], _unaligned(other_addresses)]
+        return key, Moving(addresses, other_addresses, grads, others)
 
     def _members(self, kind: str, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> list[Member]:
         members = []
         for number, group in enumerate(self.param_groups):
             for param in group["params"]:
                 grad, selection = param.grad, self._selections.get(param)
-                if grad is None or grad.data_ptr() == 0 or param in self._idle:
+                if grad is None or grad.data_ptr() == 0 or id(param) in self._idle:
                     continue
                 check_gradient("The gradient", param, grad)
                 other = None if other_grads is None else _other_gradient(param, other_grads)
@@ -335,7 +342,12 @@ def _layout(param: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride if size > 1 else 0 for size, stride in zip(param.shape, param.stride(), strict=True))
 
 
-_NO_STATE: dict[str, torch.Tensor] = {}
+_ADDRESS, _LAYOUT, _DTYPE = torch.Tensor.data_ptr, attrgetter("layout"), attrgetter("dtype")
+
+
+def _unaligned(addresses: Sequence[int]) -> list[int]:
+    """Places of what does not start at a multiple of 16 bytes, as accesses of 128 bits need."""
+    return [i for i, address in enumerate(addresses) if address & 15]
 
 
 def _other_gradient(param: torch.Tensor, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

@@ -173,14 +173,15 @@ INLINE vmask is_nonzero(vf x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps()
 INLINE vmask is_above(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
 INLINE void compress(float *out, vf x, unsigned bits) { _mm512_storeu_ps(out, _mm512_maskz_compress_ps((vmask)bits, x)); }
 INLINE vf expand(const float *p, unsigned bits) { return _mm512_maskz_expand_ps((vmask)bits, _mm512_loadu_ps(p)); }
-// |x| as integers, NaN as 0, beside a threshold
-INLINE void compare_keys(const float *p, uint32_t threshold, unsigned &above, unsigned &equal) {
+// Keys order as |x| does: its bits as an integer, which are not negative; NaN is not salient and has key 0.
+typedef __m512i vkey;
+INLINE vkey keys_of(const float *p) {
     __m512i key = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fffffff));
-    __mmask16 number = _mm512_cmple_epi32_mask(key, _mm512_set1_epi32(0x7f800000));
-    key = _mm512_maskz_mov_epi32(number, key);
-    above = _mm512_cmpgt_epi32_mask(key, _mm512_set1_epi32((int)threshold));
-    equal = _mm512_cmpeq_epi32_mask(key, _mm512_set1_epi32((int)threshold));
+    return _mm512_maskz_mov_epi32(_mm512_cmple_epi32_mask(key, _mm512_set1_epi32(0x7f800000)), key);
 }
+INLINE void store(int32_t *p, vkey key) { _mm512_storeu_si512(p, key); }
+INLINE unsigned is_above(vkey key, int32_t x) { return _mm512_cmpgt_epi32_mask(key, _mm512_set1_epi32(x)); }
+INLINE unsigned is_equal(vkey key, int32_t x) { return _mm512_cmpeq_epi32_mask(key, _mm512_set1_epi32(x)); }
 #elif FU_LEVEL == 1
 typedef __m256 vf;
 typedef __m256 vmask;
@@ -244,13 +245,15 @@ INLINE vf expand(const float *p, unsigned bits) {
     __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)lanes.ranks[bits]));
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), order);
 }
-INLINE void compare_keys(const float *p, uint32_t threshold, unsigned &above, unsigned &equal) {
+typedef __m256i vkey;
+INLINE vkey keys_of(const float *p) {
     __m256i key = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi32(0x7fffffff));
-    key = _mm256_andnot_si256(_mm256_cmpgt_epi32(key, _mm256_set1_epi32(0x7f800000)), key);
-    __m256i t = _mm256_set1_epi32((int)threshold);
-    above = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, t)));
-    equal = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(key, t)));
+    return _mm256_andnot_si256(_mm256_cmpgt_epi32(key, _mm256_set1_epi32(0x7f800000)), key);
 }
+INLINE void store(int32_t *p, vkey key) { _mm256_storeu_si256((__m256i *)p, key); }
+INLINE unsigned signs(vkey x) { return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(x)); }
+INLINE unsigned is_above(vkey key, int32_t x) { return signs(_mm256_cmpgt_epi32(key, _mm256_set1_epi32(x))); }
+INLINE unsigned is_equal(vkey key, int32_t x) { return signs(_mm256_cmpeq_epi32(key, _mm256_set1_epi32(x))); }
 #else  // four lanes: SSE2, NEON, and whatever else the compiler makes of them
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vmask __attribute__((vector_size(16)));
@@ -346,17 +349,17 @@ INLINE vf expand(const float *p, unsigned bits) {
     }
     return vf{out[0], out[1], out[2], out[3]};
 }
-INLINE void compare_keys(const float *p, uint32_t threshold, unsigned &above, unsigned &equal) {
-    above = equal = 0;
-    for (int c = 0; c < 4; c++) {
-        uint32_t key;
-        memcpy(&key, p + c, 4);
-        key &= 0x7fffffff;
-        key = key > 0x7f800000 ? 0 : key;
-        above |= (unsigned)(key > threshold) << c;
-        equal |= (unsigned)(key == threshold) << c;
-    }
+typedef vmask vkey;
+INLINE vkey keys_of(const float *p) {
+    vkey key;
+    memcpy(&key, p, 16);
+    key = key & 0x7fffffff;
+    return key & (key <= 0x7f800000);
 }
+INLINE void store(int32_t *p, vkey key) { memcpy(p, &key, 16); }
+INLINE unsigned signs(vkey x) { return (x[0] & 1) | (x[1] & 2) | (x[2] & 4) | (x[3] & 8); }
+INLINE unsigned is_above(vkey key, int32_t x) { return signs(key > x); }
+INLINE unsigned is_equal(vkey key, int32_t x) { return signs(key == x); }
 #endif
 
 const unsigned ALL = (1u << W) - 1;
@@ -717,31 +720,23 @@ int accumulate(const ScoreTensor *tensors, int64_t count, int mode, int threads)
     return OK;
 }
 
-// |x| as an integer, which orders like its value; NaN is not salient
-INLINE uint32_t key_of(const float *x) {
-    uint32_t u;
-    memcpy(&u, x, 4);
-    u &= 0x7fffffff;
-    return u > 0x7f800000 ? 0 : u;
+// Keys of the last elements of a tensor; beyond them 0
+INLINE vkey some_keys_of(const float *p, int n) {
+    float part[W] = {};
+    memcpy(part, p, n * sizeof(float));
+    return keys_of(part);
 }
 
 // The packed mask of a piece: what lies above the threshold, and of what equals it the first `room`
-void pack_piece(const float *scores, uint8_t *bits, int64_t n, uint32_t threshold, int64_t room) {
+void pack_piece(const float *scores, uint8_t *bits, int64_t n, int32_t threshold, int64_t room) {
     for (int64_t i = 0; i < n; i += 16) {
         unsigned above = 0, equal = 0;
-        if (i + 16 <= n) {
-            for (int q = 0; q < 16 / W; q++) {
-                unsigned high, same;
-                compare_keys(scores + i + q * W, threshold, high, same);
-                above |= high << (q * W);
-                equal |= same << (q * W);
-            }
-        } else {
-            for (int c = 0; c < n - i; c++) {
-                uint32_t key = key_of(scores + i + c);
-                above |= (unsigned)(key > threshold) << c;
-                equal |= (unsigned)(key == threshold) << c;
-            }
+        for (int q = 0; q < 16 / W && i + q * W < n; q++) {
+            int left = (int)lesser(W, n - i - q * W);
+            vkey key = left < W ? some_keys_of(scores + i + q * W, left) : keys_of(scores + i + q * W);
+            unsigned inside = (1u << left) - 1;
+            above |= (is_above(key, threshold) & inside) << (q * W);
+            equal |= (is_equal(key, threshold) & inside) << (q * W);
         }
         for (; equal && room > 0; room--) {
             above |= equal & -equal;
@@ -750,6 +745,13 @@ void pack_piece(const float *scores, uint8_t *bits, int64_t n, uint32_t threshol
         bits[i / 8] = (uint8_t)above;
         if (i + 8 < n) bits[i / 8 + 1] = (uint8_t)(above >> 8);
     }
+}
+
+// What `count(keys, inside)` adds up over a piece, W keys at a time
+template <class F> INLINE void for_keys(const float *scores, int64_t n, F count) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) count(keys_of(scores + i), W);
+    if (i < n) count(some_keys_of(scores + i, (int)(n - i)), (int)(n - i));
 }
 
 const int HIGH = 16, LOW = 15;  // bits of a key that the first and the second histogram count
@@ -770,13 +772,21 @@ bool histogram(const ScoreTensor *tensors, const int64_t *first, int64_t count, 
             const float *scores = tensors[k].scores + start;
             int64_t n = lesser(PIECE, tensors[k].numel - start);
             if (!is_low) {
-                for (int64_t i = 0; i < n; i++) mine[key_of(scores + i) >> LOW]++;
-            } else {
-                for (int64_t i = 0; i < n; i++) {
-                    uint32_t key = key_of(scores + i);
-                    if (key >> LOW == prefix) mine[key & ((1 << LOW) - 1)]++;
-                }
+                for_keys(scores, n, [&](vkey keys, int inside) {
+                    int32_t key[W];
+                    store(key, keys);
+                    for (int c = 0; c < inside; c++) mine[key[c] >> LOW]++;
+                });
+                continue;
             }
+            int32_t below = (int32_t)(prefix << LOW) - 1, last = below + (1 << LOW);
+            for_keys(scores, n, [&](vkey keys, int inside) {  // mostly none of them has the prefix
+                unsigned found = is_above(keys, below) & ~is_above(keys, last) & ((1u << inside) - 1);
+                if (!found) return;
+                int32_t key[W];
+                store(key, keys);
+                for (; found; found &= found - 1) mine[key[__builtin_ctz(found)] & ((1 << LOW) - 1)]++;
+            });
         }
     }
     for (int bin = 0; bin < bins; bin++) {
@@ -816,7 +826,9 @@ int select(const ScoreTensor *tensors, int64_t count, int64_t wanted, int thread
         for (int64_t piece = 0; piece < pieces; piece++) {
             int64_t k = tensor_of(first.data, count, piece), start = (piece - first[k]) * PIECE, equal = 0;
             int64_t n = lesser(PIECE, tensors[k].numel - start);
-            for (int64_t i = 0; i < n; i++) equal += key_of(tensors[k].scores + start + i) == threshold;
+            for_keys(tensors[k].scores + start, n, [&](vkey keys, int inside) {
+                equal += __builtin_popcount(is_equal(keys, (int32_t)threshold) & ((1u << inside) - 1));
+            });
             room[piece] = equal;
         }
     }
@@ -829,7 +841,7 @@ int select(const ScoreTensor *tensors, int64_t count, int64_t wanted, int thread
     for (int64_t piece = 0; piece < pieces; piece++) {
         int64_t k = tensor_of(first.data, count, piece), start = (piece - first[k]) * PIECE;
         const ScoreTensor &t = tensors[k];
-        pack_piece(t.scores + start, t.bits + start / 8, lesser(PIECE, t.numel - start), threshold, room[piece]);
+        pack_piece(t.scores + start, t.bits + start / 8, lesser(PIECE, t.numel - start), (int32_t)threshold, room[piece]);
     }
     return OK;
 }

@@ -6,7 +6,7 @@ Nothing here validates: the public functions do, and call these with CPU tensors
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -109,34 +109,17 @@ def lpips_distance(
     return distance
 
 
-_LOSS_POINTERS = (
-    "noise_pred", "teacher", "coefficients", "weights", "noise", "noise_coefficients", "latents", "snr",
-    "spatial_mask", "row_index", "gradient", "per_row", "loss",
-)  # fmt: skip
-_LOSS_NUMBERS = (
-    "batch", "numel", "teachers", "bank_rows", "teacher_stride", "row_stride", "mask_row_stride",
-    "mask_channel_stride", "pixels", "dtype", "teacher_dtype", "noise_dtype", "latents_dtype", "mask_dtype",
-    "gradient_dtype", "index_is_64", "prediction_type",
-)  # fmt: skip
+_LOSS = struct.Struct("30q2d")  # `Loss` of native.cpp: 13 addresses, 17 numbers, 2 thresholds
 _PREDICTION_TYPES = {"epsilon": 0, "v_prediction": 1, "flow_prediction": 2}
-
-
-class _Loss(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _LOSS_POINTERS),
-        *((name, ctypes.c_int64) for name in _LOSS_NUMBERS),
-        ("snr_gamma", ctypes.c_double),
-        ("huber_delta", ctypes.c_double),
-    ]
 
 
 def noise_pred_loss(
     noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Loss (), per-row loss (B,) and the gradient, in fp32 where fp16 would underflow. Inputs are dense."""
-    batch, channels, height, width = noise_pred.shape
+    batch, channels, height, width = shape = noise_pred.shape
     gradient_dtype = torch.float32 if noise_pred.dtype == torch.float16 else noise_pred.dtype
-    gradient = torch.empty_like(noise_pred, dtype=gradient_dtype) if with_gradient else None
+    gradient = torch.empty(shape, dtype=gradient_dtype) if with_gradient else None
     per_row, loss = torch.empty(batch, dtype=torch.float32), torch.empty((), dtype=torch.float32)
     teacher, mask = rows.teacher_preds, rows.spatial_mask
     teachers = bank_rows = teacher_stride = row_stride = teacher_dtype = mask_row = mask_channel = mask_dtype = 0
@@ -147,7 +130,7 @@ def noise_pred_loss(
     if mask is not None:
         mask_row, mask_channel = mask.expand(batch, channels, height, width).stride()[:2]
         mask_dtype = DTYPES[mask.dtype]
-    arguments = _Loss(
+    arguments = _LOSS.pack(
         noise_pred.data_ptr(), _pointer(teacher), _pointer(rows.coefficients), rows.weights.data_ptr(),
         _pointer(rows.noise), _pointer(rows.noise_coefficients), _pointer(rows.latents), _pointer(rows.snr),
         _pointer(mask), _pointer(rows.row_index), _pointer(gradient), per_row.data_ptr(), loss.data_ptr(),
@@ -159,5 +142,5 @@ def noise_pred_loss(
         rows.row_index is not None and rows.row_index.dtype == torch.int64, _PREDICTION_TYPES[rows.prediction_type],
         rows.snr_gamma or 0.0, rows.huber_delta or 0.0,
     )  # fmt: skip
-    check_status(library().fu_loss(ctypes.addressof(arguments), torch.get_num_threads()))
+    check_status(library().fu_loss(arguments, torch.get_num_threads()))
     return loss, per_row, gradient

@@ -18,6 +18,7 @@ import torch
 from . import native_calls, reference
 from .checks import FLOAT_DTYPES, INT32_MAX, check_tensor
 from .launch import backend_of, ceil_div, jit, next_power_of_2, num_warps, on_device_of, tl
+from .operators import is_watched, operator
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 BLOCK_SIZE = 1024  # 8 elements a thread: one 128-bit load of 16-bit latents per input
@@ -320,6 +321,68 @@ def _run_reference(
     return reference.noise_pred_loss(noise_pred, terms, weights, rows.spatial_mask, rows.huber_delta, with_gradient)
 
 
+def _run(
+    noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    backend = backend_of(noise_pred)
+    if backend == "triton":
+        return launch_noise_pred_loss(noise_pred, rows, with_gradient)
+    if backend == "native":
+        return native_calls.noise_pred_loss(noise_pred, rows, with_gradient)
+    return _run_reference(noise_pred, rows, with_gradient)
+
+
+def _run_operator(
+    noise_pred: torch.Tensor, with_gradient: bool, *rows: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, per_row, gradient = _run(noise_pred, _Rows(*rows), with_gradient)
+    return loss, per_row, noise_pred.new_empty(0) if gradient is None else gradient
+
+
+def _fake_operator(
+    noise_pred: torch.Tensor, with_gradient: bool, *rows: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # fp16 keeps its gradient in fp32, and so does the reference every dtype
+    wide = noise_pred.dtype == torch.float16 or backend_of(noise_pred) == "reference"
+    gradient = torch.empty_like(noise_pred, dtype=torch.float32 if wide else noise_pred.dtype)
+    loss = noise_pred.new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(noise_pred.shape[0]), gradient if with_gradient else noise_pred.new_empty(0)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
+
+
+def _operator_backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+    (gradient,) = ctx.saved_tensors
+    return ((gradient * upstream[0]).to(ctx.dtype), *[None] * (ctx.num_inputs - 1))
+
+
+_operator = operator(
+    "noise_pred_loss",
+    "(Tensor noise_pred, bool with_gradient, Tensor? teacher_preds, Tensor? coefficients, Tensor weights, "
+    "Tensor? noise, Tensor? noise_coefficients, Tensor? latents, Tensor? snr, Tensor? spatial_mask, "
+    "Tensor? row_index, float? snr_gamma, float? huber_delta, str prediction_type) -> (Tensor, Tensor, Tensor)",
+    _run_operator,
+    _fake_operator,
+)
+_operator.register_autograd(_operator_backward, setup_context=_keep_for_backward)
+
+
+class _FunctionalLoss(torch.autograd.Function):
+    """The same for ``torch.func``, which wants forward and what it keeps apart."""
+
+    forward = staticmethod(_run_operator)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _keep_for_backward(ctx, inputs, output)
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(_operator_backward))
+
+
 class NoisePredLossFunction(torch.autograd.Function):
     """The gradient is made in forward and handed out, once, in backward."""
 
@@ -327,33 +390,35 @@ class NoisePredLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        backend = backend_of(noise_pred)
-        if backend == "native" and torch.compiler.is_compiling():
-            backend = "reference"  # which a compiler can trace
-        ctx.launched = backend == "triton"
-        run = {
-            "triton": launch_noise_pred_loss,
-            "native": native_calls.noise_pred_loss,
-            "reference": _run_reference,
-        }[backend]
-        loss, per_row, gradient = run(noise_pred, rows, with_gradient)
+        ctx.launched = backend_of(noise_pred) == "triton"
+        loss, per_row, gradient = _run(noise_pred, rows, with_gradient)
         ctx.gradient, ctx.dtype = gradient, noise_pred.dtype
         ctx.mark_non_differentiable(per_row)
         return loss, per_row
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError(
-                "The gradient of noise_pred_loss was already handed out. Call noise_pred_loss once for each backward()."
-            )
-        if ctx.launched and not torch.compiler.is_compiling():
-            gradient = launch_scale(gradient, upstream, ctx.dtype)
-        elif torch.compiler.is_compiling() or upstream != 1:
-            gradient = gradient * upstream
-        return gradient.to(ctx.dtype), None, None
+        if torch.is_grad_enabled():  # only if somebody means to differentiate the result, which must fail then
+            return _backward_once(ctx, upstream)
+        return _gradient(ctx, upstream), None, None
+
+
+def _gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        raise RuntimeError(
+            "The gradient of noise_pred_loss was already handed out. Call noise_pred_loss once for each backward()."
+        )
+    if ctx.launched:
+        gradient = launch_scale(gradient, upstream, ctx.dtype)
+    elif not upstream.is_cpu or upstream.item() != 1.0:
+        gradient = gradient * upstream
+    return gradient if gradient.dtype == ctx.dtype else gradient.to(ctx.dtype)
+
+
+@torch.autograd.function.once_differentiable
+def _backward_once(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return _gradient(ctx, upstream), None, None
 
 
 def noise_pred_loss(
@@ -461,6 +526,10 @@ def noise_pred_loss(
         prediction_type=prediction_type,
     )
     with_gradient = noise_pred.requires_grad and torch.is_grad_enabled()
+    if is_watched(noise_pred):
+        run = _FunctionalLoss.apply if torch._C._are_functorch_transforms_active() else _operator
+        loss, per_row, _ = run(noise_pred.contiguous(), True, *rows)
+        return loss, per_row.detach()
     return NoisePredLossFunction.apply(noise_pred.contiguous(), rows, with_gradient)
 
 

@@ -21,7 +21,7 @@ from .gradient_dots import TritonNorm
 from .launch import backend_of
 from .native import library
 from .native_calls import DTYPES, address_of
-from .tables import Moving
+from .tables import Moving, pick
 
 MODES = {"dense": 0, "select": 1, "compact": 2}
 
@@ -93,7 +93,7 @@ class NativeNorm:
 
     device = torch.device("cpu")
 
-    def __init__(self, members: Sequence[Member], places: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...] = ()) -> None:
         self.places = places
         self.records = array("q")
         for member in (members[i] for i in places):
@@ -102,12 +102,12 @@ class NativeNorm:
 
     def run(self, moving: Moving) -> torch.Tensor:
         """() float64."""
-        self.records[0::6] = array("q", [moving.grads[i] for i in self.places])
+        self.records[0::6] = array("q", pick(moving.grads, self.places))
         return native_calls.dots_of(self.records)[0]
 
 
 class ReferenceNorm:
-    def __init__(self, members: Sequence[Member], places: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...] = ()) -> None:
         self.members = [members[i] for i in places]
         self.device = self.members[0].param.device
 
@@ -124,7 +124,7 @@ class NativeStep:
 
     device = torch.device("cpu")
 
-    def __init__(self, members: Sequence[Member], places: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...] = ()) -> None:
         self.places = places
         self.tensors, self.gradients = array("q"), array("q")
         for member in (members[i] for i in places):
@@ -146,9 +146,9 @@ class NativeStep:
         grad_scale: torch.Tensor | None,
         other_coefficient: torch.Tensor | None,
     ) -> None:
-        self.gradients[0::4] = array("q", [moving.grads[i] for i in self.places])
+        self.gradients[0::4] = array("q", pick(moving.grads, self.places))
         if moving.others is not None:
-            self.gradients[1::4] = array("q", [moving.others[i] for i in self.places])
+            self.gradients[1::4] = array("q", pick(moving.others, self.places))
         options = array("d")
         for group in groups:
             options.extend((float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]))
@@ -173,7 +173,7 @@ def masked_adamw_(
 class ReferenceStep:
     """In plain torch: dense fp32 tensors of a group at once, the others one by one."""
 
-    def __init__(self, members: Sequence[Member], places: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...] = ()) -> None:
         self.members = [members[i] for i in places]
         self.device = self.members[0].param.device
 
@@ -227,7 +227,7 @@ class Plan:
             (backend, *(kinds[backend].launch_of(member, moved, i) if backend == "triton" else [member.param.device]))
             for i, (backend, member) in enumerate(zip(backends, members, strict=True))
         )
-        self.parts = [kinds[key[0]](members, places) for key, places in launches.items()]
+        self.parts = [kinds[backend](members, places, launch) for (backend, *launch), places in launches.items()]
         self.is_lasting = "reference" not in backends
 
     def moving(self, read: Moving) -> Moving:

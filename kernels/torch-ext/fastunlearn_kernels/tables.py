@@ -36,6 +36,11 @@ class Moving(NamedTuple):
     copies: Sequence[torch.Tensor] = ()
 
 
+def pick(addresses: list[int], places: Sequence[int]) -> list[int]:
+    """Those of one launch; mostly there is only one."""
+    return addresses if len(places) == len(addresses) else [addresses[i] for i in places]
+
+
 _held_by_graphs: dict[int, TensorTable] = {}  # by address: a captured graph reads its table at every replay
 
 
