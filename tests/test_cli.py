@@ -58,8 +58,9 @@ FLAGS = {
         *("judge", "trust-judge", "control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
     },
     "evaluate-images": {
-        *("config", "original-images", "unlearned-images", "output", "prompts", "metric", "trunk-weights", "metrics"),
-        *("forget", "judge", "trust-judge", "batch-size", "num-workers", "device", "overwrite"),
+        *("config", "original-images", "unlearned-images", "also", "output", "prompts", "metric", "trunk-weights"),
+        *("metrics", "forget", "judge", "trust-judge", "batch-size", "mixed-precision", "num-workers", "device"),
+        "overwrite",
     },
     "compare": {"config", "output", "margin", "overwrite"},
     "prompts": {

@@ -254,12 +254,13 @@ def _compare(flags: dict[str, Any]) -> int:
 
 def _evaluate_images(flags: dict[str, Any]) -> int:
     config = build(EvaluateImagesConfig, flags)
-    from ..evaluation.evaluate_images import evaluate_images
+    from ..evaluation.evaluate_images import evaluate_image_folders
     from .console import Console, images_table
 
     with Console() as console:
-        evaluation = evaluate_images(config, console.comparing)
-    images_table(evaluation, Path(config.output))
+        found = evaluate_image_folders(config, console.comparing)
+    for folder, evaluation in found.items():
+        images_table(evaluation, folder)
     return 0
 
 

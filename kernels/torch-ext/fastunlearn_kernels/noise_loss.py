@@ -380,7 +380,10 @@ class _FunctionalLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         _keep_for_backward(ctx, inputs, output)
 
-    backward = staticmethod(torch.autograd.function.once_differentiable(_operator_backward))
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        return _operator_backward(ctx, *upstream)
 
 
 class NoisePredLossFunction(torch.autograd.Function):
