@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 WITH_A_LONG_TAIL = ("test_noise_loss.py", "test_masked_adamw.py", "test_saliency.py", "test_lpips_head.py")
-FILES = (*WITH_A_LONG_TAIL, "test_gradient_dots.py", "test_traffic.py")
+FILES = (*WITH_A_LONG_TAIL, "test_gradient_dots.py", "test_traffic.py", "test_plans.py")
 
 
 def run(file, marker):
