@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/native.cpp
 
 .PHONY: demo test test-slow fuzz lint bench results readme weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
-NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/native.cpp
 $(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
