@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 WITH_A_LONG_TAIL = ("test_noise_loss.py", "test_masked_adamw.py", "test_saliency.py", "test_lpips_head.py")
-FILES = (*WITH_A_LONG_TAIL, "test_gradient_dots.py", "test_traffic.py", "test_plans.py")
+FILES = (*WITH_A_LONG_TAIL, "test_gradient_dots.py", "test_traffic.py")
 
 
 def run(file, marker):
@@ -27,6 +27,11 @@ def run(file, marker):
 @pytest.mark.parametrize("file", FILES)
 def test_kernels(file):
     run(file, "not slow and not gpu")
+
+
+@pytest.mark.slow
+def test_plans_of_kernels():
+    run("test_plans.py", "not slow and not gpu")
 
 
 @pytest.mark.slow

@@ -125,11 +125,11 @@ def test_the_same_bits_for_every_number_of_threads_and_instruction_set(name, nat
     best = native_library.fu_best_level()
     for level in native.LEVELS[: best + 1]:
         native.use_level(native_library, level)
-        for threads in (1, 2, 5):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             results[level, threads] = function(*arguments)
     first = results["baseline", 1]
-    assert len(results) == 3 * (best + 1)
+    assert len(results) == 2 * (best + 1)
     for case, result in results.items():
         for i, (a, b) in enumerate(zip(first, result, strict=True)):
             same = torch.equal(a, b) if a.dtype == torch.uint8 else torch.equal(as_integers(a), as_integers(b))
@@ -254,8 +254,22 @@ def why_it_does_not_load(path):
     return message
 
 
-def test_a_library_that_is_not_there(tmp_path):
-    assert "is not built" in why_it_does_not_load(tmp_path / "_native.so")
+def test_a_library_that_is_not_there(tmp_path, monkeypatch):
+    assert "is not built; run" in why_it_does_not_load(tmp_path / "_native.so")
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    assert "is not built, and there is no C++ compiler: install g++" in why_it_does_not_load(tmp_path / "_native.so")
+
+
+def test_a_level_that_the_processor_lacks_is_refused_when_it_loads(native_library, monkeypatch):
+    monkeypatch.setenv("FASTUNLEARN_KERNELS_LEVEL", "avx9")
+    try:
+        with pytest.warns(UserWarning, match="LEVEL must be one of baseline"):
+            native.load(Path(native_library._name))
+        with pytest.raises(RuntimeError, match="cannot run here: FASTUNLEARN_KERNELS_LEVEL must be one of baseline"):
+            gradient_dots([torch.ones(1)])
+    finally:
+        monkeypatch.delenv("FASTUNLEARN_KERNELS_LEVEL")
+        native.load(Path(native_library._name))
 
 
 def test_a_library_of_another_architecture(tmp_path, native_library):
@@ -365,8 +379,6 @@ print(launch.backend_of(torch.ones(1)), launch.describe()["CPU"])
     assert run_python(code, FASTUNLEARN_KERNELS="reference").stdout.startswith(
         "reference plain torch (FASTUNLEARN_KERNELS)"
     )
-    result = run_python(code, FASTUNLEARN_KERNELS="native", FASTUNLEARN_KERNELS_LEVEL="avx9")
-    assert "FASTUNLEARN_KERNELS_LEVEL must be one of baseline" in result.stderr
 
 
 # ---- the build -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The operations under compilers, fake tensors, ``torch.func`` and dispatch modes, which see operators only."""
+"""The operations under compilers, fake tensors, ``torch.func`` and dispatch modes, which see operators only.
+
+On whatever serves CPU tensors here: an operator calls what the other tests try on each backend.
+"""
 
 import inspect
 import subprocess
@@ -11,7 +14,6 @@ import torch
 from fastunlearn_kernels import launch, operators
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-pytestmark = pytest.mark.usefixtures("backend")
 ROOT = Path(__file__).parents[2]
 SHAPE = (3, 4, 6, 5)
 
@@ -71,7 +73,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CALLS)
 def test_it_compiles_into_one_graph(name, compiler):
     function, make = CALLS[name]
@@ -81,7 +83,7 @@ def test_it_compiles_into_one_graph(name, compiler):
     torch.testing.assert_close(compiled(*make()), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_loss_compiles_into_one_graph(dtype, compiler):
     torch._dynamo.reset()
@@ -183,6 +185,7 @@ def test_plain_tensors_take_no_operator(monkeypatch):
     assert launch.backend_of(torch.ones(1)) in ("native", "reference", "triton")
 
 
+@pytest.mark.slow
 def test_two_copies_of_the_package_have_operators_of_their_own(tmp_path):
     """As the Hub loads one beside an installed one."""
     import shutil

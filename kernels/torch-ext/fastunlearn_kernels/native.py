@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .build import LIBRARY, SOURCE, source_digest
+from .build import LIBRARY, SOURCE, find_compiler, source_digest
 
 LEVELS = ("baseline", "avx2", "avx512")  # in the order of the library's numbers
 NAMES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512"}
@@ -47,7 +47,8 @@ _error: str | None = None  # None until a load has failed
 def open_library(path: Path) -> ctypes.CDLL:
     """The library at ``path``, its functions declared; LibraryError if it is not one of this source."""
     if not path.is_file():
-        raise LibraryError(f"the native library is not built; {REBUILD}")
+        absent = "" if find_compiler() else ", and there is no C++ compiler: install g++, then"
+        raise LibraryError(f"the native library is not built{absent or ';'} {REBUILD}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
