@@ -124,7 +124,8 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if os.environ.get("FASTUNLEARN_KERNELS") and args.command is not _info:
+    chosen = os.environ.get("FASTUNLEARN_KERNELS") or os.environ.get("FASTUNLEARN_KERNELS_LEVEL")
+    if chosen and args.command is not _info:
         from fastunlearn_kernels.launch import check_choice
 
         try:

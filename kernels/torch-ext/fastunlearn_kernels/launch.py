@@ -86,7 +86,10 @@ def _chosen(tensor: torch.Tensor) -> str:
 
 
 def check_choice() -> None:
-    """Raises RuntimeError, in one line, if ``FASTUNLEARN_KERNELS`` names what cannot run on this machine."""
+    """Raises RuntimeError, in one line, if ``FASTUNLEARN_KERNELS`` names what cannot run on this machine, or
+    ``FASTUNLEARN_KERNELS_LEVEL`` an instruction set that its processor lacks."""
+    if CHOICE is None and os.environ.get("FASTUNLEARN_KERNELS_LEVEL") and not native.is_available():
+        raise RuntimeError(f"{native.why_not()}.")
     if CHOICE is None or CHOICE == "reference":
         return
     if CHOICE not in BACKENDS:

@@ -761,12 +761,13 @@ template <class C>
 bool histogram(const ScoreTensor *tensors, const int64_t *first, int64_t count, bool is_low, uint32_t prefix, int64_t *sums, int threads) {
     int bins = is_low ? 1 << LOW : 1 << HIGH;
     int64_t pieces = first[count];
-    Buffer<C> counts((int64_t)bins * threads);
+    // two for each thread: scores beside each other are often alike, and an increment waits for the last of its bin
+    Buffer<C> counts((int64_t)bins * 2 * threads);
     if (!counts.data) return false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        C *mine = counts.data + bins * me;
+        C *mine = counts.data + 2 * bins * me, *other = mine + bins;
         for (int64_t piece = pieces * me / all; piece < pieces * (me + 1) / all; piece++) {
             int64_t k = tensor_of(first, count, piece), start = (piece - first[k]) * PIECE;
             const float *scores = tensors[k].scores + start;
@@ -775,7 +776,14 @@ bool histogram(const ScoreTensor *tensors, const int64_t *first, int64_t count, 
                 for_keys(scores, n, [&](vkey keys, int inside) {
                     int32_t key[W];
                     store(key, keys);
-                    for (int c = 0; c < inside; c++) mine[key[c] >> LOW]++;
+                    if (inside < W) {
+                        for (int c = 0; c < inside; c++) mine[key[c] >> LOW]++;
+                        return;
+                    }
+                    for (int c = 0; c < W; c += 2) {
+                        mine[key[c] >> LOW]++;
+                        other[key[c + 1] >> LOW]++;
+                    }
                 });
                 continue;
             }
@@ -791,7 +799,7 @@ bool histogram(const ScoreTensor *tensors, const int64_t *first, int64_t count, 
     }
     for (int bin = 0; bin < bins; bin++) {
         sums[bin] = 0;
-        for (int thread = 0; thread < threads; thread++) sums[bin] += (int64_t)counts[(int64_t)bins * thread + bin];
+        for (int copy = 0; copy < 2 * threads; copy++) sums[bin] += (int64_t)counts[(int64_t)bins * copy + bin];
     }
     return true;
 }
