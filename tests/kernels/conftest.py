@@ -118,6 +118,7 @@ class _PoisonedTorch:
 def _poisoned_buffers(monkeypatch):
     for name in (
         "noise_loss",
+        "_noise_loss_kernel",
         "lpips_head",
         "_masked_adamw_kernel",
         "saliency",

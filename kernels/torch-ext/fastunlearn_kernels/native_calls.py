@@ -16,7 +16,7 @@ import torch
 from .native import library
 
 if TYPE_CHECKING:
-    from .noise_loss import _Rows
+    from ._noise_loss_kernel import Rows
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 MODES = {"absolute": 0, "signed": 1, "squared": 2}
@@ -114,7 +114,7 @@ _PREDICTION_TYPES = {"epsilon": 0, "v_prediction": 1, "flow_prediction": 2}
 
 
 def noise_pred_loss(
-    noise_pred: torch.Tensor, rows: _Rows, with_gradient: bool
+    noise_pred: torch.Tensor, rows: Rows, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Loss (), per-row loss (B,) and the gradient, in fp32 where fp16 would underflow. Inputs are dense."""
     batch, channels, height, width = shape = noise_pred.shape
