@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/native.cpp
 
 .PHONY: demo test test-slow fuzz lint bench results readme weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
-$(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
@@ -45,6 +46,7 @@ results: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks/bench_second_model.py --benchmark-enable --benchmark-json .benchmarks/second.json
 	$(BIN)/python -m pytest benchmarks/bench_kernels.py --benchmark-enable --benchmark-json .benchmarks/kernels.json
 	$(BIN)/python benchmarks/report_kernels.py collect .benchmarks/kernels.json
+	$(BIN)/python benchmarks/bench_cpu.py --deepspeed --output benchmarks/results/native_cpu.json
 	$(BIN)/python benchmarks/coverage.py --output benchmarks/results/coverage.json
 	$(BIN)/python benchmarks/metrics_miss.py --output benchmarks/results/metrics_miss.json --figure docs/metrics_miss.png
 	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json --evaluation-speed .benchmarks/evaluation.json \

@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastunlearn.evaluation.evaluate_images import find_pairs, score
+from fastunlearn.evaluation.folder_scores import score
+from fastunlearn.evaluation.image_pairs import find_pairs
 from fastunlearn.metrics.lpips import from_lpips
 from fastunlearn.models.runtime import mend_torchvision
 

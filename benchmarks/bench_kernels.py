@@ -244,7 +244,7 @@ def eager_flat_adamw(param, grad, exp_avg, exp_avg_sq, mask, step):
 
 ADAMW_PROVIDERS = [
     ("torch foreach + bool mask + clip", 0.5),
-    *[("torch fused + bool mask + clip", 0.5)] * ON_GPU,
+    ("torch fused + bool mask + clip", 0.5),  # the strongest peer, on a CPU, too
     ("torch.compile, one flat tensor, + bool mask + clip", 0.5),
     ("int64 mask on the CPU, copied each step (SalUn)", 0.5),
     ("fastunlearn dense", 1.0),

@@ -14,6 +14,8 @@ trap 'rm -f "$raw"' EXIT
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"; print(torch.cuda.get_device_name())'
 timeout 180 "$python" -m pytest tests/kernels/test_gpu.py -m gpu -q -x -p no:cacheprovider
 
+"$python" benchmarks/host_time.py
+
 # In order of importance, each with its own time, so that a slow one costs only itself; every part leaves its result.
 measure() {
   timeout "$1" "$python" -m pytest benchmarks/bench_kernels.py -q -p no:cacheprovider --benchmark-enable \

@@ -56,6 +56,7 @@ def render(text: str) -> str:
         "bank": lambda: bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
         "metrics": lambda: metrics_section(_read("metrics_miss.json")),
         "evaluation": lambda: evaluation_section(_read("evaluation_cpu.json"), _read("second_model_cpu.json")),
+        "native": lambda: native_section(RESULTS / "native_cpu.json"),
         "kernels": lambda: kernels_section([_read(path.name) for path in sorted(RESULTS.glob("kernels-*.json"))]),
     }
     for name in re.findall(r"<!-- begin (\w+) -->", text):
@@ -169,6 +170,31 @@ def kernels_section(results: list[dict[str, Any]]) -> str:
     if not any(result["environment"]["kind"] == "GPU" for result in results):
         lines.append("GPU: not measured yet; `benchmarks/gpu_check.sh` checks and measures on a machine that has one.")
     return "\n".join(lines).rstrip()
+
+
+def native_section(path: Path) -> str:
+    """The library on a CPU beside its peers: every way of every case, in one and in two threads."""
+    if not path.is_file():
+        return "CPU, native: not measured yet; `benchmarks/bench_cpu.py` measures on a machine with nothing else to do."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    floors = ", ".join(f"{rate} GB/s in {n}" for n, rate in result["in_place_gb_per_s"].items())
+    lines = [
+        f"CPU ({result['machine']}, {result['best_level']}, torch {result['torch']}), medians of one interleaved run, "
+        f"with the range of the rounds' ratios; an in-place pass moves {floors} threads:",
+        "",
+        "| operation | size | threads | beside | ms | ours | ms | times as fast |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    beside: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in result["rows"]:
+        peer = beside.setdefault((row["operation"], row["size"], row["threads"]), row)
+        if "native" not in row["way"]:
+            continue
+        low, high = row["range"]
+        cells = [row["operation"], row["size"], str(row["threads"]), peer["way"], f"{peer['median_ms']:.3g}"]
+        cells += [row["way"], f"{row['median_ms']:.3g}", f"{row['times_as_fast']:.2f}x ({low:.2f} to {high:.2f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _seconds(row: dict[str, Any]) -> float:

@@ -163,6 +163,21 @@ def share_of_cores(num_processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
+def take_share_of_cores(world: World) -> None:
+    """Let this process of several use no more than its share of the machine's cores, unless OMP_NUM_THREADS says how
+    many: two processes with two threads each on two cores are many times as slow as with one.
+
+    Ours and torchrun's processes are told by that variable; those of ``deepspeed`` are not.
+    """
+    if world.size == 1 or os.environ.get("OMP_NUM_THREADS"):
+        return
+    import torch
+
+    here = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"))
+    local_size = next((int(size) for size in here if size.isdecimal() and int(size) > 0), world.size)
+    torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(local_size)))
+
+
 @dataclasses.dataclass
 class Failure:
     """How a process ended that should not have: ``status`` is below 0 for a signal."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastunlearn_kernels import launch as kernel_launch
 from outputs import files_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -57,8 +58,9 @@ FLAGS = {
         *("judge", "trust-judge", "control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
     },
     "evaluate-images": {
-        *("config", "original-images", "unlearned-images", "output", "prompts", "metric", "trunk-weights", "metrics"),
-        *("forget", "judge", "trust-judge", "batch-size", "num-workers", "device", "overwrite"),
+        *("config", "original-images", "unlearned-images", "also", "output", "prompts", "metric", "trunk-weights"),
+        *("metrics", "forget", "judge", "trust-judge", "batch-size", "mixed-precision", "num-workers", "device"),
+        "overwrite",
     },
     "compare": {"config", "output", "margin", "overwrite"},
     "prompts": {
@@ -208,8 +210,28 @@ def test_info_tells_versions_devices_kernels_and_metrics(cli):
     answer = cli("info")
     assert (answer.status, answer.err) == (0, "")
     assert f"torch         {torch.__version__.split('+')[0]}" in answer.out
-    for word in ("device        cpu", "kernels ", "metric        shapes", "lpips-alex", "methods       esd, ovw"):
+    for word in ("device        cpu", "metric        shapes", "lpips-alex", "methods       esd, ovw"):
         assert word in answer.out
+    assert f"kernels       CPU: {kernel_launch.describe()['CPU']}\n" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"), [("cuda", "must be one of reference, native, triton"), ("triton", "cannot")]
+)
+def test_kernels_that_cannot_run_here_are_one_line(cli, monkeypatch, tmp_path, choice, reason):
+    if choice == "triton" and torch.cuda.is_available():
+        pytest.skip("here they can")
+    monkeypatch.setenv("FASTUNLEARN_KERNELS", choice)
+    monkeypatch.setattr(kernel_launch, "CHOICE", choice)
+    answer = cli(*TRAIN, "--output", tmp_path / "run")
+    assert answer.status == 2
+    assert answer.err.count("\n") == 1
+    assert f"FASTUNLEARN_KERNELS={choice} " in answer.err or "FASTUNLEARN_KERNELS must" in answer.err
+    assert reason in answer.err
+    assert not (tmp_path / "run").exists()
+    answer = cli("info")  # which is asked why
+    assert (answer.status, answer.err) == (0, "")
+    assert "kernels       CPU: none: FASTUNLEARN_KERNELS" in answer.out
 
 
 # ---- what works ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 import tracemalloc
@@ -16,16 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from outputs import files_of
 from PIL import Image
 from toys import names_in
 
 from fastunlearn import EvaluateImagesConfig, evaluate_images
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.evaluate_images import Pair, Scores, _records, find_pairs, summarize_folders
+from fastunlearn.evaluation.evaluate_images import _records, summarize_folders
+from fastunlearn.evaluation.folder_scores import Scores
+from fastunlearn.evaluation.image_pairs import Pair, find_pairs
 from fastunlearn.files.atomic import write_lines
 from fastunlearn.files.images import find_images, read_image
 from fastunlearn.metrics.base import load_metric
 from fastunlearn.metrics.distances import load_perceptual
+from fastunlearn.metrics.lpips import PerceptualDistance
 from fastunlearn.schema import FoldersEvaluation
 from fastunlearn.worlds.shapes import SHAPES_WORLD
 
@@ -186,6 +191,59 @@ def test_workers_and_company_change_no_bit(command, folders):
     assert command("--overwrite").status == 0
     apart = {line["file"]: line["distance"] for line in records(folders / "out")}
     assert apart == {name: together[name] for name in apart}
+
+
+def test_several_unlearned_folders_are_each_what_they_are_alone(command, cli, folders, monkeypatch):
+    """And the original's images pass through the trunk once: N + 1 passes, not 2 N."""
+    shutil.copytree(folders / "after", folders / "other")
+    for index in range(2, 5):
+        save(folders / "other" / f"p{index}.png", pixels(900 + index))
+    shutil.copytree(folders / "before", folders / "same")
+    alone = {}
+    for name in ("after", "other", "same"):
+        arguments = ["--original-images", folders / "before", "--unlearned-images", folders / name]
+        answer = cli("evaluate-images", *arguments, "--output", folders / f"alone {name}", "--metric", "shapes")
+        assert answer.status == 0, answer
+        alone[name] = files_of(folders / f"alone {name}")
+    passes = []
+    original = PerceptualDistance._features
+    monkeypatch.setattr(
+        PerceptualDistance, "_features", lambda self, images: passes.append(1) or original(self, images)
+    )
+    answer = command("--also", folders / "other", "--also", folders / "same")
+    assert answer.status == 0, answer
+    assert len(passes) == 3 + 1  # one batch
+    assert answer.out.count("report: ") == 3
+    for name, written in (("after", ""), ("other", "other"), ("same", "same")):
+        for file in ("pairs.jsonl", "evaluation.json"):
+            assert (folders / "out" / written / file).read_bytes() == alone[name][file], (name, file)
+    assert command("--also", folders / "other").status == 2
+    assert command("--also", folders / "other", "--also", folders / "same", "--overwrite").status == 0
+
+
+def test_two_further_folders_of_one_name_are_refused(command, folders):
+    shutil.copytree(folders / "after", folders / "x" / "other")
+    shutil.copytree(folders / "after", folders / "y" / "other")
+    answer = command("--also", folders / "x" / "other", "--also", folders / "y" / "other")
+    assert answer.status == 2
+    assert "called other" in answer.err
+    assert answer.err.count("\n") == 1
+    assert not (folders / "out").exists()
+
+
+def test_a_bfloat16_trunk_is_another_metric_and_says_how_far_it_rounds(command, folders):
+    assert command().status == 0
+    wide = result(folders / "out")
+    answer = command("--mixed-precision", "bf16", "--overwrite")
+    assert answer.status == 0, answer
+    low = result(folders / "out")
+    assert low["integrity"]["metric"] == wide["integrity"]["metric"] + "+bf16"
+    assert low["integrity"]["mean"] != wide["integrity"]["mean"]
+    (note,) = [note for note in low["notes"] if "bfloat16" in note]
+    floor = float(re.search(r"average and (\S+) at most", note)[1])
+    assert 0 < abs(low["integrity"]["mean"] - wide["integrity"]["mean"]) <= floor
+    assert records(folders / "out")[0]["distance"] == 0  # equal images stay equal
+    assert note in answer.out
 
 
 def test_suffixes_may_differ_and_other_files_do_not_disturb(command, folders):

@@ -15,6 +15,7 @@ from shutil import copytree, ignore_patterns
 
 import fastunlearn_kernels
 import pytest
+from fastunlearn_kernels import build
 
 import fastunlearn
 
@@ -100,6 +101,10 @@ def test_only_metadata_asked_for_in_a_clone_names_the_folder_of_the_kernels(tmp_
 # ---- what is built and installed
 
 
+def has_compiler():
+    return build.find_compiler() is not None
+
+
 def setuptools_is_here():
     try:
         return int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
@@ -110,7 +115,7 @@ def setuptools_is_here():
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
     """What a clone of this tree holds."""
-    leave = ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "run")
+    leave = ignore_patterns(".*", "__pycache__", "_native.so", "*.egg-info", "build", "dist", "demo", "run")
     return copytree(ROOT, tmp_path_factory.mktemp("clone") / "source", ignore=leave, symlinks=True)
 
 
@@ -141,6 +146,12 @@ def make_environment(folder):
     return [sys.executable, "-m", "pip", "--python", python, "install", *options], python
 
 
+def serves_the_cpu(python, folder):
+    """What the installed kernels run on CPU tensors."""
+    code = "import torch; from fastunlearn_kernels import launch; print(launch.backend_of(torch.ones(1)))"
+    return run(python, "-c", code, cwd=folder).strip()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
 def test_the_wheel_ships_its_package_whole_and_nothing_else(built, name):
@@ -148,7 +159,11 @@ def test_the_wheel_ships_its_package_whole_and_nothing_else(built, name):
     package = (ROOT / "kernels/torch-ext" if name == "fastunlearn_kernels" else ROOT) / name
     files = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
     shipped = {file for file in wheel.namelist() if ".dist-info/" not in file}
-    assert shipped == {file for file in files if "__pycache__" not in file}
+    library = "fastunlearn_kernels/_native.so"  # compiled for the wheel, wherever the tree has one, too
+    assert shipped - {library} == {file for file in files if "__pycache__" not in file} - {library}
+    assert (library in shipped) == (name == "fastunlearn_kernels" and has_compiler())
+    tag = "py3-none-linux_" if library in shipped else "py3-none-any"
+    assert tag in Path(wheel.filename).name
     assert f"{name}/py.typed" in shipped
     assert any(file.endswith("licenses/LICENSE") for file in wheel.namelist())
     assert "absent from the `packages`" not in printed
@@ -190,6 +205,7 @@ def test_one_command_installs_both_from_a_clone(clone, tmp_path):
         assert "file:" not in headers
         code = f"import {name}; print({name}.__file__)"
         assert run(python, "-c", code, cwd=tmp_path).strip() == str(site / name / "__init__.py")
+    assert serves_the_cpu(python, tmp_path) == ("native" if has_compiler() else "reference")
     command = tmp_path / "environment" / "bin" / "fastunlearn"
     assert run(command, "--version", cwd=tmp_path).strip() == f"fastunlearn {fastunlearn.__version__}"
 
@@ -210,3 +226,13 @@ def test_one_command_installs_both_in_place(clone, tmp_path):
         edited, where = run(python, "-c", code, cwd=tmp_path).split()
         assert edited == "True"
         assert Path(where).resolve() == folder / "__init__.py"
+    assert serves_the_cpu(python, tmp_path) == ("native" if has_compiler() else "reference")
+
+
+@pytest.mark.slow
+def test_the_kernels_install_and_run_where_there_is_no_compiler(clone, tmp_path, monkeypatch):
+    source = copytree(clone, tmp_path / "source", symlinks=True)
+    install, python = make_environment(tmp_path / "environment")
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    run(*install, "--no-deps", "packaging/kernels", cwd=source)
+    assert serves_the_cpu(python, tmp_path) == "reference"

@@ -10,7 +10,17 @@ import time
 import pytest
 
 from fastunlearn import distributed
-from fastunlearn.distributed import ALONE, Failure, Processes, World, device_of, launch, world_of_environment
+from fastunlearn.distributed import (
+    ALONE,
+    Failure,
+    Processes,
+    World,
+    device_of,
+    launch,
+    share_of_cores,
+    take_share_of_cores,
+    world_of_environment,
+)
 from fastunlearn.errors import UserError
 
 
@@ -201,3 +211,66 @@ def test_no_port_is_opened_but_on_the_loopback_interface(as_processes, tmp_path)
     loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
     for rank in "01":
         assert set((tmp_path / rank).read_text().split()) <= loopback
+
+
+# ---- whose cores -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "world", "threads"),
+    [
+        ({}, ALONE, 16),
+        ({"LOCAL_SIZE": "2"}, World(0, 2), 8),  # what `deepspeed` sets
+        ({"LOCAL_WORLD_SIZE": "4"}, World(5, 8), 4),  # two machines
+        ({"LOCAL_WORLD_SIZE": "none"}, World(0, 8), 2),
+        ({}, World(0, 32), 1),
+        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "11"}, World(0, 2), 16),  # whoever says how many is obeyed
+    ],
+)
+def test_processes_share_the_cores_of_their_machine(environment, world, threads, monkeypatch):
+    import torch
+
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    used = [16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    take_share_of_cores(world)
+    assert used[-1] == threads
+
+
+def test_a_process_of_the_deepspeed_launcher_trains_with_its_share(tmp_path):
+    """The launcher itself, which says nothing of threads; its processes stand for ours and say how many they take."""
+    pytest.importorskip("deepspeed")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch
+            sys.path.insert(0, sys.argv[-1])
+            from fastunlearn.distributed import take_share_of_cores, world_of_environment
+            world = world_of_environment()
+            take_share_of_cores(world)
+            print(f"threads of {world.rank}: {torch.get_num_threads()}", flush=True)
+            """
+        )
+    )
+    environment = {name: value for name, value in os.environ.items() if "OMP" not in name} | {"DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info", _world_info(2)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", "29533", "--no_local_rank", str(script)]
+    root = os.path.dirname(os.path.dirname(distributed.__file__))
+    done = subprocess.run([*command, root], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        assert f"threads of {rank}: {share_of_cores(2)}\n" in done.stdout
+
+
+def _world_info(size):
+    """What the launcher is told of hosts and their slots."""
+    import base64
+    import json
+
+    return base64.urlsafe_b64encode(json.dumps({"localhost": list(range(size))}).encode()).decode()

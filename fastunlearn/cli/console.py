@@ -204,6 +204,7 @@ def images_table(evaluation: FoldersEvaluation, folder: Path) -> None:
 def info() -> None:
     """Versions, devices, and which kernels, metrics and judges can run here."""
     import torch
+    from fastunlearn_kernels.launch import describe
 
     from ..judges import all_judges, broken_judges
     from ..methods import all_methods
@@ -220,10 +221,8 @@ def info() -> None:
             properties = torch.cuda.get_device_properties(index)
             out.print(f"device        cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     out.print(f"device        cpu, {torch.get_num_threads()} threads")
-    triton = torch.cuda.is_available() and _version("triton") != "not installed"
-    out.print(
-        "kernels       " + ("Triton on CUDA, plain torch on the CPU" if triton else "plain torch (Triton needs a GPU)")
-    )
+    for device, runs in describe().items():
+        out.print(f"kernels       {device}: {runs}")
     import_diffusers()
     _listed(out, "metric", all_distances().values(), broken_distances())
     _listed(out, "metrics", all_metrics().values(), broken_metrics())

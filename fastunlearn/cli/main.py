@@ -124,6 +124,14 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    chosen = os.environ.get("FASTUNLEARN_KERNELS") or os.environ.get("FASTUNLEARN_KERNELS_LEVEL")
+    if chosen and args.command is not _info:
+        from fastunlearn_kernels.launch import check_choice
+
+        try:
+            check_choice()
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
     flags = {name: value for name, value in vars(args).items() if name != "command"}
     command: Command = args.command
     return command(flags)
@@ -247,12 +255,13 @@ def _compare(flags: dict[str, Any]) -> int:
 
 def _evaluate_images(flags: dict[str, Any]) -> int:
     config = build(EvaluateImagesConfig, flags)
-    from ..evaluation.evaluate_images import evaluate_images
+    from ..evaluation.evaluate_images import evaluate_image_folders
     from .console import Console, images_table
 
     with Console() as console:
-        evaluation = evaluate_images(config, console.comparing)
-    images_table(evaluation, Path(config.output))
+        found = evaluate_image_folders(config, console.comparing)
+    for folder, evaluation in found.items():
+        images_table(evaluation, folder)
     return 0
 
 

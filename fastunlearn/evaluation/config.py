@@ -78,6 +78,12 @@ class EvaluateImagesConfig:
     unlearned_images: str = setting(
         "folder of the unlearned model's, with the same names; suffixes may differ", path=True
     )
+    also: tuple[str, ...] = setting(
+        "another unlearned model's folder beside the same originals, whose features are made once; once per folder, "
+        "its results go below the output by its name",
+        (),
+        path=True,
+    )
     output: str = setting("folder for the records and the report", path=True)
     prompts: str | None = setting(
         "CSV with the columns file, prompt and, if wanted, group; default: every pair is a prompt of its own", None
@@ -95,6 +101,9 @@ class EvaluateImagesConfig:
     )
     metrics: str | None = setting("further metrics, separated by commas (`fastunlearn info` lists them)", None)
     batch_size: int = setting("pairs per forward; a part of the result's definition", 8)
+    mixed_precision: Literal["no", "bf16"] = setting(
+        "bf16 makes the distance's convolutions in bfloat16; how far that rounds is measured and noted", "no"
+    )
     num_workers: int | None = setting("decoders; default: one a CPU core", None)
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     overwrite: bool = setting("replace an earlier evaluation in the output folder", False)

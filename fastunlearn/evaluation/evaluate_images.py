@@ -1,19 +1,17 @@
 """Integrity from two folders of images, whatever tool made them: pairs by file name -> distances -> records, report.
 
-Files are decoded by workers while earlier pairs are scored; one trunk pass serves both sides.  Nothing but numbers is
-kept, and nothing is written before all of it is known.
+Several unlearned folders may be compared with one original at once (``also``): each is evaluated as if it were alone,
+and the original's images are decoded, judged and passed through the trunk once.  Nothing but numbers is kept, and
+nothing is written before all of it is known.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +19,12 @@ import torch
 
 from ..errors import UserError
 from ..files.atomic import write_lines
-from ..files.images import ImageFile, read_image, unread_images
+from ..files.images import read_image, unread_images
 from ..files.run_folder import check_output, claimed, prepare_output
-from ..judges import Judge, Judged, as_judge, check_concept, judged, load_judge, record_of
+from ..judges import Judge, as_judge, check_concept, load_judge, record_of
 from ..metrics.base import Metric, load_metrics
 from ..metrics.distances import Distance, check_distance, device_of, load_perceptual, pairs_per_pass
+from ..metrics.lpips import PerceptualDistance
 from ..metrics.statistics import clustered_mean, quantiles, wilson
 from ..models.runtime import resolve_device, versions
 from ..record import plain
@@ -35,26 +34,12 @@ from ..schema import FolderDistances, FolderIntegrity, FoldersEvaluation
 from ..worlds import get_world
 from .calibration import calibrated, check_calibration
 from .config import EvaluateImagesConfig
+from .folder_scores import Scores, score_folders, stacked
 from .image_pairs import Pair, find_pairs
 from .judging import Sides, erasure_of, retained, share_of, verdict_of
 from .summary import distance_interval
 
 _SHOWN = 4  # pairs of each kind in the report
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Of N pairs: ``distances`` (N,) float32, each metric's rows (N, F) float32, the folders' digests, the size.
-
-    ``plain``: (2, N) bool, which images of each side are of one color.  ``judged``: the judge's verdicts on both sides.
-    """
-
-    distances: npt.NDArray[np.float32]
-    rows: dict[str, npt.NDArray[np.float32]]
-    digests: tuple[str, str]
-    size: tuple[int, int]
-    plain: npt.NDArray[np.bool_]
-    judged: Judged | None = None
 
 
 def evaluate_images(
@@ -70,134 +55,95 @@ def evaluate_images(
     ``metric``, ``metrics``, ``judge``: objects like what :func:`load_perceptual`, :func:`load_metric` and
     :func:`load_judge` return, in place of the names that the config gives; ``metrics`` may hold names too.
 
-    Returns the content of evaluation.json.  ``on_progress(done, total)`` counts pairs.  Raises UserError, in one line,
-    for anything wrong in the settings, the folders, an image or the prompt file.
+    Returns the content of evaluation.json, of ``unlearned_images`` where there are several.  ``on_progress(done,
+    total)`` counts pairs.  Raises UserError, in one line, for anything wrong in the settings, the folders, an image or
+    the prompt file.
     """
-    output = Path(config.output)
-    check_output(output, "evaluate-images", overwrite=config.overwrite)
-    pairs = find_pairs(Path(config.original_images), Path(config.unlearned_images), config.prompts)
+    found = evaluate_image_folders(config, on_progress, metric=metric, metrics=metrics, judge=judge)
+    return next(iter(found.values()))
+
+
+def evaluate_image_folders(
+    config: EvaluateImagesConfig,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    metric: Distance | None = None,
+    metrics: Sequence[str | Metric] | None = None,
+    judge: Judge | Callable[..., Any] | None = None,
+) -> dict[Path, FoldersEvaluation]:
+    """As :func:`evaluate_images`, of every unlearned folder: what was found, by the folder it was written to."""
+    folders = _unlearned(config)
+    for output in folders:
+        check_output(output, "evaluate-images", overwrite=config.overwrite)
+    original = Path(config.original_images)
+    all_pairs = [find_pairs(original, Path(folder), config.prompts) for folder in folders.values()]
     device = resolve_device(config.device)
     further = _further_metrics(config, device, metrics)
     if metric is not None and config.trunk_weights is not None:
         raise UserError("`trunk_weights` belongs to a metric by name: leave it out beside an object.")
     seer = _judge(config, device, judge)
     distance: Distance = check_distance(metric) if metric is not None else _named_distance(config, device)
-    with claimed(output):
-        workers = config.num_workers or os.cpu_count() or 1
-        scores = score(pairs, distance, further, workers, on_progress, seer, config.forget or "")
-        evaluation = summarize_folders(pairs, scores, distance, further, config, seer)
-        if seer is not None and not config.trust_judge:
-            insist = "insist with `--trust-judge`"
-            check_calibration(seer, config.forget or "", evaluation.calibration, insist)
-        galleries = _galleries(pairs, scores.distances)
-        prepare_output(output, "evaluate-images", overwrite=config.overwrite)
-        write_lines(output / "pairs.jsonl", _records(pairs, scores, seer))
-        evaluation.write(output / "evaluation.json")
-        write_folders_report(output / "report.html", FoldersReport(evaluation, galleries))
-    return evaluation
+    _set_precision(distance, config.mixed_precision)
+    with claimed(Path(config.output)):
+        workers, concept = config.num_workers or os.cpu_count() or 1, config.forget or ""
+        all_scores = score_folders(all_pairs, distance, further, workers, on_progress, seer, concept)
+        floor = [] if config.mixed_precision == "no" else [_rounding(all_pairs[0], distance)]
+        found = {}
+        for (output, folder), pairs, scores in zip(folders.items(), all_pairs, all_scores, strict=True):
+            one = dataclasses.replace(config, unlearned_images=folder)
+            found[output] = summarize_folders(pairs, scores, distance, further, one, seer, floor)
+            if seer is not None and not config.trust_judge:
+                insist = "insist with `--trust-judge`"
+                check_calibration(seer, concept, found[output].calibration, insist)
+        galleries = [_galleries(*each) for each in zip(all_pairs, (s.distances for s in all_scores), strict=True)]
+        for number, (output, evaluation) in enumerate(found.items()):
+            prepare_output(output, "evaluate-images", overwrite=config.overwrite)
+            write_lines(output / "pairs.jsonl", _records(all_pairs[number], all_scores[number], seer))
+            evaluation.write(output / "evaluation.json")
+            write_folders_report(output / "report.html", FoldersReport(evaluation, galleries[number]))
+    return found
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+def _unlearned(config: EvaluateImagesConfig) -> dict[Path, str]:
+    """Output folder -> folder of images: the first writes to the output itself, the others below it, by their names."""
+    output = Path(config.output)
+    result = {output: config.unlearned_images}
+    for folder in config.also:
+        below = output / Path(folder).expanduser().resolve().name
+        if below in result:
+            raise UserError(f"two folders of `--also` are called {below.name}, as their results would be. Rename one.")
+        result[below] = folder
+    return result
 
 
-def score(
-    pairs: Sequence[Pair],
-    distance: Distance,
-    metrics: Sequence[Metric],
-    num_workers: int,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    judge: Judge | None = None,
-    concept: str = "",
-) -> Scores:
-    """Decode and compare all pairs, in order.  Raises UserError for an image that is refused or of another size."""
-    distances = np.empty(len(pairs), dtype=np.float32)
-    rows: dict[str, list[torch.Tensor]] = {metric.name: [] for metric in metrics}
-    digests = hashlib.sha256(), hashlib.sha256()
-    plain = np.zeros((2, len(pairs)), dtype=bool)
-    size: tuple[int, int] | None = None
-    seen: list[Judged] = []
-    done = 0
-    # Where the distance itself takes every core, decoding beside it only disturbs.
-    batch_size = pairs_per_pass(distance)
-    ahead = 0 if device_of(distance).type == "cpu" else 1 + -(-2 * num_workers // batch_size)
-    for batch, decoded in _decoded(pairs, batch_size, num_workers, ahead):
-        for pair, images in zip(batch, decoded, strict=True):
-            size = size or (images[0].pixels.shape[0], images[0].pixels.shape[1])
-            _check_size(pair, images, size)
-            for digest, image in zip(digests, images, strict=True):
-                digest.update(pair.name.encode() + b"\0" + image.digest)
-        before, after = (_stack([images[side] for images in decoded]) for side in (0, 1))
-        for side in (0, 1):
-            plain[side, done : done + len(batch)] = [_is_plain(images[side]) for images in decoded]
-        try:
-            result = distance.distance(before, after)
-        except RuntimeError as error:
-            raise _too_small(error, distance, size) from error
-        distances[done : done + len(batch)] = result.numpy()
-        for metric in metrics:
-            rows[metric.name].append(metric.measure(before, after, [pair.prompt for pair in batch]))
-        if judge is not None:
-            seen.append(Judged.joined([judged(judge, side, concept, batch_size) for side in (before, after)], axis=0))
-        done += len(batch)
-        on_progress(done, len(pairs))
-    bad = np.flatnonzero(~np.isfinite(distances))
-    if len(bad):
-        raise UserError(f"the distance of {len(bad)} pairs is no number, for example {pairs[bad[0]].name}.")
-    assert size is not None
-    stacked = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    verdicts = Judged.joined(seen, axis=1) if seen else None
-    return Scores(distances, stacked, (digests[0].hexdigest(), digests[1].hexdigest()), size, plain, verdicts)
+def _set_precision(distance: Distance, precision: Literal["no", "bf16"]) -> None:
+    if precision == "no":
+        return
+    if not hasattr(distance, "trunk_precision"):
+        raise UserError(f"the perceptual distance {distance.metric} has no bfloat16 trunk: use `--mixed-precision no`.")
+    distance.trunk_precision = precision
 
 
-def _decoded(
-    pairs: Sequence[Pair], batch_size: int, num_workers: int, ahead: int
-) -> Iterator[tuple[Sequence[Pair], list[tuple[ImageFile, ImageFile]]]]:
-    """Batches in order, while workers decode ``ahead`` more.  Pillow decodes without Python's lock: threads do."""
-
-    def read(pair: Pair) -> tuple[ImageFile, ImageFile]:
-        return read_image(pair.original), read_image(pair.unlearned)
-
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    waiting: deque[list[Future[tuple[ImageFile, ImageFile]]]] = deque()
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as workers:
-        try:
-            upcoming = iter(batches)
-            for batch in batches:
-                while len(waiting) <= ahead and (following := next(upcoming, None)) is not None:
-                    waiting.append([workers.submit(read, pair) for pair in following])
-                yield batch, [future.result() for future in waiting.popleft()]
-        finally:
-            workers.shutdown(wait=False, cancel_futures=True)
+def _rounding(pairs: Sequence[Pair], distance: Distance) -> str:
+    """How far distances with a bfloat16 trunk are from float32's, measured on the first pairs of the run."""
+    assert isinstance(distance, PerceptualDistance)
+    chosen = pairs[: pairs_per_pass(distance)]
+    before, after = (
+        stacked([read_image(path) for path in side])
+        for side in zip(*((pair.original, pair.unlearned) for pair in chosen), strict=True)
+    )
+    low = distance.distance(before, after)
+    distance.trunk_precision = "no"
+    high = distance.distance(before, after)
+    distance.trunk_precision = "bf16"
+    off, size = (low - high).abs(), float(high.mean())
+    return (
+        f"the trunk ran in bfloat16: on {len(chosen)} pairs the distance, {size:.2g} on average, is "
+        f"{float(off.mean()):.2g} from float32's on average and {float(off.max()):.2g} at most. Less says nothing."
+    )
 
 
-def _stack(images: Sequence[ImageFile]) -> torch.Tensor:
-    """(B, 3, H, W) uint8, which lies in memory as it was decoded: channels last."""
-    return torch.from_numpy(np.stack([image.pixels for image in images])).permute(0, 3, 1, 2)
-
-
-def _is_plain(image: ImageFile) -> bool:
-    """Whether the image is of one color."""
-    pixels = image.pixels
-    if (pixels[0] != pixels[0, 0]).any():
-        return False
-    return bool((pixels == pixels[0, 0]).all())
-
-
-def _check_size(pair: Pair, images: tuple[ImageFile, ImageFile], size: tuple[int, ...]) -> None:
-    for path, image in zip((pair.original, pair.unlearned), images, strict=True):
-        if image.pixels.shape[:2] != size:
-            height, width = image.pixels.shape[:2]
-            raise UserError(
-                f"the image {path} has {width} x {height} pixels, the first one {size[1]} x {size[0]}: distances of "
-                "different sizes do not compare. Give all images of both folders one size."
-            )
-
-
-def _too_small(error: RuntimeError, distance: Distance, size: tuple[int, ...] | None) -> Exception:
-    assert size is not None
-    if "size" not in str(error) or min(size) >= 64:
-        return error
-    return UserError(f"images of {size[1]} x {size[0]} pixels are too small for {distance.metric}.")
+# ---- what is asked for -----------------------------------------------------------------------------------------------
 
 
 def _judge(config: EvaluateImagesConfig, device: torch.device, given: Any) -> Judge | None:
@@ -240,6 +186,7 @@ def summarize_folders(
     metrics: Sequence[Metric],
     config: EvaluateImagesConfig,
     judge: Judge | None = None,
+    notes: Sequence[str] = (),
 ) -> FoldersEvaluation:
     """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics, and what
     the judge says."""
@@ -264,7 +211,7 @@ def summarize_folders(
             **fields, metric=distance.metric, clusters="prompts" if config.prompts is not None else "pairs"
         ),
         groups=groups,
-        notes=(*_unread(config), *_notes(scores.plain)),
+        notes=(*_unread(config), *_notes(scores.plain), *notes),
         metrics={
             metric.name: metric.aggregate(scores.rows[metric.name][kept], [pairs[index].prompt for index in kept])
             for metric in metrics
@@ -276,6 +223,7 @@ def summarize_folders(
             "height": scores.size[0],
             "width": scores.size[1],
             "batch_size": config.batch_size,
+            "mixed_precision": config.mixed_precision,
             "device": str(device_of(distance)),
             "hashes": {"original_images": scores.digests[0], "unlearned_images": scores.digests[1]},
             "versions": versions(),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..distributed import Failure, Processes, World, device_of, world_of_environment
+from ..distributed import Failure, Processes, World, device_of, take_share_of_cores, world_of_environment
 from ..errors import UserError
 
 
@@ -28,6 +28,7 @@ class Ranks:
     def from_environment(cls, num_processes: int) -> Ranks:
         """As launchers say, else the first of ``num_processes``."""
         world = world_of_environment()
+        take_share_of_cores(world)
         if world.size == 1:
             return cls(World(size=num_processes), False)
         if num_processes > 1:

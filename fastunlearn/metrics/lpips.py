@@ -14,7 +14,7 @@ import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import safetensors
 import torch
@@ -39,10 +39,14 @@ class PerceptualDistance(nn.Module):
     tensor per layer; ``name`` says what they are.  Images pass in micro-batches of exactly ``micro_batch_size``
     pairs, the last one padded, so that a pair's distance does not depend on its company.
 
-    One trunk pass serves both sides, in channels_last.  Nine tenths of the time on a CPU are oneDNN's convolutions,
-    near the rate of its matrix products: compiled and frozen trunks did not pay, nor did bfloat16 in three parts;
-    Winograd's F(4, 3) would gain a tenth and lose a digit.
+    Each image passes through the trunk in a batch of its own side, in channels_last, so that its features do not
+    depend on what it is compared with.  Nine tenths of the time on a CPU are oneDNN's convolutions, near the rate of
+    its matrix products: compiled and frozen trunks did not pay, nor did bfloat16 in three parts; Winograd's F(4, 3)
+    would gain a tenth and lose a digit.  ``trunk_precision="bf16"`` makes the convolutions in bfloat16, in less than
+    half the time where the CPU has it, and is part of the metric's name: such values do not compare with others.
     """
+
+    trunk_precision: Literal["no", "bf16"] = "no"
 
     def __init__(
         self, trunk: nn.Module, weights: Sequence[torch.Tensor], name: str, *, micro_batch_size: int = 32
@@ -59,45 +63,51 @@ class PerceptualDistance(nn.Module):
 
     @property
     def metric(self) -> str:
-        """The name and the first 12 hex digits of the SHA-256 of all weights."""
-        return self._metric
+        """The name and the first 12 hex digits of the SHA-256 of all weights; ``+bf16`` with such a trunk."""
+        return self._metric if self.trunk_precision == "no" else f"{self._metric}+{self.trunk_precision}"
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
         return self.weights[0].device
 
-    @torch.inference_mode()
     def distance(self, images0: torch.Tensor, images1: torch.Tensor) -> torch.Tensor:
         """Distances (N,) float32 on the CPU of images (N, 3, H, W) uint8 to their partners; 0 means equal features.
 
         Raises ``UserError`` for other dtypes or shapes.
         """
-        for images in (images0, images1):
+        return self.distances(images0, [images1])[0]
+
+    @torch.inference_mode()
+    def distances(self, images0: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The distances of images to each of several partners; the trunk passes over the former once."""
+        for images in (images0, *others):
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
                 raise UserError(
                     f"images must be uint8 of shape (N, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
                     "round them to 0..255 first"
                 )
-        if images0.shape != images1.shape:
-            raise UserError(
-                f"both sides must have one shape, got {tuple(images0.shape)} and {tuple(images1.shape)}: "
-                "compare images of one size, pair by pair"
-            )
-        device, size = self.device, self.micro_batch_size
-        distances = torch.empty(len(images0))
+            if images.shape != images0.shape:
+                raise UserError(
+                    f"both sides must have one shape, got {tuple(images0.shape)} and {tuple(images.shape)}: "
+                    "compare images of one size, pair by pair"
+                )
+        device, size, weights = self.device, self.micro_batch_size, list(self.weights)
+        distances = [torch.empty(len(images0)) for _ in others]
         # Scoring resolves differences far below TF32's precision.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             for start in range(0, len(images0), size):
-                sides = [images[start : start + size].to(device) for images in (images0, images1)]
-                count = len(sides[0])
-                features = self.trunk(_to_pixel_values(torch.cat([filled_tensor(side, size) for side in sides])))
-                features0, features1 = (
-                    [layer[half] for layer in features] for half in (slice(size), slice(size, None))
-                )
-                result = lpips_distance(features0, features1, list(self.weights))
-                distances[start : start + count] = result[:count].float().cpu()
+                count = min(size, len(images0) - start)
+                features0 = self._features(images0[start : start + count].to(device))
+                for images, result in zip(others, distances, strict=True):
+                    features1 = self._features(images[start : start + count].to(device))
+                    result[start : start + count] = lpips_distance(features0, features1, weights)[:count].cpu()
         return distances
+
+    def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Of at most ``micro_batch_size`` images, in a pass of exactly so many."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.trunk_precision == "bf16"):
+            return list(self.trunk(_to_pixel_values(filled_tensor(images, self.micro_batch_size))))
 
 
 def lpips_distance_of(

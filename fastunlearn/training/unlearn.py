@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import to_yaml
-from ..distributed import World, device_of, join, world_of_environment
+from ..distributed import World, device_of, join, take_share_of_cores, world_of_environment
 from ..errors import UserError
 from ..files.atomic import write_json, write_text
 from ..files.run_folder import check_output, claimed, own, prepare_output
@@ -70,6 +70,7 @@ def unlearn(
         source, name = stack.enter_context(named_source(model, config))
         folder = Path(config.output).expanduser()
         world = world_of_environment()
+        take_share_of_cores(world)
         if config.dry_run and config.num_processes is not None:
             world = World(size=config.num_processes)  # planned, not started
         if world.size > 1 and config.deepspeed is None:

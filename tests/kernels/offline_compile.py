@@ -2,7 +2,7 @@
 
     PYTHONPATH=kernels/torch-ext python tests/kernels/offline_compile.py TARGET [SCENARIO ...]
 
-TARGET is sm_80, sm_90 or gfx942.
+TARGET is sm_80, sm_90, sm_100 or gfx942.
 
 The public functions run on CPU tensors with a driver that claims to be the target and with launches replaced by
 Triton's warm-up, which compiles. So the specialization is the one of a real call: which sizes are known to be multiples
@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -119,6 +120,7 @@ SCENARIOS = {
 def compile_all(target_name, scenarios):
     """{scenario: {kernel: report}} for one target."""
     driver.set_active(_ClaimedDriver(TARGETS[target_name]))
+    launch.IS_AMD = target_name.startswith("gfx")
     launch.INTERPRETED = True  # CPU tensors take the Triton path; nothing is interpreted, nothing runs
     compiled = {}
     original = JITFunction.run

@@ -14,6 +14,8 @@ from fastunlearn_kernels import (
     unpack_bits,
 )
 
+pytestmark = pytest.mark.usefixtures("took")  # on each backend
+
 SHAPE = (2, 4, 5, 3)
 META = torch.device("meta")
 

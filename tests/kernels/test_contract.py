@@ -60,7 +60,8 @@ def test_imports_are_relative_or_torch_or_triton(file):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 1 or (node.level == 0 and node.module.split(".")[0] in allowed)
-    assert "torch.library" not in source  # the Hub allows operators in a generated namespace only
+    # the Hub allows operators in a generated namespace only
+    assert ("torch.library" in source) == (file.name == "operators.py")
 
 
 def test_hub_project():
@@ -76,6 +77,26 @@ def test_hub_project():
         assert (PROJECT / name).is_file()
     assert not (PACKAGE / PACKAGE.name).exists()
     assert not (PACKAGE / "_ops.py").exists()
+
+
+def test_operators_take_the_prefix_that_the_hubs_builder_makes(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "made_up", ignore=shutil.ignore_patterns("__pycache__"))
+    prefix = "def add_op_namespace_prefix(name): return '_made_up_0123abc::' + name\n"
+    (tmp_path / "made_up" / "_ops.py").write_text(prefix)
+    code = "import torch, made_up; print(torch.ops._made_up_0123abc.lpips_distance)"
+    assert run_python(code, cwd=tmp_path, path=tmp_path).strip() == "_made_up_0123abc.lpips_distance"
+
+
+def test_without_the_native_source_and_library_the_reference_serves(tmp_path):
+    """What the Hub's builder makes of a `torch-noarch` kernel: the Python files alone."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "bare", ignore=shutil.ignore_patterns("__pycache__", "native.cpp", "_native.so")
+    )
+    code = """
+import torch, bare
+print(bare.launch.backend_of(torch.ones(1)), float(bare.gradient_dots([torch.ones(3)])[0]))
+"""
+    assert run_python(code, cwd=tmp_path, path=tmp_path).strip() == "reference 3.0"
 
 
 def test_loads_under_another_name(tmp_path):

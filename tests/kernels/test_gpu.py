@@ -242,3 +242,37 @@ def test_gradient_dots(dtype):
     expected = torch.stack([flat0 @ flat0, flat0 @ flat1, flat1 @ flat1])
     torch.testing.assert_close(dots.double(), expected, rtol=1e-5, atol=1e-5 * float(expected[0]))
     assert torch.equal(dots, gradient_dots(*sides, grad_masks=[pack_bits(m) for m in masks]))
+
+
+def test_one_unaligned_tensor_is_a_launch_of_its_own():
+    params, _, optimizer = make_adamw("select", torch.float32)
+    optimizer.step()
+    assert len(optimizer._plans["step"].parts) == 1
+    params[-1].grad = torch.cat([torch.zeros(1, device="cuda"), params[-1].grad.flatten()])[1:].view(SHAPES[-1])
+    optimizer.step()
+    assert len(optimizer._plans["step"].parts) == 2
+
+
+def test_scalars_on_the_host_are_brought_to_the_device():
+    results = []
+    for device in ("cpu", "cuda"):
+        params, _, optimizer = make_adamw("compact", torch.bfloat16, lr=torch.tensor(1e-2, device=device))
+        optimizer.step(grad_scale=torch.tensor(0.5, device=device))
+        results.append([param.detach().clone() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_lpips_in_a_cuda_graph_outlives_other_sizes():
+    layers = [(64, 15), (192, 7)]
+    features = [[torch.rand(2, c, s, s, device="cuda") for c, s in layers] for _ in "01"]
+    weights = [torch.rand(c, device="cuda") for c, _ in layers]
+    features = [[f.to(memory_format=torch.channels_last) for f in side] for side in features]
+    expected = lpips_distance(*features, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = lpips_distance(*features, weights)
+    for size in range(1, 80):
+        other = [torch.rand(1, 64, size, size, device="cuda")]
+        lpips_distance(other, other, weights[:1])
+    graph.replay()
+    assert torch.equal(result, expected)

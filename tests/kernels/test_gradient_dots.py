@@ -6,6 +6,8 @@ from fastunlearn_kernels import MaskedAdamW, gradient_dots, pack_bits, projectio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("took")  # on each backend
+
 SHAPES = [(1,), (7, 9), (0,), (90, 100), (10, 10, 10)]
 
 
@@ -114,3 +116,13 @@ def test_the_optimizer_steps_along_the_projection():
 def test_any_shapes(shapes, seed):
     gradients0, gradients1, masks = make(shapes, seed=seed)
     check(gradients0, gradients1, masks)
+
+
+def test_a_vector_that_is_every_other_element_of_another():
+    """``reshape(-1)`` leaves it as it is, and memory is what a kernel reads."""
+    pairs = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    check([pairs[:, 0]], [pairs[:, 1]], [torch.arange(9) % 2 == 0])
+    param = torch.nn.Parameter(torch.ones(9))
+    param.grad = pairs[:, 0]
+    expected = pairs[:, 0].double().norm()
+    torch.testing.assert_close(MaskedAdamW([param]).clip_factor(1.0)[1].double(), expected, rtol=1e-6, atol=0)

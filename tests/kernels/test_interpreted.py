@@ -30,6 +30,11 @@ def test_kernels(file):
 
 
 @pytest.mark.slow
+def test_plans_of_kernels():
+    run("test_plans.py", "not slow and not gpu")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("file", WITH_A_LONG_TAIL)
 def test_kernels_at_length(file):
     run(file, "slow")

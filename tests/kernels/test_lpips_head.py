@@ -6,6 +6,8 @@ from fastunlearn_kernels import lpips_distance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("took")  # on each backend
+
 # the trunks' channels, with maps as small as keep them odd: the real ones only repeat more pixels
 TRUNKS = {
     "alex": [(64, 15), (192, 7), (384, 3), (256, 3), (256, 3)],

@@ -10,6 +10,8 @@ from fastunlearn_kernels import MaskedAdamW, pack_bits, unpack_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("took")  # on each backend
+
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 # one element, less than a byte, 63, several blocks with an odd end, exactly one block
 SHAPES = [(1,), (5,), (7, 9), (25, 60), (32, 32)]

@@ -15,6 +15,8 @@ HYPOTHESIS = settings(
     deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
+pytestmark = pytest.mark.usefixtures("took")  # on each backend
+
 
 def make_inputs(shape=(3, 4, 6, 5), num_teachers=2, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)

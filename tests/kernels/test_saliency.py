@@ -11,6 +11,8 @@ HYPOTHESIS = settings(
     deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
+pytestmark = pytest.mark.usefixtures("took")  # on each backend
+
 
 def oracle(tensors, density):
     """The masks of the largest magnitudes: of equal ones the first, NaN last."""

@@ -1,4 +1,4 @@
-"""Fused kernels of diffusion unlearning: Triton on CUDA and ROCm tensors, plain torch on all others."""
+"""Fused kernels of diffusion unlearning: Triton on CUDA and ROCm tensors, a native library on a CPU, else torch."""
 
 from .bits import pack_bits, unpack_bits
 from .gradient_dots import gradient_dots, projection_coefficient

@@ -16,30 +16,19 @@ all selected is written whole). They hold where every sector holds a selected el
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .launch import jit, on_device_of, tl
-from .tables import TRITON_DTYPES, are_aligned, load_pointer, tensor_table
+from .launch import jit, num_warps, on_device_of, tl
+from .tables import TRITON_DTYPES, Moving, MovingTable, load_pointer, pick, use
+
+if TYPE_CHECKING:
+    from .plans import Member
 
 SECTORS = 128  # rows of 8 elements a program: 1024 elements, 8 a thread, two 128-bit accesses per fp32 tensor
 BLOCK_ELEMENTS = 8 * SECTORS
-
-
-class TensorStep(NamedTuple):
-    """What one tensor brings to a step; all flat, in the order of the parameter's memory."""
-
-    param: torch.Tensor  # (n,) fp16, bf16 or fp32
-    grad: torch.Tensor  # (n,)
-    exp_avg: torch.Tensor  # (n,) or (selected,) fp32
-    exp_avg_sq: torch.Tensor  # like exp_avg
-    step: torch.Tensor  # () fp32, steps done before this one; advanced by the launch
-    master: torch.Tensor | None  # like exp_avg, of a param that is not fp32
-    bits: torch.Tensor | None  # (ceil(n / 8),) uint8
-    ranks: torch.Tensor | None  # (ceil(n / BLOCK_ELEMENTS),) int64, selected elements before each block; compact
-    other_grad: torch.Tensor | None  # (n,)
 
 
 @jit
@@ -131,7 +120,7 @@ def _update_tile(
 
 @jit
 def _masked_adamw_kernel(
-    table_ptr,  # (num_tensors, NUM_COLUMNS): numel, first program, then the addresses in the order of TensorStep
+    table_ptr,  # (num_tensors, NUM_COLUMNS): numel, first program, then the addresses, see PARAM and so on
     program_tensor_ptr,  # (num_programs,) int32
     corrections_ptr,  # (num_tensors, 2) fp32
     lr,  # number, or () fp32
@@ -212,55 +201,97 @@ def _masked_adamw_kernel(
         )  # fmt: skip
 
 
-def launch_masked_adamw(
-    tensors: Sequence[TensorStep],
-    mode: str,
-    lr: float | torch.Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: torch.Tensor | None,
-    other_coefficient: torch.Tensor | None,
-) -> None:
-    """Steps ``tensors``, alike in device, dtypes and mode, none of them empty, in place."""
-    columns = list(zip(*tensors, strict=True))
-    first = tensors[0]
-    other_dtype = torch.float32 if first.other_grad is None else first.other_grad.dtype
-    read_wide = [c for c, values in enumerate(columns) if values[0] is not None and TensorStep._fields[c] != "step"]
-    table = tensor_table(columns, BLOCK_ELEMENTS)
-    corrections = torch.empty(len(tensors), 2, dtype=torch.float32, device=first.param.device)
-    beta1, beta2 = betas
-    with on_device_of(first.param):
-        _advance_step_kernel[(len(tensors),)](
-            table.rows,
-            corrections,
-            math.log(beta1) if beta1 else -math.inf,
-            math.log(beta2) if beta2 else -math.inf,
-            NUM_COLUMNS=table.rows.shape[1],
-            num_warps=1,
-        )
-        _masked_adamw_kernel[(table.num_programs,)](
-            table.rows,
-            table.program_tensor,
-            corrections,
-            lr,
-            grad_scale,
-            other_coefficient,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            eps,
-            weight_decay,
-            PARAM_DTYPE=TRITON_DTYPES[first.param.dtype],
-            GRAD_DTYPE=TRITON_DTYPES[first.grad.dtype],
-            OTHER_DTYPE=TRITON_DTYPES[other_dtype],
-            MODE=mode,
-            HAS_MASTER=first.master is not None,
-            HAS_OTHER=first.other_grad is not None,
-            HAS_GRAD_SCALE=grad_scale is not None,
-            LR_ON_DEVICE=isinstance(lr, torch.Tensor),
-            ALIGNED=are_aligned([columns[c] for c in read_wide]),
-            NUM_COLUMNS=table.rows.shape[1],
-            SECTORS=SECTORS,
-            num_warps=8 if mode == "compact" else 4,  # ranks take registers: 168 a thread with 4 warps
-        )
+# columns of the table: numel, first program, then
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, MASTER, BITS, RANKS, OTHER = range(2, 11)
+
+
+class TritonStep:
+    """One launch: parameters alike in device, dtypes, mode, group and alignment, none of them empty."""
+
+    @staticmethod
+    def launch_of(member: Member, moving: Moving, place: int) -> tuple[Any, ...]:
+        """What the members of one launch share."""
+        param, other = member.param, member.other
+        addresses = [
+            param.data_ptr(),
+            moving.grads[place],
+            *(t.data_ptr() for k, t in member.state.items() if k != "step"),
+        ]
+        if moving.others is not None:
+            addresses.append(moving.others[place])
+        is_aligned = all(address % 16 == 0 for address in addresses)
+        dtypes = (param.dtype, member.grad.dtype, None if other is None else other.dtype)
+        return param.device, dtypes, member.mode, member.group, is_aligned
+
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...]) -> None:
+        chosen = [members[i] for i in places]
+        first = chosen[0]
+        self.is_aligned = launch[-1]
+        self.places, self.device, self.group, self.mode = places, first.param.device, first.group, first.mode
+        self.dtypes = [first.param.dtype, first.grad.dtype, torch.float32 if first.other is None else first.other.dtype]
+        self.has_master, self.has_other = "master" in first.state, first.other is not None
+
+        def addresses(tensors: Iterable[torch.Tensor | None]) -> list[int]:
+            return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+        none = [0] * len(chosen)
+        read_wide = ("exp_avg", "exp_avg_sq", "master")
+        exp_avg, exp_avg_sq, master = (addresses(m.state.get(name) for m in chosen) for name in read_wide)
+        params, steps = addresses(m.param for m in chosen), addresses(m.state["step"] for m in chosen)
+        self.table = MovingTable(self.device, BLOCK_ELEMENTS, [m.param.numel() for m in chosen], [
+            params, none, exp_avg, exp_avg_sq, steps, master,
+            addresses(m.bits for m in chosen), addresses(m.ranks for m in chosen), none,
+        ])  # fmt: skip
+
+    def run(
+        self,
+        moving: Moving,
+        groups: Sequence[Mapping[str, Any]],
+        grad_scale: torch.Tensor | None,
+        other_coefficient: torch.Tensor | None,
+    ) -> None:
+        """Steps them in place; the scalars are read on the device of the parameters."""
+        grads = pick(moving.grads, self.places)
+        columns = {GRAD: grads}
+        if moving.others is not None:
+            columns[OTHER] = pick(moving.others, self.places)
+        table = use(self.table.at(columns))
+        group, device = groups[self.group], self.device
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        if isinstance(lr, torch.Tensor):
+            lr = lr.to(device)
+        corrections = torch.empty(len(self.places), 2, dtype=torch.float32, device=device)
+        with on_device_of(corrections):
+            _advance_step_kernel[(len(self.places),)](
+                table.rows,
+                corrections,
+                math.log(beta1) if beta1 else -math.inf,
+                math.log(beta2) if beta2 else -math.inf,
+                NUM_COLUMNS=table.rows.shape[1],
+                num_warps=1,
+            )
+            _masked_adamw_kernel[(table.num_programs,)](
+                table.rows,
+                table.program_tensor,
+                corrections,
+                lr,
+                None if grad_scale is None else grad_scale.to(device),
+                None if other_coefficient is None else other_coefficient.to(device),
+                1 - beta1,
+                beta2,
+                1 - beta2,
+                group["eps"],
+                group["weight_decay"],
+                PARAM_DTYPE=TRITON_DTYPES[self.dtypes[0]],
+                GRAD_DTYPE=TRITON_DTYPES[self.dtypes[1]],
+                OTHER_DTYPE=TRITON_DTYPES[self.dtypes[2]],
+                MODE=self.mode,
+                HAS_MASTER=self.has_master,
+                HAS_OTHER=self.has_other,
+                HAS_GRAD_SCALE=grad_scale is not None,
+                LR_ON_DEVICE=isinstance(lr, torch.Tensor),
+                ALIGNED=self.is_aligned,
+                NUM_COLUMNS=table.rows.shape[1],
+                SECTORS=SECTORS,
+                num_warps=num_warps(8 if self.mode == "compact" else 4),  # ranks take registers: 168 a thread with 4
+            )

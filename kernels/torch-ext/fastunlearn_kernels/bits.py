@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import check_tensor
-from .launch import ceil_div
+from . import native_calls
+from .checks import check_tensor, flattened
+from .launch import backend_of, ceil_div
+from .operators import is_watched
 
 
 def num_bytes(numel: int) -> int:
@@ -21,7 +23,9 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
         TypeError: the mask is not bool.
     """
     check_tensor("mask", mask, (torch.bool,))
-    flat = mask.reshape(-1)
+    flat = flattened(mask)
+    if not is_watched(flat) and backend_of(flat) == "native":
+        return native_calls.pack_bits(flat)
     padding = -flat.numel() % 8
     if padding:
         flat = torch.cat([flat, flat.new_zeros(padding)])

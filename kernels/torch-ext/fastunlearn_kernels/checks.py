@@ -10,6 +10,11 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
 
 
+def flattened(tensor: torch.Tensor) -> torch.Tensor:
+    """As a dense vector: a view where it is one, else a copy. ``reshape`` alone leaves a strided vector strided."""
+    return tensor.reshape(-1).contiguous()
+
+
 def check_tensor(
     name: str,
     value: object,

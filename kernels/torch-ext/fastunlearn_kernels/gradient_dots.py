@@ -9,14 +9,31 @@ Gradient surgery (Yu et al. 2020, https://arxiv.org/abs/2001.06782): where <g0, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import reference
+from . import native_calls, reference
 from .bits import num_bytes, unpack_bits
-from .checks import check_tensor, check_tensor_list
-from .launch import jit, on_device_of, runs_triton, tl
-from .tables import TRITON_DTYPES, alike, are_aligned, load_pointer, place_of_program, tensor_table
+from .checks import check_tensor, check_tensor_list, flattened
+from .launch import backend_of, jit, num_warps, on_device_of, tl
+from .operators import is_watched, operator
+from .tables import (
+    TRITON_DTYPES,
+    Moving,
+    MovingTable,
+    TensorTable,
+    alike,
+    are_aligned,
+    load_pointer,
+    pick,
+    place_of_program,
+    tensor_table,
+    use,
+)
+
+if TYPE_CHECKING:
+    from .plans import Member
 
 TILES = 8  # of 1024 elements a program: few enough partials that their sum costs nothing
 SECTORS = 128
@@ -88,27 +105,61 @@ def launch_gradient_dots(
     bits: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
     """Partial products, one row a program, and their sum in one fixed order. Tensors are flat; none is empty."""
-    first = gradients0[0]
-    inputs = [gradients0] if gradients1 is None else [gradients0, gradients1]
     absent = [None] * len(gradients0)
     table = tensor_table([gradients0, absent if gradients1 is None else gradients1, bits], TILES * SECTORS * 8)
-    partial = torch.empty(table.num_programs, 3, dtype=torch.float32, device=first.device)
-    with on_device_of(first):
+    dtypes = gradients0[0].dtype, None if gradients1 is None else gradients1[0].dtype
+    is_aligned = are_aligned([gradients0] if gradients1 is None else [gradients0, gradients1])
+    return _launch(table, gradients0[0].device, *dtypes, any(b is not None for b in bits), is_aligned)
+
+
+def _launch(
+    table: TensorTable,
+    device: torch.device,
+    dtype0: torch.dtype,
+    dtype1: torch.dtype | None,
+    has_bits: bool,
+    is_aligned: bool,
+) -> torch.Tensor:
+    partial = torch.empty(table.num_programs, 3, dtype=torch.float32, device=device)
+    with on_device_of(partial):
         _gradient_dots_kernel[(table.num_programs,)](
             table.rows,
             table.program_tensor,
             partial,
-            DTYPE0=TRITON_DTYPES[first.dtype],
-            DTYPE1=TRITON_DTYPES[torch.float32 if gradients1 is None else gradients1[0].dtype],
-            HAS_SECOND=gradients1 is not None,
-            HAS_BITS=any(b is not None for b in bits),
-            ALIGNED=are_aligned(inputs),
+            DTYPE0=TRITON_DTYPES[dtype0],
+            DTYPE1=TRITON_DTYPES[torch.float32 if dtype1 is None else dtype1],
+            HAS_SECOND=dtype1 is not None,
+            HAS_BITS=has_bits,
+            ALIGNED=is_aligned,
             NUM_COLUMNS=table.rows.shape[1],
             SECTORS=SECTORS,
             TILES=TILES,
-            num_warps=4,
+            num_warps=num_warps(4),
         )
     return partial.sum(0, dtype=torch.float64)
+
+
+class TritonNorm:
+    """The squared norm of gradients alike in device, dtype and alignment, none of them empty; see ``plans``."""
+
+    @staticmethod
+    def launch_of(member: Member, moving: Moving, place: int) -> tuple[Any, ...]:
+        """What the members of one launch share."""
+        return member.param.device, member.grad.dtype, moving.grads[place] % 16 == 0
+
+    def __init__(self, members: Sequence[Member], places: Sequence[int], launch: tuple[Any, ...]) -> None:
+        self.is_aligned = launch[-1]
+        chosen = [members[i] for i in places]
+        self.places, self.device, self.dtype = places, chosen[0].param.device, chosen[0].grad.dtype
+        bits = [0 if m.bits is None else m.bits.data_ptr() for m in chosen]
+        self.has_bits, none = any(bits), [0] * len(chosen)
+        numels = [m.grad.numel() for m in chosen]
+        self.table = MovingTable(self.device, TILES * SECTORS * 8, numels, [none, none, bits])
+
+    def run(self, moving: Moving) -> torch.Tensor:
+        """() float64 on the device."""
+        grads = pick(moving.grads, self.places)
+        return _launch(use(self.table.at({2: grads})), self.device, self.dtype, None, self.has_bits, self.is_aligned)[0]
 
 
 def gradient_dots(
@@ -126,7 +177,8 @@ def gradient_dots(
             included.
 
     Returns:
-        (3,) float32: <0, 0>, <0, 1>, <1, 1>. The last two are 0 without ``gradients1``. Repeats bit for bit.
+        (3,) float32: <0, 0>, <0, 1>, <1, 1>. The last two are 0 without ``gradients1``. Repeats bit for bit, on a CPU
+        for any number of threads.
 
     Raises:
         TypeError, ValueError: what is wrong with the inputs; an empty list among them.
@@ -143,24 +195,44 @@ def gradient_dots(
             )
         for i, (gradient0, gradient1) in enumerate(zip(gradients0, gradients1, strict=True)):
             check_tensor(f"gradients1[{i}]", gradient1, shape=tuple(gradient0.shape), device=device, frozen=False)
-    bits = [None] * len(gradients0) if grad_masks is None else list(grad_masks)
+    bits: list[torch.Tensor | None] = [None] * len(gradients0) if grad_masks is None else list(grad_masks)
     if len(bits) != len(gradients0):
         raise ValueError(f"`grad_masks` must have {len(gradients0)} entries like `gradients0`, got {len(bits)}.")
     for i, (gradient0, packed) in enumerate(zip(gradients0, bits, strict=True)):
         if packed is not None:
             check_tensor(f"grad_masks[{i}]", packed, (torch.uint8,), (num_bytes(gradient0.numel()),), device)
     with torch.no_grad():
-        if not runs_triton(gradients0[0]):
-            selected = [None if b is None else unpack_bits(b, g.numel()) for b, g in zip(bits, gradients0, strict=True)]
-            return reference.gradient_dots(gradients0, gradients1, selected)
-        dots = torch.zeros(3, dtype=torch.float64, device=device)
-        for group in alike([gradients0] if gradients1 is None else [gradients0, gradients1]):
-            dots += launch_gradient_dots(
-                [gradients0[i].reshape(-1) for i in group],
-                None if gradients1 is None else [gradients1[i].reshape(-1) for i in group],
-                [bits[i] for i in group],
-            )
-        return dots.float()
+        flat0 = [flattened(gradient) for gradient in gradients0]
+        flat1 = None if gradients1 is None else [flattened(gradient) for gradient in gradients1]
+        return (_operator if is_watched(gradients0[0]) else _run)(flat0, flat1, bits)
+
+
+def _run(
+    gradients0: list[torch.Tensor], gradients1: list[torch.Tensor] | None, bits: list[torch.Tensor | None]
+) -> torch.Tensor:
+    """Of flat dense tensors."""
+    backend = backend_of(gradients0[0])
+    if backend == "native":
+        return native_calls.gradient_dots(gradients0, gradients1, bits)
+    if backend == "reference":
+        selected = [None if b is None else unpack_bits(b, g.numel()) for b, g in zip(bits, gradients0, strict=True)]
+        return reference.gradient_dots(gradients0, gradients1, selected)
+    dots = torch.zeros(3, dtype=torch.float64, device=gradients0[0].device)
+    for group in alike([gradients0] if gradients1 is None else [gradients0, gradients1]):
+        dots += launch_gradient_dots(
+            [gradients0[i] for i in group],
+            None if gradients1 is None else [gradients1[i] for i in group],
+            [bits[i] for i in group],
+        )
+    return dots.float()
+
+
+_operator = operator(
+    "gradient_dots",
+    "(Tensor[] gradients0, Tensor[]? gradients1, Tensor?[] bits) -> Tensor",
+    _run,
+    lambda gradients0, gradients1, bits: gradients0[0].new_empty(3, dtype=torch.float32),
+)
 
 
 def projection_coefficient(dots: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,19 @@
-"""Where a kernel runs: the only file that asks whether Triton is there, and the only one that knows about devices."""
+"""Where an operation runs: the only file that asks whether Triton is there, and the only one that knows about devices.
+
+There are three backends behind every function: Triton kernels (CUDA and ROCm), the native library (CPU), and plain
+torch, the reference: the oracle of the tests, and what serves where neither of the others can run. The environment
+variable ``FASTUNLEARN_KERNELS`` names one of them for the whole process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from . import native
 
 try:
     import triton
@@ -32,19 +40,85 @@ def _probe_kernel():
 INTERPRETED = triton is not None and not isinstance(_probe_kernel, triton.runtime.JITFunction)
 
 
-def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether operations on ``tensor`` launch Triton kernels (True) or the plain-torch reference (False).
+IS_AMD = torch.version.hip is not None
 
-    CUDA and ROCm tensors always launch: a machine whose GPU build lacks Triton gets an error, never a silent fallback.
-    CPU tensors launch only under Triton's interpreter, that is with ``TRITON_INTERPRET=1`` set before the import.
+BACKENDS = ("reference", "native", "triton")
+CHOICE = os.environ.get("FASTUNLEARN_KERNELS") or None  # None: for each tensor what is fastest
+
+
+def backend_of(tensor: torch.Tensor) -> str:
+    """What operations on ``tensor`` run: "triton", "native" or "reference".
+
+    CUDA and ROCm tensors always launch Triton: a machine whose GPU build lacks it gets an error, never a silent
+    fallback. CPU tensors take the native library where it can be loaded, else the reference; under Triton's
+    interpreter, that is with ``TRITON_INTERPRET=1`` set before the import, the kernels. Other devices: the reference.
+
+    Raises:
+        RuntimeError: CUDA tensors without Triton, or a backend in ``FASTUNLEARN_KERNELS`` that cannot run them.
     """
+    if CHOICE is not None:
+        return _chosen(tensor)
     if tensor.is_cuda:
         if triton is None:
             raise RuntimeError(
                 "GPU tensors need Triton, which is not installed. Install `triton` or move them to the CPU."
             )
-        return True
-    return INTERPRETED and tensor.device.type == "cpu"
+        return "triton"
+    if tensor.device.type != "cpu":
+        return "reference"
+    if INTERPRETED:
+        return "triton"
+    return "native" if native.is_available() else "reference"
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    return backend_of(tensor) == "triton"
+
+
+def _chosen(tensor: torch.Tensor) -> str:
+    check_choice()
+    if CHOICE == "native" and tensor.device.type != "cpu":
+        raise RuntimeError(f"FASTUNLEARN_KERNELS=native runs tensors on the CPU only, got one on {tensor.device}.")
+    if CHOICE == "triton" and not tensor.is_cuda and not (INTERPRETED and tensor.device.type == "cpu"):
+        raise RuntimeError(f"FASTUNLEARN_KERNELS=triton runs tensors on a GPU only, got one on {tensor.device}.")
+    assert CHOICE is not None
+    return CHOICE
+
+
+def check_choice() -> None:
+    """Raises RuntimeError, in one line, if ``FASTUNLEARN_KERNELS`` names what cannot run on this machine, or
+    ``FASTUNLEARN_KERNELS_LEVEL`` an instruction set that its processor lacks."""
+    if CHOICE is None and os.environ.get("FASTUNLEARN_KERNELS_LEVEL") and not native.is_available():
+        raise RuntimeError(f"{native.why_not()}.")
+    if CHOICE is None or CHOICE == "reference":
+        return
+    if CHOICE not in BACKENDS:
+        raise RuntimeError(f"FASTUNLEARN_KERNELS must be one of {', '.join(BACKENDS)}, got {CHOICE!r}.")
+    if CHOICE == "native":
+        if not native.is_available():
+            raise RuntimeError(f"FASTUNLEARN_KERNELS=native cannot run here: {native.why_not()}.")
+    elif triton is None:
+        raise RuntimeError("FASTUNLEARN_KERNELS=triton cannot run here: Triton is not installed.")
+    elif not (INTERPRETED or torch.cuda.is_available()):
+        raise RuntimeError("FASTUNLEARN_KERNELS=triton cannot run here: there is no CUDA or ROCm device.")
+
+
+def describe() -> dict[str, str]:
+    """Which backend serves the CPU, and a GPU if there is one, and why: {"CPU": ..., "GPU": ...}."""
+    why = "" if CHOICE is None else " (FASTUNLEARN_KERNELS)"
+    try:
+        serves = backend_of(torch.empty(0))
+    except RuntimeError as error:
+        result = {"CPU": f"none: {error}"}
+    else:
+        reason = {"native": native.describe(), "reference": "plain torch", "triton": "Triton, interpreted"}[serves]
+        if serves == "reference" and CHOICE is None:
+            why = f": {native.why_not()}"
+        result = {"CPU": reason + why}
+    if torch.cuda.is_available():
+        installed = "Triton is not installed" if triton is None else f"Triton {triton.__version__}"
+        result["GPU"] = "plain torch" + why if CHOICE == "reference" else installed
+    return result
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -52,6 +126,11 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
     if not tensor.is_cuda or torch.compiler.is_compiling():  # a compiled graph selects its device itself
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def num_warps(on_nvidia: int) -> int:
+    """Half of them on AMD, whose warps are twice as wide: else 8 elements a thread become 4, and loads 64 bits."""
+    return max(1, on_nvidia // 2) if IS_AMD else on_nvidia
 
 
 def ceil_div(a: int, b: int) -> int:

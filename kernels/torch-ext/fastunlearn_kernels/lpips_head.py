@@ -9,15 +9,14 @@ bits: 4 C H W, summed over layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
-from . import reference
+from . import native_calls, reference
 from .checks import INT32_MAX, check_tensor, check_tensor_list
-from .launch import ceil_div, jit, next_power_of_2, on_device_of, runs_triton, tl
-from .tables import TRITON_DTYPES, are_aligned, load_pointer, tensor_table
+from .launch import backend_of, ceil_div, jit, next_power_of_2, num_warps, on_device_of, tl
+from .operators import is_watched, operator
 
 TILE_ELEMENTS = 4096  # of each map, 32 a thread: four 128-bit loads of 16-bit features
 MAX_CHANNELS = 16384  # of one pixel, which must fit the registers of a program
@@ -25,32 +24,30 @@ MAX_CHANNELS = 16384  # of one pixel, which must fit the registers of a program
 
 @jit
 def _lpips_head_kernel(
-    table_ptr,  # (num_layers, NUM_COLUMNS): two unused, features 0, features 1 (N, H * W, C), weights (C,) fp32
-    layout_ptr,  # (num_layers, 2) int64: first program of a pair's layer, pixels
+    features0,  # a pointer a layer, (N, H * W, C)
+    features1,
+    weights,  # a pointer a layer, (C,) fp32
+    first_blocks,  # of a pair, a layer: its first program
+    pixels,  # H * W of each layer
     partial_ptr,  # out (N, num_blocks) fp32
     num_blocks,
-    DTYPE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     NUM_LAYERS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     pair = pid // num_blocks
     block = pid % num_blocks
     for layer in tl.static_range(NUM_LAYERS):
-        first_block = tl.load(layout_ptr + 2 * layer)
-        num_pixels = tl.load(layout_ptr + 2 * layer + 1)
-        layer_block = block - first_block
+        num_pixels = pixels[layer]
+        layer_block = block - first_blocks[layer]
         if (layer_block >= 0) & (layer_block * PIXELS[layer] < num_pixels):
-            row = layer * NUM_COLUMNS
             start = pair * num_pixels * CHANNELS[layer]
             distance = _tile_distance(
-                load_pointer(table_ptr, row + 2, DTYPE, ALIGNED) + start,
-                load_pointer(table_ptr, row + 3, DTYPE, ALIGNED) + start,
-                load_pointer(table_ptr, row + 4, tl.float32, False),
+                features0[layer] + start,
+                features1[layer] + start,
+                weights[layer],
                 layer_block * PIXELS[layer],
                 num_pixels,
                 CHANNELS[layer],
@@ -84,11 +81,6 @@ def _tile_distance(
     return tl.sum(tl.sum(difference * difference * weight[None, :], axis=1), axis=0)
 
 
-@functools.lru_cache(maxsize=64)  # a handful of image sizes
-def _layout(device: torch.device, first_blocks: tuple[int, ...], pixels: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor(list(zip(first_blocks, pixels, strict=True)), dtype=torch.int64).to(device)
-
-
 def launch_lpips_distance(
     features0: Sequence[torch.Tensor], features1: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
@@ -108,22 +100,21 @@ def launch_lpips_distance(
     num_blocks = sum(blocks)
     if batch * num_blocks > INT32_MAX:
         raise ValueError(f"{batch} pairs are too many for one launch. Split the batch.")
-    table = tensor_table([features0, features1, weights], INT32_MAX)
     partial = torch.empty(batch, num_blocks, dtype=torch.float32, device=device)
     with on_device_of(partial):
         _lpips_head_kernel[(batch * num_blocks,)](
-            table.rows,
-            _layout(device, first_blocks, pixels),
+            tuple(features0),
+            tuple(features1),
+            tuple(weights),
+            first_blocks,
+            pixels,
             partial,
             num_blocks,
-            DTYPE=TRITON_DTYPES[features0[0].dtype],
             CHANNELS=channels,
             BLOCK_CHANNELS=block_channels,
             PIXELS=tile_pixels,
             NUM_LAYERS=len(channels),
-            ALIGNED=are_aligned([features0, features1]),
-            NUM_COLUMNS=table.rows.shape[1],
-            num_warps=4,
+            num_warps=num_warps(4),
             # a fused multiply-add rounds one product and not the other: equal maps would not be at distance 0
             enable_fp_fusion=False,
         )
@@ -137,7 +128,7 @@ def lpips_distance(
 
     Args:
         features0, features1: one (N, C_l, H_l, W_l) map a layer, float16, bfloat16 or float32. channels_last is read as
-            it lies; another layout is copied first on a GPU.
+            it lies; another layout is copied first.
         weights: one (C_l,) vector a layer, the ``lin`` weights of LPIPS.
 
     Returns:
@@ -167,5 +158,22 @@ def lpips_distance(
             if batch:
                 raise ValueError("Feature maps must have at least one channel and one pixel.")
             return torch.zeros(0, dtype=torch.float32, device=device)
-        run = launch_lpips_distance if runs_triton(features0[0]) else reference.lpips_distance
-        return run(features0, features1, weights)
+        run = _operator if is_watched(features0[0]) else _run
+        return run(list(features0), list(features1), list(weights))
+
+
+def _run(features0: list[torch.Tensor], features1: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
+    backend = backend_of(features0[0])
+    if backend == "triton":
+        return launch_lpips_distance(features0, features1, weights)
+    if backend == "native":
+        return native_calls.lpips_distance(features0, features1, weights)
+    return reference.lpips_distance(features0, features1, weights)
+
+
+_operator = operator(
+    "lpips_distance",
+    "(Tensor[] features0, Tensor[] features1, Tensor[] weights) -> Tensor",
+    _run,
+    lambda features0, features1, weights: features0[0].new_empty(features0[0].shape[0], dtype=torch.float32),
+)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from . import reference
-from ._masked_adamw_kernel import BLOCK_ELEMENTS, TensorStep, launch_masked_adamw
+from ._masked_adamw_kernel import BLOCK_ELEMENTS
 from .bits import num_bytes, pack_bits, unpack_bits
 from .checks import FLOAT_DTYPES, check_tensor
-from .gradient_dots import gradient_dots
-from .launch import runs_triton
+from .plans import NORMS, STEPS, Member, Plan, memory_order
+from .tables import Moving
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -24,7 +25,7 @@ class _PackedMask:
     def __init__(self, param: torch.Tensor, bits: torch.Tensor):
         self.bits = bits
         mask = unpack_bits(bits, param.shape)
-        in_memory_order = mask.permute(_memory_order(param)).reshape(-1)
+        in_memory_order = mask.permute(memory_order(param)).reshape(-1)
         self.flat_bits = pack_bits(in_memory_order)
         self.count = int(mask.sum())
         blocks = torch.nn.functional.pad(in_memory_order, (0, -mask.numel() % BLOCK_ELEMENTS)).view(-1, BLOCK_ELEMENTS)
@@ -36,12 +37,6 @@ class _PackedMask:
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.bits, self.flat_bits, self.ranks]
-
-
-def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions from the slowest to the fastest: permuted so, a dense tensor of any layout is contiguous."""
-    strides = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -85,6 +80,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         # kept out of `state`, where torch would cast them to the dtype of the parameter when a checkpoint is loaded
         self._selections: dict[torch.Tensor, _PackedMask] = {}
         self.compact = compact
+        self._forget_plans()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for param, bits in (grad_masks or {}).items():
             self.set_grad_mask(param, bits)
@@ -111,7 +107,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"`{name}` must be at least 0, got {group[name]}.")
         for param in group["params"]:
             check_tensor("params", param, FLOAT_DTYPES, frozen=False)
-            if not param.permute(_memory_order(param)).is_contiguous():
+            if not param.permute(memory_order(param)).is_contiguous():
                 raise ValueError(f"Parameters must be dense, got shape {tuple(param.shape)}, strides {param.stride()}.")
 
     def set_grad_mask(self, param: torch.Tensor, bits: torch.Tensor | None) -> None:
@@ -131,11 +127,18 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
         if bits is None:
             self._selections.pop(param, None)
+            self._forget_plans()
             return
         check_tensor("bits", bits, (torch.uint8,), (num_bytes(param.numel()),), param.device)
         if param.numel() % 8 and int(bits[-1]) >> (param.numel() % 8):
             raise ValueError(f"`bits` selects elements beyond the {param.numel()} of its parameter.")
         self._selections[param] = _PackedMask(param, bits.clone())
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        """What passes over the tensors have been planned, once masks are others."""
+        self._plans: dict[str, Plan] = {}
+        self._idle = {id(param) for param, selection in self._selections.items() if selection.count == 0}
 
     def grad_mask(self, param: torch.Tensor) -> torch.Tensor | None:
         """The packed mask of ``param``, None if it is trained whole."""
@@ -166,17 +169,11 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         The factor goes to :meth:`step` as ``grad_scale``; nothing is scaled in memory. No gradients: (1, 0).
         """
-        by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor | None]]] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    grads, grad_masks = by_device.setdefault(param.device, ([], []))
-                    grads.append(param.grad)
-                    grad_masks.append(self.grad_mask(param))
-        if not by_device:
+        plan, moving = self._plan("norm", None)
+        squares = [part.run(moving).to(plan.parts[0].device) for part in plan.parts]
+        if not squares:
             return torch.ones(()), torch.zeros(())
-        squares = [gradient_dots(grads, grad_masks=grad_masks)[0] for grads, grad_masks in by_device.values()]
-        norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+        norm = torch.stack(squares).sum().float().sqrt()
         return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm  # the 1e-6 of torch.nn.utils.clip_grad_norm_
 
     @torch.no_grad()
@@ -211,72 +208,82 @@ class MaskedAdamW(torch.optim.Optimizer):
                 check_tensor(name, value, (torch.float32,), ())
         if (other_grads is None) != (other_coefficient is None):
             raise ValueError("`other_grads` and `other_coefficient` must be given together.")
-        for group in self.param_groups:
-            alike: dict[Any, list[TensorStep]] = {}
-            for param in group["params"]:
-                if param.grad is None or param.numel() == 0:
-                    continue
-                selection = self._selections.get(param)
-                if selection is not None and selection.count == 0:
-                    continue
-                tensor = self._tensor_step(param, selection, other_grads)
-                mode = "dense" if selection is None else "compact" if self.compact else "select"
-                dtypes = (
-                    param.dtype,
-                    tensor.grad.dtype,
-                    None if tensor.other_grad is None else tensor.other_grad.dtype,
-                )
-                alike.setdefault((param.device, dtypes, mode), []).append(tensor)
-            for (_, _, mode), tensors in alike.items():
-                run = launch_masked_adamw if runs_triton(tensors[0].param) else _run_reference
-                run(
-                    tensors, mode, group["lr"], group["betas"], group["eps"], group["weight_decay"],
-                    grad_scale, other_coefficient,
-                )  # fmt: skip
+        plan, moving = self._plan("step", other_grads)
+        for part in plan.parts:
+            part.run(moving, self.param_groups, grad_scale, other_coefficient)
         return loss
 
-    def _tensor_step(
-        self,
-        param: torch.Tensor,
-        selection: _PackedMask | None,
-        other_grads: Mapping[torch.Tensor, torch.Tensor] | None,
-    ) -> TensorStep:
-        order = None if param.is_contiguous() else _memory_order(param)
-        state = self.init_state(param)
-        master = state.get("master")
-        packed = selection if self.compact else None
+    def _plan(self, kind: str, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> tuple[Plan, Moving]:
+        """What the pass does, as the last one did where nothing but gradients has moved."""
+        key, moving = self._read(kind, other_grads)
+        plan = self._plans.get(kind)
+        if plan is None or plan.key != key:
+            members = self._members(kind, other_grads)
+            key, moving = self._read(kind, other_grads)  # with the states that are there now
+            plan = Plan(key, members, STEPS if kind == "step" else NORMS, moving)
+            if plan.is_lasting:
+                self._plans[kind] = plan
+        return plan, plan.moving(moving)
 
-        def flat(tensor: torch.Tensor) -> torch.Tensor:
-            return (tensor if order is None else tensor.permute(order)).reshape(-1)
+    def _read(self, kind: str, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> tuple[list[Any], Moving]:
+        """The addresses of what a pass would touch, and what they hang on, in lists: it is Python's share of a step."""
+        params: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        ends = []
+        for group in self.param_groups:
+            here = group["params"]
+            its = [param.grad for param in here]
+            if self._idle or any(map(is_, its, repeat(None))):
+                here = [p for p, grad in zip(here, its, strict=True) if grad is not None and id(p) not in self._idle]
+                its = [param.grad for param in here]
+            params += here
+            grads += cast("list[torch.Tensor]", its)
+            ends.append(len(params))
+        if not {torch.strided}.issuperset(map(_LAYOUT, grads)):
+            raise ValueError("The gradient is sparse, which MaskedAdamW does not support.")
+        addresses = list(map(_ADDRESS, grads))
+        if 0 in addresses:  # what is empty is in no launch
+            addresses = [address for address in addresses if address]
+            grads = [grad for grad in grads if grad.data_ptr()]
+        key = [
+            self.compact, ends, list(map(id, params)), list(map(_ADDRESS, params)),
+            list(map(_DTYPE, grads)), [grad.stride() for grad in grads], _unaligned(addresses),
+        ]  # fmt: skip
+        if kind == "step":
+            states = chain.from_iterable(map(dict.values, self.state.values()))
+            key += [list(map(id, self.state)), list(map(_ADDRESS, states))]
+        if other_grads is None:
+            return key, Moving(addresses, None, grads, ())
+        others = [_other_gradient(p, other_grads) for p in params if p.grad is not None and p.grad.data_ptr()]
+        other_addresses = list(map(_ADDRESS, others))
+        key += [[(other.dtype, other.stride()) for other in others], _unaligned(other_addresses)]
+        return key, Moving(addresses, other_addresses, grads, others)
 
-        def flat_grad(name: str, grad: torch.Tensor | None) -> torch.Tensor:
-            if grad is None or grad.shape != param.shape:
-                got = None if grad is None else tuple(grad.shape)
-                raise ValueError(f"{name} must have the shape {tuple(param.shape)} of its parameter, got {got}.")
-            if grad.is_sparse:
-                raise ValueError(f"{name} is sparse, which MaskedAdamW does not support.")
-            check_tensor(name, grad, FLOAT_DTYPES, None, param.device)
-            return flat(grad)  # a copy if it is laid out otherwise than the parameter
-
-        return TensorStep(
-            param=flat(param.detach()),
-            grad=flat_grad("The gradient", param.grad),
-            exp_avg=flat(state["exp_avg"]) if packed is None else state["exp_avg"],
-            exp_avg_sq=flat(state["exp_avg_sq"]) if packed is None else state["exp_avg_sq"],
-            step=state["step"],
-            master=flat(master) if packed is None and master is not None else master,
-            bits=None if selection is None else selection.flat_bits,
-            ranks=None if packed is None else packed.ranks,
-            other_grad=None if other_grads is None else flat_grad("The other gradient", other_grads.get(param)),
-        )
+    def _members(self, kind: str, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> list[Member]:
+        members = []
+        for number, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                grad, selection = param.grad, self._selections.get(param)
+                if grad is None or grad.data_ptr() == 0 or id(param) in self._idle:
+                    continue
+                check_gradient("The gradient", param, grad)
+                other = None if other_grads is None else _other_gradient(param, other_grads)
+                mode = "dense" if selection is None else "compact" if self.compact else "select"
+                members.append(
+                    Member(
+                        param, grad, other, number, mode,
+                        None if selection is None else selection.flat_bits,
+                        selection.ranks if selection is not None and self.compact else None,
+                        self.init_state(param) if kind == "step" else {},
+                    )
+                )  # fmt: skip
+        return members
 
     def _init_state(self, param: torch.Tensor, selection: _PackedMask | None) -> None:
         state = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         if self.compact and selection is not None:
-            values = (
-                param.detach().permute(_memory_order(param)).reshape(-1)[selection.flat_mask(param.numel())].float()
-            )
+            values = param.detach().permute(memory_order(param)).reshape(-1)[selection.flat_mask(param.numel())].float()
         else:
             values = param.detach().float()
         state["exp_avg"] = torch.zeros_like(values)
@@ -325,48 +332,35 @@ class MaskedAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_selections": self._selections, "compact": self.compact}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plans()
+
 
 def _layout(param: torch.Tensor) -> tuple[int, ...]:
     """Strides that matter: those of dimensions longer than 1, 0 for the others."""
     return tuple(stride if size > 1 else 0 for size, stride in zip(param.shape, param.stride(), strict=True))
 
 
-def _run_reference(
-    tensors: Sequence[TensorStep],
-    mode: str,
-    lr: float | torch.Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: torch.Tensor | None,
-    other_coefficient: torch.Tensor | None,
-) -> None:
-    first = tensors[0]
-    is_plain = mode == "dense" and first.master is None and first.other_grad is None
-    if is_plain and first.param.is_cpu and first.grad.dtype == torch.float32:
-        params, grads = [t.param for t in tensors], [t.grad for t in tensors]
-        exp_avgs, exp_avg_sqs = [t.exp_avg for t in tensors], [t.exp_avg_sq for t in tensors]
-        steps = [t.step for t in tensors]
-        reference.fused_adamw_(
-            params, grads, exp_avgs, exp_avg_sqs, steps, float(lr), betas, eps, weight_decay, grad_scale
-        )
-        return
-    for tensor in tensors:
-        reference.masked_adamw_(
-            tensor.param,
-            tensor.grad,
-            tensor.exp_avg,
-            tensor.exp_avg_sq,
-            tensor.master,
-            None if tensor.bits is None else unpack_bits(tensor.bits, tensor.param.numel()),
-            mode == "compact",
-            tensor.step,
-            float(lr),
-            betas,
-            eps,
-            weight_decay,
-            grad_scale,
-            tensor.other_grad,
-            other_coefficient,
-        )
-        tensor.step.add_(1)
+_ADDRESS, _LAYOUT, _DTYPE = torch.Tensor.data_ptr, attrgetter("layout"), attrgetter("dtype")
+
+
+def _unaligned(addresses: Sequence[int]) -> list[int]:
+    """Places of what does not start at a multiple of 16 bytes, as accesses of 128 bits need."""
+    return [i for i, address in enumerate(addresses) if address & 15]
+
+
+def _other_gradient(param: torch.Tensor, other_grads: Mapping[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    assert other_grads is not None
+    return check_gradient("The other gradient", param, other_grads.get(param))
+
+
+def check_gradient(name: str, param: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    """``grad`` if it fits its parameter; TypeError or ValueError says why not."""
+    if grad is None or grad.shape != param.shape:
+        got = None if grad is None else tuple(grad.shape)
+        raise ValueError(f"{name} must have the shape {tuple(param.shape)} of its parameter, got {got}.")
+    if grad.is_sparse:
+        raise ValueError(f"{name} is sparse, which MaskedAdamW does not support.")
+    check_tensor(name, grad, FLOAT_DTYPES, None, param.device)
+    return grad

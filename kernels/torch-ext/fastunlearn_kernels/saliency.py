@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import reference
+from . import native_calls, reference
 from .bits import num_bytes, pack_bits, unpack_bits
-from .checks import check_tensor, check_tensor_list
-from .launch import ceil_div, jit, on_device_of, runs_triton, tl
+from .checks import check_tensor, check_tensor_list, flattened
+from .launch import backend_of, ceil_div, jit, num_warps, on_device_of, tl
+from .operators import is_watched, operator
 from .tables import TRITON_DTYPES, alike, are_aligned, load_pointer, place_of_program, tensor_table
 
 MODES = ("absolute", "signed", "squared")
@@ -144,7 +145,7 @@ def launch_accumulate(saliency: Sequence[torch.Tensor], gradients: Sequence[torc
                 ALIGNED=are_aligned(columns),
                 NUM_COLUMNS=table.rows.shape[1],
                 BLOCK_SIZE=ACCUMULATE_BLOCK,
-                num_warps=4,
+                num_warps=num_warps(4),
             )
 
 
@@ -158,16 +159,23 @@ def launch_select_largest(scores: Sequence[torch.Tensor], count: int) -> list[to
         "NUM_COLUMNS": table.rows.shape[1],
         "SECTORS": SECTORS,
         "TILES": TILES,
-        "num_warps": 8,
     }
-    grid = (table.num_programs,)
+    grid, warps = (table.num_programs,), num_warps(8)
     histograms = torch.empty(table.num_programs, BINS, dtype=torch.int32, device=device)
     prefix = torch.zeros((), dtype=torch.int64, device=device)
     wanted = torch.full((), count, dtype=torch.int64, device=device)
     with on_device_of(scores[0]):
         for shift, width in DIGITS:
             _histogram_kernel[grid](
-                table.rows, table.program_tensor, prefix, histograms, SHIFT=shift, BITS=width, BINS=BINS, **options
+                table.rows,
+                table.program_tensor,
+                prefix,
+                histograms,
+                SHIFT=shift,
+                BITS=width,
+                BINS=BINS,
+                num_warps=warps,
+                **options,
             )
             counts = histograms.sum(0, dtype=torch.int64)
             at_least = counts.flip(0).cumsum(0).flip(0)
@@ -175,7 +183,9 @@ def launch_select_largest(scores: Sequence[torch.Tensor], count: int) -> list[to
             prefix = (prefix << width) + digit
             wanted = wanted - (at_least - counts).gather(0, digit.view(1))[0]
         ties = histograms.gather(1, digit.expand(table.num_programs, 1))[:, 0].to(torch.int64)
-        _pack_kernel[grid](table.rows, table.program_tensor, prefix, wanted, ties.cumsum(0) - ties, **options)
+        _pack_kernel[grid](
+            table.rows, table.program_tensor, prefix, wanted, ties.cumsum(0) - ties, num_warps=8, **options
+        )
     return bits
 
 
@@ -205,8 +215,19 @@ def accumulate_saliency_(
     with torch.no_grad():
         filled = [i for i, total in enumerate(saliency) if total.numel()]
         if filled:
-            run = launch_accumulate if runs_triton(saliency[filled[0]]) else reference.accumulate_saliency_
-            run([saliency[i].view(-1) for i in filled], [gradients[i].reshape(-1) for i in filled], mode)
+            # plain torch, too, is what a compiler fuses
+            run = reference.accumulate_saliency_ if is_watched(saliency[filled[0]]) else _run_accumulate
+            run([saliency[i].view(-1) for i in filled], [flattened(gradients[i]) for i in filled], mode)
+
+
+def _run_accumulate(saliency: list[torch.Tensor], gradients: list[torch.Tensor], mode: str) -> None:
+    backend = backend_of(saliency[0])
+    if backend == "triton":
+        launch_accumulate(saliency, gradients, mode)
+    elif backend == "native":
+        native_calls.accumulate_saliency_(saliency, gradients, mode)
+    else:
+        reference.accumulate_saliency_(saliency, gradients, mode)
 
 
 def saliency_mask(
@@ -251,18 +272,32 @@ def _select_largest(scores: list[torch.Tensor], count: int) -> list[torch.Tensor
     filled = [i for i, score in enumerate(scores) if score.numel()]
     if count == 0 or not filled:
         return bits
-    if runs_triton(scores[0]):
-        selected = launch_select_largest([scores[i] for i in filled], count)
-    else:
-        selected = [pack_bits(mask) for mask in reference.select_largest([scores[i] for i in filled], count)]
-    for i, packed in zip(filled, selected, strict=True):
+    run = _select_operator if is_watched(scores[0]) else _run_select
+    for i, packed in zip(filled, run([scores[i] for i in filled], count), strict=True):
         bits[i] = packed
     return bits
 
 
+def _run_select(scores: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    backend = backend_of(scores[0])
+    if backend == "triton":
+        return launch_select_largest(scores, count)
+    if backend == "native":
+        return native_calls.select_largest(scores, count)
+    return [pack_bits(mask) for mask in reference.select_largest(scores, count)]
+
+
+_select_operator = operator(
+    "select_largest",
+    "(Tensor[] scores, int count) -> Tensor[]",
+    _run_select,
+    lambda scores, count: [score.new_empty(num_bytes(score.numel()), dtype=torch.uint8) for score in scores],
+)
+
+
 def _unit_scores(saliency: torch.Tensor, granularity: str) -> torch.Tensor:
     if granularity == "element" or saliency.numel() == 0:
-        return saliency.reshape(-1)
+        return flattened(saliency)
     magnitude = saliency.abs().nan_to_num_(nan=0.0, posinf=float("inf"))
     if granularity == "row":
         return magnitude.view(saliency.shape[0] if saliency.dim() else 1, -1).mean(1)
