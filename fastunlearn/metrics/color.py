@@ -51,7 +51,7 @@ def to_lab(images: torch.Tensor) -> torch.Tensor:
     value = images.double() / 255
     linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     if max(images.shape[2:]) > _CELLS:
-        linear = nn.functional.adaptive_avg_pool2d(linear, [min(side, _CELLS) for side in images.shape[2:]])
+        linear = nn.functional.adaptive_avg_pool2d(linear, (min(images.shape[2], _CELLS), min(images.shape[3], _CELLS)))
     matrix = torch.tensor(_FROM_LINEAR_RGB, dtype=torch.float64, device=images.device)
     white = torch.tensor(_WHITE, dtype=torch.float64, device=images.device).view(3, 1, 1)
     xyz = torch.einsum("ij,njhw->nihw", matrix, linear) / white
