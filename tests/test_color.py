@@ -7,8 +7,10 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
+from fastunlearn import evaluate
 from fastunlearn.metrics.color import ColorDistance, _projected, to_lab
 from fastunlearn.metrics.distances import check_distance, load_perceptual
+from fastunlearn.schema import Evaluation
 from fastunlearn.worlds.shapes.world import render, sample_scenes
 
 #: sRGB -> CIELAB (D65, 2 degrees), as published for the primaries.
@@ -86,3 +88,37 @@ def test_it_sees_what_the_perceptual_distance_does_not(images):
     color, other = ColorDistance(), load_perceptual("shapes")
     assert (color.distance(images, hue) > color.distance(images, shift)).float().mean() >= 0.75
     assert (other.distance(images, hue) < other.distance(images, shift)).float().mean() >= 0.75
+
+
+def test_an_evaluation_says_how_far_colors_moved(tmp_path):
+    """A model that turns every hue keeps less of the colors than of the rest; one that shifts keeps them all."""
+
+    def original(prompts, noise):
+        return noise.mul(60).add(128).clamp(0, 255).to(torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def hue(prompts, noise):
+        return turned(original(prompts, noise), 60)
+
+    def shift(prompts, noise):
+        return torch.roll(original(prompts, noise), 3, dims=-1)
+
+    prompts = [f"thing {number}" for number in range(12)]
+    report = evaluate(
+        original,
+        {"hue": hue, "shift": shift},
+        prompts=prompts,
+        metric="shapes",
+        noise_shape=(3, 4, 4),
+        output=tmp_path / "e",
+    )
+    found = {result.name: result.evaluation.integrity for result in report.results}
+    assert found["shift"].color.mean == pytest.approx(0.0, abs=1e-5)
+    assert found["shift"].color.retention == pytest.approx(1.0, abs=1e-4)
+    assert found["shift"].retention < 0.95
+    assert found["hue"].color.retention < found["shift"].color.retention - 0.2
+    low, high = found["hue"].color.retention_ci95
+    assert low <= found["hue"].color.retention <= high
+    means = [line["color_distance"] for line in report.results[0].pairs]
+    assert np.mean(means) == pytest.approx(found["hue"].color.mean, rel=1e-5)
+    assert "Kept of its" in (tmp_path / "e" / "report.html").read_text()
+    assert Evaluation.read(tmp_path / "e" / "hue" / "evaluation.json").integrity.color == found["hue"].color
