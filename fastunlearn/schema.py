@@ -76,6 +76,21 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ColorRecord:
+    """How far colors moved, in Delta E*ab, beside the original redrawn from other noise (``ceiling``).
+
+    ``retention``: None where the redrawn images' colors are the same, or the prompts too few.
+    """
+
+    metric: str
+    mean: float
+    ci95: Interval
+    ceiling: float
+    retention: float | None
+    retention_ci95: Interval | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Integrity:
     """Distances of the retain pairs, and retention R: their place between the floor (1) and the ceiling (0)."""
 
@@ -92,6 +107,7 @@ class Integrity:
     changed: dict[str, Changed]
     metric: str
     minus_placebo: Difference | None = dataclasses.field(default=None, metadata=OMITTED)
+    color: ColorRecord | None = dataclasses.field(default=None, metadata=OMITTED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

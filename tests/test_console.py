@@ -54,7 +54,7 @@ def test_the_table_shows_validity_and_agreement_beside_what_is_claimed(capsys):
     words = said(capsys)
     for expected in ("star shown", "valid", "species kept", "mood kept", "judged the same", "97.5%", "94.0%"):
         assert expected in words or all(word in words for word in expected.split())
-    assert "a 0.0% 97.5% 99.6% 97.0% 94.0% 0.940 0.924 to 0.952 0.0247" in words
+    assert "a 0.0% 97.5% 99.6% 97.0% 94.0% 0.940 0.924 to 0.952 - 0.0247" in words
     assert "b - - - - - 0.940" in words
     assert "judge: zoo@0123456789ab, shown from a score of 0.7 on" in words
 
@@ -70,7 +70,7 @@ def test_without_a_judge_the_table_says_nothing_of_it(capsys):
     words = said(capsys)
     assert "valid" not in words
     assert "judge" not in words
-    assert "ovw 0.940 0.924 to 0.952 0.0247" in words
+    assert "ovw 0.940 0.924 to 0.952 - 0.0247" in words
 
 
 def test_a_terminal_without_the_sign_shows_its_code():

@@ -1,5 +1,6 @@
 """The evaluator: exact where it must be, calibrated at both ends, and refusing what cannot be compared."""
 
+import collections
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import SamplerSpec
-from fastunlearn.worlds.shapes import SHAPES_WORLD
+from fastunlearn.worlds.shapes import SHAPES, SHAPES_WORLD
 
 SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
 GROUPS = PromptGroups(
@@ -188,7 +189,9 @@ def test_groups_come_from_a_column(tmp_path):
 
 def test_bundled_groups_are_the_evaluation_split():
     groups = world_groups(SHAPES_WORLD, "star")
-    assert len(groups.retain) == 56
+    names = collections.Counter(groups.names[prompt] for prompt in groups.retain)
+    assert names == {"retain": 56, "open": 8, "empty": 1}
+    assert not any(shape in prompt for shape in SHAPES for prompt in groups.retain if groups.names[prompt] == "open")
     assert all("star" in prompt for prompt in groups.forget)
 
 

@@ -134,7 +134,7 @@ def table(evaluations: Sequence[Evaluation]) -> None:
         columns += [f"{first.erasure.concept} shown", "valid"]
     columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in (*columns, "retention R", "95 % interval", "distance"):
+    for name in (*columns, "retention R", "95 % interval", "R color", "distance"):
         # Wide enough for the longest word, so that none is cut.
         side: JustifyMethod = "left" if name == "model" else "right"
         width = max(map(len, name.split() or [""]))
@@ -149,7 +149,9 @@ def table(evaluations: Sequence[Evaluation]) -> None:
             cells += [_share(accuracies[name].accuracy if name in accuracies else None) for name in attributes]
             cells.append(_share(retain.agreement if retain else None))
         low, high = integrity.retention_ci95
-        cells += [f"{integrity.retention:.3f}", f"{low:.3f} to {high:.3f}", f"{integrity.mean:.4f}"]
+        color = integrity.color.retention if integrity.color else None
+        cells += [f"{integrity.retention:.3f}", f"{low:.3f} to {high:.3f}"]
+        cells += ["-" if color is None else f"{color:.3f}", f"{integrity.mean:.4f}"]
         grid.add_row(*cells)
     out = terminal(width=110)
     out.print(grid)

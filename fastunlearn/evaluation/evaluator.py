@@ -19,6 +19,7 @@ import torch
 from ..batching import chunks, filled, filled_tensor
 from ..errors import UserError
 from ..judges.base import Judge, Judged, judged
+from ..metrics.color import ColorDistance
 from ..metrics.distances import Distance
 from ..models.base import Model
 from ..models.sampling import SamplerSpec
@@ -39,6 +40,7 @@ _GALLERY = 6  # images per group that the report shows
 _EXTREMES = 4  # pairs of the largest, of the middle and of the smallest distances that it shows
 _TENSOR_BYTES = 1024  # that a tensor takes beside its elements
 _CALIBRATED = 24  # of the original's images of each kind, on which the judge is tried before anything else
+_COLOR = ColorDistance()
 _KEPT_BYTES = 64 * 2**20  # of images held for the report; what is not among them is generated once more
 
 
@@ -194,15 +196,20 @@ class Evaluator:
                 )
         distances = np.stack([plan.metric.distance(original, images).numpy() for images in generated])
         redrawn = np.full(len(chunk), np.nan, dtype=np.float32)
+        colors = np.full((1 + len(generated), len(chunk)), np.nan, dtype=np.float32)
+        for row, images in enumerate(generated, 1):
+            colors[row] = _COLOR.distance(original, images).numpy()
         if again is not None:
-            redrawn[list(kept)] = plan.metric.distance(original[list(kept)], again()).numpy()
+            images = again()
+            redrawn[list(kept)] = plan.metric.distance(original[list(kept)], images).numpy()
+            colors[0, list(kept)] = _COLOR.distance(original[list(kept)], images).numpy()
         verdicts = None
         if plan.judge is not None:
             concept, size = plan.groups.concept or "", plan.original.batch_size
             sides = [judged(plan.judge, side, concept, size) for side in (original, *generated)]
             verdicts = Judged.joined(sides, axis=0)
         rows = {metric.name: self._measure(metric, chunk, original, generated) for metric in plan.metrics}
-        scores = PairScores(list(chunk), redrawn, distances, verdicts, rows)
+        scores = PairScores(list(chunk), redrawn, distances, colors, verdicts, rows)
         _check_finite(scores, list(plan.unlearned))
         if journal:
             journal.append(scores)

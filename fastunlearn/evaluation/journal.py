@@ -32,7 +32,7 @@ from ..record import plain
 
 FOLDER = "journal"
 #: Of the lines.  A journal of another format cannot be continued.
-FORMAT = 3
+FORMAT = 4
 
 Key = tuple[str, int]
 Floats = npt.NDArray[np.float32]
@@ -44,12 +44,14 @@ class PairScores:
 
     ``redrawn``: (N,) distance of the original to itself from other noise, NaN where it was not asked.  ``distances``:
     (M, N), one row a model.  ``judged``: what the judge says of 1 + M sides, the original's first, or None without a
-    judge.  ``rows``: a metric's rows, (M, N, F), by its name.
+    judge.  ``colors``: (1 + M, N) distances of colors, those of ``redrawn`` first.  ``rows``: a metric's rows,
+    (M, N, F), by its name.
     """
 
     keys: list[Key]
     redrawn: Floats
     distances: Floats
+    colors: Floats
     judged: Judged | None = None
     rows: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class PairScores:
             [keys[index] for index in order],
             np.concatenate([part.redrawn for part in parts])[order],
             np.concatenate([part.distances for part in parts], axis=1)[:, order],
+            np.concatenate([part.colors for part in parts], axis=1)[:, order],
             Judged.joined(judged, axis=1).taken(order) if judged else None,
             {name: np.concatenate([part.rows[name] for part in parts], axis=1)[:, order] for name in parts[0].rows},
         )
@@ -168,7 +171,9 @@ class Journal:
         for index, (prompt, seed) in enumerate(scores.keys):
             redrawn = float(scores.redrawn[index])
             judged = _sides(scores.judged, index)
-            line = [prompt, seed, _or_none(redrawn), scores.distances[:, index].tolist(), judged, hashes[index]]
+            colors = [_or_none(color) for color in scores.colors[:, index].tolist()]
+            distances = scores.distances[:, index].tolist()
+            line = [prompt, seed, _or_none(redrawn), distances, judged, hashes[index], colors]
             lines.append(_with_hash(line))
         self._stream.write("".join(lines).encode())
         self._stream.flush()
@@ -198,6 +203,7 @@ class Journal:
                 [(sys.intern(line[0]), line[1]) for line in lines],
                 np.array([np.nan if line[2] is None else line[2] for line in lines], dtype=np.float32),
                 np.array([line[3] for line in lines], dtype=np.float32).T,
+                np.array([line[6] for line in lines], dtype=np.float32).T,  # None is NaN
                 judged,
                 rows,
             )

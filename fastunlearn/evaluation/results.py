@@ -63,15 +63,19 @@ class ModelResult:
         return list(self.lines())
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """One record per pair, in key order: group, prompt, seed, distance, for what is to be kept ``redrawn``, the
-        original's distance to itself from other noise, and what the judge says of the unlearned model's image and,
-        under ``original``, of the original's."""
+        """One record per pair, in key order.
+
+        Group, prompt, seed, ``distance``; for what is to be kept ``redrawn``, the original's distance to itself from
+        other noise; ``color_distance``; and what the judge says of the unlearned model's image and, under
+        ``original``, of the original's.
+        """
         for row, (prompt, seed) in enumerate(self.scores.keys):
             record: dict[str, Any] = {"group": self.group_of[prompt], "prompt": prompt, "seed": seed}
             record["distance"] = float(self.scores.distances[self.index, row])
             redrawn = float(self.scores.redrawn[row])
             if redrawn == redrawn:
                 record["redrawn"] = redrawn
+            record["color_distance"] = float(self.scores.colors[self.index + 1, row])
             if self.judge is not None and self.scores.judged is not None:
                 record |= verdict_of(self.judge, self.scores.judged, self.index + 1, row)
                 record["original"] = verdict_of(self.judge, self.scores.judged, 0, row)

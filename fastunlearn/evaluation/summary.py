@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from .. import schema
 from ..judges.base import Judge, record_of
+from ..metrics.color import ColorDistance
 from ..metrics.statistics import Estimate, clustered_mean, clustered_share, difference, quantiles, retention, wilson
 from ..prompts import PromptGroups, is_forget
 from .calibration import calibrated
@@ -143,6 +145,25 @@ def _integrity(
         },
         metric=metric,
         minus_placebo=beyond,
+        color=_color(scores, model, where),
+    )
+
+
+def _color(scores: PairScores, model: int, where: Mask) -> schema.ColorRecord:
+    """The second distance, on the scale that the original redrawn from other noise gives it."""
+    distances, redrawn = scores.colors[1 + model][where], scores.colors[0][where]
+    clusters = _prompts_of(scores, where)
+    mean, ceiling = clustered_mean(distances, clusters), clustered_mean(redrawn, clusters)
+    kept: Estimate | None = None
+    with contextlib.suppress(ValueError):  # too few prompts, or colors that no noise changes: there is no scale
+        kept = retention(distances, clusters, redrawn, clusters, 0.0)
+    return schema.ColorRecord(
+        metric=ColorDistance.metric,
+        mean=mean.mean,
+        ci95=distance_interval(mean),
+        ceiling=ceiling.mean,
+        retention=kept.mean if kept else None,
+        retention_ci95=(kept.low, kept.high) if kept else None,
     )
 
 

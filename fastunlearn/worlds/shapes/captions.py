@@ -41,6 +41,17 @@ def paraphrase(color: str, shape: str, background: str) -> str:
     return _fill(_TEMPLATES[2][0], color, shape, background)
 
 
+def without(attribute: str, color: str, shape: str, background: str) -> str:
+    """The phrasing of the training set that leaves one attribute open."""
+    template = {
+        "shape": "{a} {color} shape on a {background} background",
+        "color": "a {shape} on a {background} background",
+        "background": "{a} {color} {shape}",
+    }[attribute]
+    assert any(template == known for known, _ in _TEMPLATES)
+    return _fill(template, color, shape, background)
+
+
 def every_caption() -> list[str]:
     """All captions that training can produce, sorted, without repeats."""
     return sorted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from .captions import full_caption, named, paraphrase
+from .captions import full_caption, named, paraphrase, without
 from .world import BACKGROUNDS, COLORS, SHAPES
 
 VOCABULARY = {"shape": SHAPES, "color": COLORS, "background": BACKGROUNDS}
@@ -24,8 +24,9 @@ def train_prompts(word: str) -> tuple[list[str], list[str]]:
 def evaluation_prompts(word: str) -> list[tuple[str, str]]:
     """(prompt, group).  No prompt is one of training's.
 
-    What is to be kept is every shape in every color on one background.  The concept is asked for on all backgrounds but
-    training's, and as ``forget-paraphrase`` in a phrasing that training does not use.
+    What is to be kept is every shape in every color on one background; as ``open``, prompts that leave the concept's
+    attribute open, and as ``empty`` the empty prompt, where damage shows that the others hide.  The concept is asked
+    for on all backgrounds but training's, and as ``forget-paraphrase`` in a phrasing that training does not use.
     """
     forget: list[tuple[str, str]] = []
     retain: list[tuple[str, str]] = []
@@ -35,7 +36,23 @@ def evaluation_prompts(word: str) -> list[tuple[str, str]]:
             continue
         forget += [(full_caption(*combination), "forget")] if place != 2 else []
         forget += [(paraphrase(*combination), "forget-paraphrase")] if place == 0 else []
-    return forget + retain
+    return forget + retain + [(prompt, "open") for prompt in _open_prompts(word)] + [("", "empty")]
+
+
+def _open_prompts(word: str) -> list[str]:
+    """Prompts that name neither the concept nor anything of its kind."""
+    attribute = next(name for name, words in VOCABULARY.items() if word in words)
+    count = max(len(SHAPES), len(COLORS))
+    prompts = [
+        without(
+            attribute,
+            color=COLORS[index % len(COLORS)],
+            shape=SHAPES[3 * index % len(SHAPES)],
+            background=BACKGROUNDS[index % len(BACKGROUNDS)],
+        )
+        for index in range(count)
+    ]
+    return list(dict.fromkeys(prompts))
 
 
 def attributes(prompt: str) -> dict[str, str]:

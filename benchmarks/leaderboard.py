@@ -1,0 +1,162 @@
+"""Every method on every concept of a bundled world: shown, kept, R, and what it cost.
+
+    python benchmarks/leaderboard.py --minutes 50                      # as many cells as fit, then again, until all are
+    python benchmarks/leaderboard.py --methods uce,ovw --concepts ring,blue --seeds 0
+
+A cell is one method, concept and training seed: a training with the method's defaults, and an evaluation on prompts and
+noise that no training sees.  Finished cells stay in ``--work``, so a stopped run continues; ``--shard 1/2`` takes every
+second cell.  The results file holds every cell that is done, which concepts the defaults were chosen on
+(:data:`CHOSEN_ON`), and for each method the sums over the others alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastunlearn import evaluate, unlearn
+from fastunlearn.files.atomic import write_json
+from fastunlearn.files.weights import hash_pipeline
+from fastunlearn.methods import all_methods
+from fastunlearn.models.loading import load_model
+from fastunlearn.models.runtime import versions
+from fastunlearn.worlds import get_world
+
+RESULTS = Path(__file__).resolve().parent / "results" / "leaderboard.json"
+#: Methods' defaults for this world were chosen on these; sums leave them out.
+CHOSEN_ON = ("star", "triangle", "cross", "crescent", "green", "striped")
+FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path(".benchmarks/leaderboard"))
+    parser.add_argument("--world", default="shapes")
+    parser.add_argument("--methods", default="", help="comma list; default: all that change something")
+    parser.add_argument("--concepts", default="", help="comma list; default: all of the world")
+    parser.add_argument("--seeds", default="0", help="comma list of training seeds")
+    parser.add_argument("--minutes", type=float, default=50, help="no cell begins after so long")
+    parser.add_argument("--shard", default="1/1", help="which cells, as 1/2 and 2/2 for two processes")
+    args = parser.parse_args()
+    world = get_world(args.world)
+    assert world is not None
+    methods = args.methods.split(",") if args.methods else [name for name in all_methods() if name != "identity"]
+    words = [word for of_kind in world.vocabulary.values() for word in of_kind]
+    concepts = args.concepts.split(",") if args.concepts else words
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.work.mkdir(parents=True, exist_ok=True)
+    # Concept by concept, so that the original's images are drawn once; the interesting ones first.
+    order = sorted(concepts, key=lambda word: (word in CHOSEN_ON, words.index(word)))
+    cells = list(itertools.product(seeds, order, methods))
+    shard, shards = (int(part) for part in args.shard.split("/"))
+    begun = time.monotonic()
+    original = hash_pipeline(load_model(args.world, "cpu").source)
+    for seed, concept, method in cells[shard - 1 :: shards]:
+        path = args.work / f"{args.world}-{method}-{concept}-{seed}.json"
+        if _read(path, original) is None:
+            if time.monotonic() - begun > 60 * args.minutes:
+                print("the time is over; run the command again for the rest")
+                break
+            write_json(path, {"original": original} | cell(args.world, method, concept, seed, args.work / "cache"))
+            print(json.dumps({key: _read(path, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
+    write_json(args.output, collected(args.work, args.world, original))
+
+
+SHOWN = ("method", "concept", "seed", "shown", "valid", "kept", "retention", "seconds")
+
+
+def _read(path: Path, original: str) -> dict[str, Any] | None:
+    """A finished cell; None where there is none, or one of another original."""
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content if content["original"] == original else None
+
+
+def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[str, Any]:
+    """One training and its evaluation."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        begun = time.monotonic()
+        result = unlearn(world, concept, method, output=folder, seed=seed, evaluation_prompts="none")
+        trained = time.monotonic() - begun
+        assert result.record is not None
+        report = evaluate(world, str(folder / "model"), forget=concept, cache=cache)
+    evaluation = report.results[0].evaluation
+    erasure, integrity, retain = evaluation.erasure, evaluation.integrity, evaluation.retain
+    assert erasure is not None
+    assert retain is not None
+    return {
+        "method": method,
+        "concept": concept,
+        "seed": seed,
+        "shown": erasure.shown,
+        "shown_ci95": erasure.shown_ci95,
+        "shown_original": erasure.shown_original,
+        "valid": erasure.valid,
+        "n_images": erasure.n_images,
+        "kept": {name: one.accuracy for name, one in retain.attributes.items()},
+        "kept_original": {name: one.original for name, one in retain.attributes.items()},
+        "judged_the_same": retain.agreement,
+        "retention": integrity.retention,
+        "retention_ci95": integrity.retention_ci95,
+        "beyond_redrawn": integrity.changed["redrawn"].share,
+        "groups": {name: group.retention for name, group in evaluation.groups.items() if group.retention is not None},
+        "ending": dataclasses.asdict(result.record.ending) if result.record.ending else None,
+        "unet_evaluations": result.record.unet_evaluations,
+        "seconds": round(trained, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def collected(work: Path, world: str, original: str) -> dict[str, Any]:
+    """The content of the results file: every finished cell, and sums over concepts that nothing was chosen on."""
+    cells = [one for path in sorted(work.glob(f"{world}-*.json")) if (one := _read(path, original)) is not None]
+    methods = {}
+    for method in dict.fromkeys(one["method"] for one in cells):
+        mine = [one for one in cells if one["method"] == method]
+        held = [one for one in mine if one["concept"] not in CHOSEN_ON]
+        methods[method] = {"chosen_on": _sums([one for one in mine if one not in held]), "held_out": _sums(held)}
+    return {
+        "world": world,
+        "original": original,
+        "versions": versions(),
+        "chosen_on": list(CHOSEN_ON),
+        "forgotten_at_most": FORGOTTEN,
+        "methods": methods,
+        "cells": [{key: value for key, value in one.items() if key != "original"} for one in cells],
+    }
+
+
+def _sums(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not cells:
+        return None
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+    return {
+        "concepts": sorted({one["concept"] for one in cells}),
+        "seeds": sorted({one["seed"] for one in cells}),
+        "cells": len(cells),
+        "forgotten": sum(one["shown"] <= FORGOTTEN for one in cells),
+        "shown": spread([one["shown"] for one in cells]),
+        "valid": spread([one["valid"] for one in cells]),
+        "retention": spread([one["retention"] for one in cells]),
+        "judged_the_same": spread([one["judged_the_same"] for one in cells]),
+        "seconds": spread([one["seconds"] for one in cells]),
+    }
+
+
+if __name__ == "__main__":
+    main()
