@@ -40,7 +40,7 @@ FLAGS = {
         *("config", "model", "method", "forget", "anchor", "forget-prompts", "retain-prompts", "output"),
         *("mask", "mask-density", "mask-granularity", "clip-scope", "gradient-accumulation-steps", "save"),
         *("deepspeed", "num-processes"),
-        *("steps", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories", "trajectory-steps"),
+        *("steps", "stop-residual", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories", "trajectory-steps"),
         *("trajectory-guidance-scale", "trainable", "retain-weight", "set", "weight-decay"),
         *("max-grad-norm", "seed", "mixed-precision", "device", "checkpoint-every", "log-every"),
         *("evaluation-prompts", "judge", "dry-run", "resume", "overwrite"),

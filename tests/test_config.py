@@ -40,6 +40,7 @@ TRAIN_NUMBERS = {
     "trajectory_guidance_scale": ((0.0, 1.0), (-0.5, NAN, INF)),
     "weight_decay": ((0.0, 0.1), (-0.1, NAN, INF)),
     "retain_weight": ((0.0, 5.0), (-1.0, NAN, INF)),
+    "stop_residual": ((0.0, 0.5), (-0.1, 1.0, NAN, INF)),
 }
 EVALUATE_NUMBERS = {
     "seeds_per_prompt": ((1,), (0, 10**30)),

@@ -101,7 +101,9 @@ def why_not() -> str:
 
 
 def describe() -> str:
-    """As :func:`is_available` has found it: the level that runs, and in how many threads."""
+    """The level that runs, and in how many threads; or why it does not."""
+    if not is_available():
+        return f"native C++ that cannot run: {why_not()}"
     count = torch.get_num_threads()
     return f"native C++, {NAMES[_level]}, {count} thread{'s' * (count != 1)}"
 
