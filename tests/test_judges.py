@@ -310,7 +310,7 @@ def test_verdicts_survive_a_stop_to_the_last_bit(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         evaluate(draw, stopping, GROUPED, output=tmp_path / "run", **settings)
     journal = tmp_path / "run" / "journal"
-    assert json.loads((journal / "spec.json").read_text())["format"] == 3
+    assert json.loads((journal / "spec.json").read_text())["format"] == 4
     other = Reader()
     other.threshold = 0.9
     with pytest.raises(UserError, match="has judge = "):
@@ -336,7 +336,7 @@ def test_a_journal_of_another_format_is_not_continued(tmp_path, monkeypatch):
     content = json.loads(spec.read_text())
     for older in ({**content, "format": 2}, {key: value for key, value in content.items() if key != "format"}):
         spec.write_text(json.dumps(older))
-        with pytest.raises(UserError, match=r"format [12], this version continues format 3. .*`--overwrite`"):
+        with pytest.raises(UserError, match=r"format [12], this version continues format 4. .*`--overwrite`"):
             evaluate(draw, draw, GROUPED, output=tmp_path / "run", resume=True, **settings)
 
 
