@@ -348,6 +348,21 @@ class Ending:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """The adapter that a run left in the place of a model.
+
+    ``base``: the model that it is for, a name, a folder or a file; ``parts``, ``variant``: how it was read.
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    layers: int
+    parts: str | None = dataclasses.field(default=None, metadata=OMITTED)
+    variant: str | None = dataclasses.field(default=None, metadata=OMITTED)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """run.json: what a training was of, with what it was made, and what it made."""
 
@@ -368,6 +383,7 @@ class RunRecord(Record):
     unet_evaluations: dict[str, int]
     seconds: dict[str, float]
     ending: Ending | None = None
+    adapter: AdapterRecord | None = dataclasses.field(default=None, metadata=OMITTED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

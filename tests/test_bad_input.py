@@ -355,8 +355,73 @@ ASKING = {
     "prompts over a file": ([*ASKED, "--output", "{files}/groups.csv"], "exists"),
     "prompts into no folder": ([*ASKED, "--output", "{new}/p.csv"], "does not exist. Make it first"),
 }
+LORA = (*TRAIN, "--adapter", "lora")
+EXPORT = ("export", "--output", "{new}.safetensors", "--run")
+ADAPTERS = {
+    "an adapter of an unknown kind": ([*TRAIN, "--adapter", "dora"], "invalid choice: 'dora'"),
+    "a rank of 0": ([*LORA, "--rank", "0"], "`--rank` must be at least 1"),
+    "a rank beyond every layer": ([*LORA, "--rank", "9999"], "is more than any selected layer has"),
+    "an alpha of 0": ([*LORA, "--lora-alpha", "0"], "above 0"),
+    "a rank of nothing": ([*TRAIN, "--rank", "4"], "is of an adapter"),
+    "a mask beside an adapter": ([*LORA, "--mask-density", "0.5"], "which an adapter leaves alone"),
+    "a mask's file beside an adapter": ([*LORA, "--mask", "{files}/star.mask.safetensors"], "an adapter leaves alone"),
+    "a delta of an adapter": ([*LORA, "--save", "delta"], "two ways to save"),
+    "an adapter of an edit": ([*LORA, "--method", "uce", "--anchor", "a ring"], "computes whole weights"),
+    "an adapter on no layer": ([*LORA, "--trainable", "norm2"], "linear or convolution layer"),
+    "an adapter on an adapter's run": ([*LORA, "--model", "{adapter:whole}"], "Make it with `fastunlearn export"),
+    "a mask of an adapter's run": ([*MASK, "--model", "{adapter:whole}"], "a mask is for one model's weights"),
+    "an adapter as a delta": ([*APPLY, "--delta", "{adapter:whole}/pytorch_lora_weights.safetensors"], "is no delta"),
+    "an adapter of another base": ([*EVALUATE, "--unlearned", "{adapter:base}"], "belongs to another base"),
+    "an adapter whose base is gone": ([*EVALUATE, "--unlearned", "{adapter:gone}"], "cannot be loaded: unknown model"),
+    "an adapter of itself": ([*EVALUATE, "--unlearned", "{adapter:itself}"], "itself an adapter's run"),
+    "an adapter without a base": ([*EVALUATE, "--unlearned", "{adapter:nameless}"], r"adapter\.base is missing"),
+    "an adapter alone": ([*EVALUATE, "--unlearned", "{adapter:alone}"], "holds an adapter and no run.json"),
+    "an adapter that was cut": ([*EVALUATE, "--unlearned", "{adapter:cut}"], "is no adapter"),
+    "an adapter that was changed": ([*EVALUATE, "--unlearned", "{adapter:bit}"], "has changed since it was written"),
+    "an adapter of another program": ([*EVALUATE, "--unlearned", "{adapter:foreign}"], "its format is None"),
+    "an adapter of other layers": ([*EVALUATE, "--unlearned", "{adapter:layers}"], "which shapes does not have"),
+    "an adapter of another rank": ([*EVALUATE, "--unlearned", "{adapter:rank}"], "of rank 7 it would be"),
+    "an adapter of an infinite number": ([*EVALUATE, "--unlearned", "{adapter:inf}"], "values that are no numbers"),
+    "an adapter another run wrote": ([*EVALUATE, "--unlearned", "{adapter:other}"], "has changed since its run wrote"),
+    "a LoRA that is not there": ([*TRAIN, "--lora", "none.safetensors"], "does not exist"),
+    "a LoRA that is a text": ([*TRAIN, "--lora", "{files}/blank.txt"], "is no LoRA file"),
+    "a LoRA that is a mask": ([*TRAIN, "--lora", "{files}/star.mask.safetensors"], "is no name of a LoRA's tensor"),
+    "a LoRA for another model": ([*EVALUATE, "--lora", "{files}/elsewhere.safetensors"], "nothing of it fits"),
+    "an adapter on a LoRA": ([*LORA, "--lora", "{files}/lora.safetensors"], "Make it with `fastunlearn export"),
+    "a delta on a LoRA": ([*TRAIN, "--save", "delta", "--lora", "{files}/lora.safetensors"], "Make it with"),
+    "an eraser of another base as a LoRA": (
+        [*TRAIN, "--model", "{model:changed}", "--lora", "{adapter:whole}/pytorch_lora_weights.safetensors"],
+        "belongs to another base",
+    ),
+    "exporting nothing": (["export"], "missing: --run, --format, --output"),
+    "exporting to an unknown form": ([*EXPORT, "{adapter:whole}", "--format", "gguf"], "invalid choice: 'gguf'"),
+    "exporting what is no folder": ([*EXPORT, "none", "--format", "lora"], "is no folder"),
+    "exporting what is no run": ([*EXPORT, "{files}", "--format", "lora"], "is no run"),
+    "exporting a model of what is none": ([*EXPORT, "{files}", "--format", "single-file"], "is no run"),
+    "exporting a LoRA of whole weights": ([*EXPORT, "{run}", "--format", "kohya-lora"], "changed whole weights"),
+    "exporting to a file of another kind": (
+        ["export", "--run", "{adapter:whole}", "--format", "lora", "--output", "{new}.ckpt"],
+        "must end in .safetensors",
+    ),
+    "exporting over a file": (
+        ["export", "--run", "{adapter:whole}", "--format", "lora", "--output", "{files}/tensors.safetensors"],
+        "exists. Use another name",
+    ),
+    "exporting into a used folder": (
+        ["export", "--run", "{adapter:whole}", "--format", "diffusers", "--output", "{files}"],
+        "is not empty",
+    ),
+    "exporting into the run": (
+        ["export", "--run", "{adapter:whole}", "--format", "diffusers", "--output", "{adapter:whole}/model"],
+        "lie in one another",
+    ),
+    "a LoRA merged into a LoRA": (
+        [*EXPORT, "{adapter:whole}", "--format", "lora", "--lora", "{files}/lora.safetensors"],
+        "is merged into a whole model",
+    ),
+}
 TABLES = (COMMANDS, NUMBERS, SETTINGS, CONCEPTS, PROMPTS, OPTIONS, MODELS, WEIGHTS, IMAGE_FOLDERS, FOLDERS, DEEPSPEED)
-TABLES = (*TABLES, JUDGES, ASKING)
+TABLES = (*TABLES, JUDGES, ASKING, ADAPTERS)
 TABLE = {name: row for table in TABLES for name, row in table.items()}
 
 FILES = {
@@ -458,6 +523,50 @@ MODEL_DAMAGE = {
 }
 
 
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def rebased(folder, base):
+    record = json.loads((folder / "run.json").read_text())
+    record["adapter"] = {**record["adapter"], "base": base} if base else {}
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def forged(folder, **changes):
+    """A whole file with a true checksum that holds something else."""
+    from fastunlearn.models.adapter_files import read_adapter, save_adapter
+    from fastunlearn.models.adapters import Adapter
+
+    file = read_adapter(folder / ADAPTER)
+    values, rank = changes.get("values", dict)(file.values) or file.values, changes.get("rank", file.rank)
+    layers = dict.fromkeys(name.rsplit(".", 2)[0] for name in values)
+    shapes = {layer: tuple(values[f"{layer}.{kind}.weight"].shape for kind in ("lora_A", "lora_B")) for layer in layers}
+    save_adapter(folder / ADAPTER, file.part, Adapter(shapes, rank, file.alpha, file.made), values)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+ADAPTER_DAMAGE = {
+    "whole": lambda f: None,
+    "base": lambda f: rebased(f, str(f.with_name("model-changed"))),
+    "gone": lambda f: rebased(f, "./gone"),
+    "itself": lambda f: rebased(f, str(f)),
+    "nameless": lambda f: rebased(f, None),
+    "alone": lambda f: (f / "run.json").unlink(),
+    "cut": lambda f: cut(f / ADAPTER),
+    "bit": lambda f: flipped(f / ADAPTER),
+    "foreign": lambda f: save_file(load_file(f / ADAPTER), f / ADAPTER),
+    "layers": lambda f: forged(f, values=lambda v: {f"x.{name}": value for name, value in v.items()}),
+    "rank": lambda f: forged(f, rank=7),
+    "inf": lambda f: forged(f, values=lambda v: {name: value / 0 for name, value in v.items()}),
+    "other": lambda f: forged(f, values=lambda v: {name: 2 * value for name, value in v.items()}),
+}
+
+
 def image(seed, size=(64, 64), mode="RGB"):
     return Image.effect_noise(size, 20 + 20 * seed).convert(mode)
 
@@ -509,11 +618,18 @@ def workbench(tmp_path_factory):
         ["train", "--forget", "star", "--output", root / "run", *tiny],
         ["train", "--forget", "star", "--output", root / "delta", "--save", "delta", *tiny],
         ["train", "--forget", "ring", "--output", root / "other", *tiny],
+        ["train", "--forget", "star", "--output", root / "adapter", "--adapter", "lora", *tiny],
         ["mask", "--forget", "star", "--output", mask, "--trajectories", "1", "--trajectory-steps", "2"],
         [*evaluate, "--output", root / "evaluation"],
         [*evaluate, "--output", root / "evaluation2"],
     ):
         assert main([str(word) for word in words]) == 0
+    for name, damage in ADAPTER_DAMAGE.items():
+        damage(Path(shutil.copytree(root / "adapter", root / f"adapter-{name}")))
+    lora = load_file(root / "adapter" / ADAPTER)
+    save_file(lora, root / "files" / "lora.safetensors")
+    elsewhere = {name.replace("unet.", "unet.nowhere."): value for name, value in lora.items()}
+    save_file(elsewhere, root / "files" / "elsewhere.safetensors")
     shutil.copy(root / "delta" / "delta.safetensors", root / "files" / "star.delta.safetensors")
     shutil.copy(mask, root / "files" / "cut.mask.safetensors")
     cut(root / "files" / "cut.mask.safetensors")
@@ -524,7 +640,7 @@ def placed(word, root):
     names = {"new": root / "new", "run": root / "run", "files": root / "files", "other": root / "other"}
     names |= {name: root / name for name in ("before", "after", "evaluation", "evaluation2")}
     word = word.replace("{run}/delta.safetensors", str(root / "files" / "star.delta.safetensors"))
-    word = re.sub(r"\{(model|images):(\w+)\}", lambda found: str(root / f"{found[1]}-{found[2]}"), word)
+    word = re.sub(r"\{(model|images|adapter):(\w+)\}", lambda found: str(root / f"{found[1]}-{found[2]}"), word)
     return re.sub(r"\{(\w+)\}", lambda found: str(names[found[1]]), word)
 
 

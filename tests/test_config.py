@@ -34,6 +34,8 @@ TRAIN_NUMBERS = {
     "seed": ((0, 2**32 - 1), (-1, 2**32, 10**400)),
     "gradient_accumulation_steps": ((1,), (0, -1, 10**30)),
     "num_processes": ((), (0, -1, 10**30)),
+    "rank": ((), (0, -1, 10**30)),  # good ones need `--adapter`
+    "lora_alpha": ((), (0.0, -1.0, NAN, INF)),
     "mask_density": ((1e-6, 1.0), (0.0, -0.5, 1.1, NAN, INF)),
     "learning_rate": ((1e-12, 1.0), (0.0, -1e-3, 1.1, NAN, INF, -INF)),
     "max_grad_norm": ((0.0, 1e-6, 100.0), (-1.0, NAN, INF)),

@@ -1,4 +1,4 @@
-"""Killed at 30 random moments, what is continued ends byte for byte as if it had not been; of two at once one refuses.
+"""Killed at 35 random moments, what is continued ends byte for byte as if it had not been; of two at once one refuses.
 
 A command is killed, continued, killed again, and at last left to end.  The moments are drawn from a seed, as a share
 of the time that the uninterrupted command took, so they fall anywhere: in the imports, a step, a file, the export.
@@ -24,6 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TRAIN = ["train", "--forget=star", "--device=cpu", "--trajectories=1", "--trajectory-steps=4", "--steps=12"]
 TRAIN += ["--micro-batch-size=2", "--checkpoint-every=1", "--evaluation-prompts=none", "--trainable=cross-attention-kv"]
 MASKED = ["--method=salun", "--mask-density=0.25", "--save=delta"]
+ADAPTED = ["--method=esd", "--adapter=lora", "--rank=2"]
 SHAPES = ";".join(f"a {color} {shape}" for color in ("red", "blue", "pink") for shape in ("ring", "star", "heart"))
 EVALUATE = [
     "evaluate",
@@ -39,6 +40,8 @@ EVALUATE += ["--num-inference-steps=2", "--batch-size=1", "--control-pairs=2"]
 CASES = {
     "train": (TRAIN, 6),
     "train with a mask to a delta": ([*TRAIN, *MASKED], 6),
+    "train an adapter": ([*TRAIN, *ADAPTED], 3),
+    "an adapter by ZeRO-3": ([*TRAIN, *ADAPTED, "--deepspeed=zero3.json", "--num-processes=2"], 2),
     "ZeRO-2 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero2.json", "--num-processes=2"], 4),
     "ZeRO-3 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero3.json", "--num-processes=2"], 4),
     "evaluate": (EVALUATE, 6),

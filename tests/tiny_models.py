@@ -52,11 +52,11 @@ def clip_tokenizer(pad="<|endoftext|>"):
         return transformers.CLIPTokenizer.from_pretrained(folder)
 
 
-def clip_text(projection=None, layers=3, activation="quick_gelu"):
+def clip_text(projection=None, layers=3, activation="quick_gelu", width=32):
     size = len(clip_tokenizer())
     config = transformers.CLIPTextConfig(
         vocab_size=size,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -135,7 +135,8 @@ def sd2(sampler=None):
     )
 
 
-def sdxl(sampler=None, *, zeros=True, decoder=None):
+def sdxl(sampler=None, *, zeros=True, decoder=None, width=32):
+    """``width``: of the second text encoder, which in real ones is the wider."""
     network = unet(
         use_linear_projection=True,
         attention_head_dim=[2, 4],
@@ -143,14 +144,14 @@ def sdxl(sampler=None, *, zeros=True, decoder=None):
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32,
-        cross_attention_dim=64,
+        cross_attention_dim=32 + width,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
     return diffusers.StableDiffusionXLPipeline(
         vae=decoder or vae(scaling_factor=0.13025, force_upcast=True),
         text_encoder=clip_text(),
-        text_encoder_2=clip_text(projection=32, activation="gelu"),
+        text_encoder_2=clip_text(projection=32, activation="gelu", width=width),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(pad="!"),
         unet=network,

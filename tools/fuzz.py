@@ -294,6 +294,62 @@ def tensor_files(draw: random.Random, folder: Path) -> None:
         load_mask(path, _bundled())
 
 
+@functools.cache
+def _adapter_file() -> tuple[bytes, Any, str]:
+    """An adapter of the bundled model: its file's bytes, what it holds, and the hash of its base."""
+    from fastunlearn.models.adapter_files import read_adapter, save_adapter
+    from fastunlearn.models.adapters import plan_adapter
+
+    model = _bundled()
+    names = [name for name, _ in model.denoiser.named_parameters() if "attn2.to_k" in name]
+    base = model.hash_files()
+    adapter = plan_adapter(model.denoiser, names, 2)
+    adapter = dataclasses.replace(adapter, made={"base": base, "method": "esd", "concept": "star"})
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "a.safetensors"
+        import torch
+
+        values = {plain: torch.ones(shape) for _, plain, shape in adapter.parameters()}
+        save_adapter(path, model.denoiser_folder, adapter, values)
+        return path.read_bytes(), read_adapter(path), base
+
+
+def adapters(draw: random.Random, folder: Path) -> None:
+    """An adapter's file, damaged, or forged: whole, with a true checksum, by somebody who means harm."""
+    import torch
+
+    from fastunlearn.models.adapter_files import adapter_for, read_adapter, save_adapter
+    from fastunlearn.models.adapters import Adapter
+
+    whole, file, base = _adapter_file()
+    path = folder / "a.safetensors"
+    if draw.random() < 0.5:
+        path.write_bytes(damaged(whole, draw))
+    else:
+        values, made, rank, part = dict(file.values), dict(file.made), file.rank, file.part
+        layers = {layer: (torch.Size(), torch.Size()) for layer in file.layers}
+        match draw.randrange(5):
+            case 0:
+                rank = draw.choice(_NUMBERS)
+            case 1:
+                made = damaged_tree(made, draw)
+            case 2:
+                part = draw.choice(["transformer", "unet.x", *_WORDS])
+            case 3:
+                name = draw.choice(list(values))
+                values[name] = draw.choice([values[name][:1], values[name] * float("nan"), values[name].int()])
+            case 4:
+                layer, word = draw.choice(list(layers)), draw.choice([*_WORDS, "conv_norm_out", "time_embedding"])
+                layers = {(word if one == layer else one): shapes for one, shapes in layers.items()}
+                values = {name.replace(layer, word): value for name, value in values.items()}
+        if not isinstance(made, dict):
+            return
+        save_adapter(path, part, Adapter(layers, rank, file.alpha, made), values)
+    adapter = adapter_for(_bundled(), read_adapter(path), base)
+    if adapter.layers.keys() != set(file.layers):
+        raise AssertionError("a damaged adapter was read")
+
+
 def checkpoints(draw: random.Random, folder: Path) -> None:
     """A checkpoint with one damaged file is refused, or it is the same as before."""
     import torch
@@ -334,12 +390,15 @@ def flags(draw: random.Random, folder: Path) -> None:
         "save",
         "config",
         "mask",
+        "adapter",
+        "rank",
+        "lora",
     ]
     words = ["train", "--dry-run", "--output", str(folder / "run"), "--forget", draw.choice(["star", "red", *_WORDS])]
     words += ["--trajectories", "1", "--trajectory-steps", "2"]
     for name in draw.sample(names, draw.randint(0, 3)):
         value = draw.choice(
-            [*_WORDS, "0", "1", "-1", "1e9", "nan", "inf", "ovw", "esd", "shapes", "all", "no", "star;x"]
+            [*_WORDS, "0", "1", "-1", "1e9", "nan", "inf", "ovw", "esd", "shapes", "all", "no", "star;x", "lora"]
         )
         words.append(f"--{name}={value}")
     status, said = _quietly(main, words)
@@ -369,6 +428,7 @@ TARGETS: dict[str, tuple[Case, int]] = {
     "deepspeed": (deepspeed_files, 15_000),
     "records": (records, 2_000),
     "tensor-files": (tensor_files, 400),
+    "adapters": (adapters, 400),
     "checkpoints": (checkpoints, 800),
     "flags": (flags, 300),
 }

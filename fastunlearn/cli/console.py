@@ -16,6 +16,7 @@ from rich.console import JustifyMethod
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..models.adapter_files import FILE as ADAPTER
 from ..progress import Reporter
 from ..schema import Comparison, Ending, Evaluation, FoldersEvaluation
 
@@ -97,7 +98,9 @@ class Console(Reporter):
             table([evaluation])
             self.out.print(verdict(evaluation))
             self.out.print(f"report: {folder / 'report.html'}")
-        if model is not None and model.suffix == ".safetensors":
+        if model is not None and model.name == ADAPTER:
+            self.out.print(f"adapter: {model}  (loads with load_lora_weights of diffusers, over its base)")
+        elif model is not None and model.suffix == ".safetensors":
             self.out.print(f"delta:  {model}  (rebuild the model with `fastunlearn apply`)")
         elif model is not None:
             self.out.print(f"model:  {model}  (loads with diffusers.DiffusionPipeline.from_pretrained)")

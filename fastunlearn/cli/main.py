@@ -21,7 +21,7 @@ from .. import __version__
 from ..distributed import ALONE, has_joined, world_of_environment
 from ..errors import UserError, explain, is_expected
 from ..evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesConfig
-from ..training.config import ApplyConfig, MaskConfig, TrainConfig
+from ..training.config import ApplyConfig, ExportConfig, MaskConfig, TrainConfig
 from .demo import DemoConfig
 from .flags import add_flags, build
 from .prompts import PromptsConfig, group_of, make_prompts
@@ -43,6 +43,7 @@ _TRAIN_EXAMPLES = """examples:
                     --retain-prompts "a photo of a dog;a painting by Monet" --output run
   fastunlearn train --model ./stable-diffusion-v1-5 --method salun --forget "Van Gogh" --mask-density 0.5 \\
                     --retain-prompts prompts.txt --save delta --output run
+  fastunlearn train --model ./FLUX.1-dev --method esd --forget "Van Gogh" --adapter lora --rank 16 --output run
   fastunlearn train --forget star --method esd --set negative_guidance=3 --output run
   fastunlearn train --resume --output run
 """
@@ -53,6 +54,11 @@ _MASK_EXAMPLES = """examples:
 """
 _APPLY_EXAMPLES = """examples:
   fastunlearn apply --model ./stable-diffusion-v1-5 --delta run/delta.safetensors --output unlearned
+"""
+_EXPORT_EXAMPLES = """examples:
+  fastunlearn train --model ./sdxl --method esd --forget "Van Gogh" --adapter lora --rank 16 --output run
+  fastunlearn export --run run --format kohya-lora --output no-gogh.safetensors
+  fastunlearn export --run run --format diffusers --output unlearned
 """
 _EVALUATE_EXAMPLES = """examples:
   fastunlearn evaluate --original shapes --unlearned run --output evaluation
@@ -220,6 +226,14 @@ def _apply(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _export(flags: dict[str, Any]) -> int:
+    config = build(ExportConfig, flags)
+    from ..training.formats import export_run
+
+    print(f"{config.format}: {export_run(config)}")
+    return 0
+
+
 def _evaluate(flags: dict[str, Any]) -> int:
     begun = Path(flags.get("output", "")) / "journal" / "evaluate.yaml"
     if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
@@ -355,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     add("train", _train, "make a model forget a concept", TrainConfig, _TRAIN_EXAMPLES)
     add("mask", _mask, "find the weights that matter most for a concept", MaskConfig, _MASK_EXAMPLES)
     add("apply", _apply, "rebuild an unlearned model from its original and a delta", ApplyConfig, _APPLY_EXAMPLES)
+    add("export", _export, "write a run's model or adapter as other programs read it", ExportConfig, _EXPORT_EXAMPLES)
     add("evaluate", _evaluate, "measure what an unlearned model forgot and kept", EvaluateConfig, _EVALUATE_EXAMPLES)
     add(
         "evaluate-images",

@@ -20,6 +20,7 @@ class EvaluateConfig(ModelOptions):
         path=True,
     )
     output: str = setting("folder for the records and the report", path=True)
+    lora: str | None = setting("FILE of a LoRA that the original carries (peft's or kohya's names)", None, path=True)
     prompts: str | None = setting(
         "FILE or TEXT;TEXT; a CSV may have the columns prompt and group; default: the bundled model's own", None
     )

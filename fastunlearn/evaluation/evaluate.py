@@ -49,6 +49,7 @@ def evaluate(
     *,
     output: str | Path | None = None,
     placebo: Any = None,
+    lora: str | Path | None = None,
     forget: str | None = None,
     judge: str | Judge | Callable[..., Any] | None = None,
     trust_judge: bool = False,
@@ -82,6 +83,7 @@ def evaluate(
     B prompts (list) and noise (B, C, H, W) float32 on the CPU to images (B, 3, H, W) uint8; functions need
     ``noise_shape``, (C, H, W).  ``unlearned``: one such, a list of them, or a dict of them by name.  ``prompts``: as on
     the command line, or a list of prompts or of (prompt, group); groups named ``forget...`` ask for the concept.
+    ``lora``: a file that is merged into the original, which is then given by name.
     ``judge``: who says whether an image shows the concept: a name, ``"none"``, a :class:`~fastunlearn.judges.Judge`, or
     a function that maps images (B, 3, H, W) uint8 and the concept to B scores from 0 to 1; by default the bundled
     world's, and none for other models.  One that cannot tell the original's own images apart is refused, unless
@@ -119,7 +121,7 @@ def evaluate(
         spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size, mixed_precision)
         where = ranks.device(device)
         options = ModelOptions.of(config)
-        source = as_source(original, spec, device=where, noise_shape=noise_shape, options=options)
+        source = as_source(original, spec, device=where, noise_shape=noise_shape, options=options, lora=lora)
         sources = {
             name: as_source(
                 pipeline_of(model),
@@ -225,7 +227,7 @@ def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
     output = str(Path(given["output"] or ".").expanduser().resolve())
     values = given | {key: name(given[key]) for key in ("original", "placebo", "judge", "metric", "metrics")}
     values["unlearned"] = tuple(str(name(model)) for model in named_models(given["unlearned"])[0].values())
-    for key in ("trunk_weights", "cache", "parts"):
+    for key in ("trunk_weights", "cache", "parts", "lora"):
         if given[key] is not None:
             values[key] = str(Path(given[key]).expanduser().resolve())
     of_world = given["prompts"] is None or get_world(str(given["prompts"])) is not None

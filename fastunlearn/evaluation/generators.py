@@ -15,7 +15,7 @@ import torch
 
 from ..batching import chunks, filled
 from ..errors import UserError
-from ..files.weights import hash_part, hash_pipeline
+from ..files.weights import hash_part
 from ..models.base import Model
 from ..models.loading import content_of, load_model, own_settings, wrap_pipeline
 from ..models.options import ModelOptions
@@ -101,7 +101,7 @@ class PipelineSource(Source):
 
     @functools.cache  # noqa: B019  (as long-lived as the process)
     def content(self) -> str:
-        return hash_pipeline(self.model.source) if self._saved else content_of(self.model.pipeline)
+        return self.model.hash_files() if self._saved else content_of(self.model.pipeline)
 
     def state(self) -> dict[str, Any]:
         return {"content": self.content(), "noise": self.noise_shape, **self.settings(), **environment(self.device)}
@@ -203,16 +203,21 @@ def as_source(
     device: str = "auto",
     noise_shape: Any = None,
     options: ModelOptions | None = None,
+    lora: str | Path | None = None,
 ) -> Source:
     """A source from a name or folder (as for ``load_model``), a ``Model``, a diffusers pipeline or a function.
 
     ``noise_shape``: (C, H, W) of the noise that functions get.  ``options``: how a model is loaded and sampled, but for
-    one that is a ``Model`` already; a function has its own say.  Raises UserError, TypeError for anything else.
+    one that is a ``Model`` already; a function has its own say.  ``lora``: a file that a model by name carries.
+
+    Raises UserError, TypeError for anything else.
     """
+    if isinstance(given, str | Path):
+        return PipelineSource(load_model(str(given), device, options, lora=lora), spec)
+    if lora is not None:
+        raise UserError("`lora` is for a model by name: load it into the pipeline.")
     if isinstance(given, Source):
         return given
-    if isinstance(given, str | Path):
-        return PipelineSource(load_model(str(given), device, options), spec)
     if isinstance(given, Model):
         return PipelineSource(given, spec)
     name = name or str(getattr(given, "__name__", type(given).__name__))
@@ -287,6 +292,8 @@ def _same_text(one: PipelineSource, other: PipelineSource) -> bool:
     pipelines = [source.model.pipeline for source in (one, other)]
     if own_settings(pipelines[0]) != own_settings(pipelines[1]):  # they may say what the unconditional is
         return False
+    if any(part.startswith("text_encoder") for source in (one, other) for part in source.model.merged):
+        return False  # their files do not say what they are now
     names = {name for pipeline in pipelines for name in pipeline.components}
     parts = sorted(name for name in names if name.startswith(("text_encoder", "tokenizer")))
     if all(getattr(pipelines[0], part, None) is getattr(pipelines[1], part, None) for part in parts):

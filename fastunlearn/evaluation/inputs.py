@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files.run_folder import RECORD
 from ..judges import Judge, as_judge, load_judge
 from ..metrics.distances import Distance, check_distance, load_perceptual
+from ..models.adapter_files import is_adapter_run
 from ..models.options import ModelOptions
 from ..prompts import PromptGroups
 from ..record import read_json
@@ -110,7 +111,8 @@ def run_of(model: Any) -> RunRecord | None:
     """
     if not isinstance(model, str | Path):
         return None
-    path = Path(pipeline_of(model)).parent / "run.json"
+    folder = Path(pipeline_of(model))
+    path = (folder if is_adapter_run(folder) else folder.parent) / "run.json"
     if not path.is_file():
         return None
     is_ours = (path.parent / RECORD).is_file()
@@ -131,9 +133,11 @@ def check_runs(runs: Mapping[str, RunRecord | None], sources: Mapping[str, Sourc
         source = sources[name]
         if run is None or not isinstance(source, PipelineSource):
             continue
-        if source.model.source.name == "model" and source.content() != run.hashes["unlearned"]:
+        is_its_own = source.model.source.name == "model" or source.model.adapter_files
+        if is_its_own and source.content() != run.hashes["unlearned"]:
+            where = source.model.adapter_files[0] if source.model.adapter_files else source.model.source
             raise UserError(
-                f"the model in {source.model.source} has changed since its run wrote it: its hash is "
+                f"the model in {where} has changed since its run wrote it: its hash is "
                 f"{source.content()[:12]}, and run.json says {run.hashes['unlearned'][:12]}. Train it again, or "
                 "evaluate a copy outside the run."
             )

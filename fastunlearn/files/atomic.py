@@ -25,8 +25,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     unfinished = Path(name)
     try:
-        unfinished.chmod(0o666 & ~_umask())
         yield unfinished
+        unfinished.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         _flush(unfinished)
         os.replace(unfinished, path)
         _flush(path.parent)

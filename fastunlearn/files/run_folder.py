@@ -32,6 +32,7 @@ _OWNED = {
             "metrics.jsonl",
             "mask.safetensors",
             "delta.safetensors",
+            "pytorch_lora_weights.safetensors",
             *_RESULTS,
         ),
         *("checkpoints/step-*/state.json", "checkpoints/step-*/rank-*.safetensors"),
@@ -41,6 +42,7 @@ _OWNED = {
     "compare": ("compare.json", "compare.png", "compare.html"),
     "demo": ("demo.json", *_RESULTS),
     "apply": (),
+    "export": (),
 }
 
 _RESUMABLE = ("train", "evaluate")

@@ -28,7 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], form: str, con
 
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     header = {"format": form, **content}
-    header["sha256"] = _checksum(tensors, header)
+    header["sha256"] = checksum(tensors, header)
     with whole_file(path) as unfinished:
         save_file(tensors, unfinished, metadata={_KEY: json.dumps(header, sort_keys=True)})
 
@@ -47,7 +47,7 @@ def load_tensors(path: Path, form: str, what: str) -> tuple[dict[str, torch.Tens
         if not isinstance(header, dict) or header.get("format") != form:
             found = header.get("format") if isinstance(header, dict) else None
             raise ValueError(f"its format is {found!r}, not {form!r}")
-        if header.pop("sha256", None) != _checksum(tensors, header):
+        if header.pop("sha256", None) != checksum(tensors, header):
             raise ValueError("its content has changed since it was written. Make it again")
     del header["format"]
     return tensors, header
@@ -67,7 +67,8 @@ def refused(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path} is no {what}: {words}.") from error
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
+def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256 over a header and the names, types, shapes and bytes of tensors."""
     import torch
 
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())

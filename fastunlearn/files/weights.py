@@ -165,6 +165,18 @@ def hash_pipeline(source: Path) -> str:
     return hash_files(pipeline_files(source), source)
 
 
+def hash_adapted(base: str, adapters: Iterable[Path]) -> str:
+    """The hash of a pipeline, ``base``, with adapters on it, in order; without any it is the pipeline's own."""
+    files = list(adapters)
+    if not files:
+        return base
+    digest = hashlib.sha256(base.encode())
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def hash_part(source: Path, part: str) -> str:
     """SHA-256 over the files of one part of a pipeline."""
     return hash_files((path for path in files_of(source / part, source) if path.suffix not in PICKLES), source)
@@ -190,6 +202,23 @@ def read_tensors(
     with safe_open(path, "pt") as file:
         found = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118 - no mapping
         return {name: file.get_tensor(name) for name in found}, file.metadata()
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def dtypes_of(path: Path, names: Collection[str]) -> dict[str, torch.dtype]:
+    """The types of those of the tensors ``names`` that a safetensors file has; no values are read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        found = [name for name in file.keys() if name in names]  # noqa: SIM118 - no mapping
+        return {name: file.get_slice(name)[:0].dtype for name in found}
 
 
 def _limits(root: Path) -> list[Path]:

@@ -19,9 +19,11 @@ from torch import nn
 
 from ..batching import chunks, filled
 from ..errors import UserError, one_line
+from ..files.weights import hash_adapted, hash_pipeline
 from ..methods.recipe import NEGATIVE, UNCONDITIONAL
 from ..worlds import World, world_of
 from . import schedulers
+from .adapters import Adapter
 from .attention import set_attention
 from .options import ModelOptions
 
@@ -77,14 +79,16 @@ class Model(ABC):
     """A pipeline on a device: ``encode`` prompts, ``predict``, ``decode`` latents.
 
     ``denoiser`` is the network that unlearning changes.  ``source`` is the folder that the weights were read from, of
-    their ``variant``; ``options``: how they were, and how the model is sampled.  Between the verbs latents are
-    (B, C, H, W) and timesteps what the scheduler lists, in float32.
+    their ``variant``; ``options``: how they were, and how the model is sampled.  ``adapter_files`` have been merged
+    into the weights since: part -> parameters is ``merged``.  ``adapter``: what the denoiser carries while it is
+    trained.  Between the verbs latents are (B, C, H, W) and timesteps what the scheduler lists, in float32.
 
     A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
     bring; ``denoiser_folder``; ``groups``, what a method may change; ``default_group``, the one of these that stands
     where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``;
     ``is_guided``, False for one whose guidance, if there is any, needs no second prediction; ``masks_attention``, True
-    for one that asks diffusers' dispatcher with a mask.
+    for one that asks diffusers' dispatcher with a mask; ``original_encoders``, where its text encoders stand in a
+    single file, if it can be written as one.
     """
 
     family: ClassVar[str]
@@ -95,6 +99,7 @@ class Model(ABC):
     denoiser_folder: ClassVar[str] = "transformer"
     load_options: ClassVar[Mapping[str, Any]] = {}
     masks_attention: ClassVar[bool] = False
+    original_encoders: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -106,6 +111,9 @@ class Model(ABC):
     ) -> None:
         self.source, self.name, self.device = source, name, device
         self.options = options or ModelOptions()
+        self.adapter_files: tuple[Path, ...] = ()
+        self.adapter: Adapter | None = None
+        self.merged: Mapping[str, frozenset[str]] = {}
         self.pipeline = schedulers.with_scheduler(pipeline, self.options.scheduler, name)
         self.check()
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_folder)
@@ -182,6 +190,10 @@ class Model(ABC):
     def world(self) -> World | None:
         """The bundled world that this is a model of, as it came or unlearned; None for a model of the user's own."""
         return world_of(self.source)
+
+    def hash_files(self) -> str:
+        """SHA-256 over every file that this model was read from."""
+        return hash_adapted(hash_pipeline(self.source), self.adapter_files)
 
     @property
     def defaults_key(self) -> str:

@@ -53,7 +53,7 @@ def foreign(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str | No
     if '"format": "fastunlearn-' in metadata.get("fastunlearn", ""):
         return "a file of fastunlearn's own, not a model: give a delta to `fastunlearn apply`, a mask to `--mask`"
     if any(mark in name for name in tensors for mark in ("lora_", ".lora.", "lokr_", "loha_", "hada_w", ".dora_")):
-        return "a LoRA: `--model` needs the model that it changes"
+        return "a LoRA: `--model` needs the model that it changes, and `--lora` this file"
     if any(name.startswith(("control_model.", "controlnet_", "input_hint_block.")) for name in tensors):
         return "a ControlNet: `--model` needs the text-to-image model that it steers"
     for beginnings, what in _ALONE:

@@ -1,4 +1,4 @@
-"""Loads a text-to-image pipeline: a bundled model, a diffusers folder, a hub id.
+"""Loads a text-to-image pipeline: a bundled model, a diffusers folder, a hub id, a run that left an adapter.
 
 Weights come from safetensors only, never from pickle or remote code.
 """
@@ -17,9 +17,12 @@ from torch import nn
 from ..errors import UserError, is_out_of_memory, one_line
 from ..files.weights import PICKLES, files_of, find_variant, hash_module, read_index, snapshot_of, weight_files
 from ..worlds import all_worlds, world_with_model
+from .adapter_files import FILE, adapter_for, base_of, is_adapter_run, read_adapter
+from .adapters import merge, put_on, set_values
 from .base import Conditions, Model
 from .families import family_of
 from .foreign_files import foreign, headers
+from .loras import add_lora
 from .options import ModelOptions, SourceOptions
 from .runtime import import_diffusers, mend_torchvision, resolve_device, versions
 from .schedulers import sampler_config
@@ -41,16 +44,30 @@ __all__ = [
 
 
 def load_model(
-    name: str, device: str | torch.device = "auto", options: ModelOptions | None = None, **changes: Any
+    name: str,
+    device: str | torch.device = "auto",
+    options: ModelOptions | None = None,
+    *,
+    lora: str | Path | None = None,
+    **changes: Any,
 ) -> Model:
     """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder, file or hub id, in float32.
 
+    The folder of a run that left an adapter stands for its base with the adapter merged, in memory alone.
+
     ``options``, and ``changes``, which are fields of them: how the model is loaded and sampled.  A variant, such as
     ``fp16`` of ``*.fp16.safetensors``, is found out where a folder has but one.
+    ``lora``: a file that is merged too, under the names of peft, diffusers or kohya.
     Raises UserError, in one line, for anything that cannot be loaded: unknown name, unsupported family, pickled,
     truncated or missing weights; and for options that the model cannot follow.
     """
     options = dataclasses.replace(options or ModelOptions(), **changes)
+    if lora is not None:
+        model = load_model(name, device, options)
+        add_lora(model, Path(lora).expanduser())
+        return model
+    if is_adapter_run(run := Path(name).expanduser()):
+        return _load_adapted(run, name, device, options)
     device = resolve_device(device)
     source = resolve_source(name, options)
     pipeline_class = _pipeline_class(source, name)
@@ -72,6 +89,25 @@ def load_model(
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     _check_complete(pipeline, source, variant)
     return family(pipeline, source, name, device, dataclasses.replace(options, variant=variant, parts=None))
+
+
+def _load_adapted(run: Path, name: str, device: str | torch.device, options: ModelOptions) -> Model:
+    """The base of a run with its adapter merged into it."""
+    (base, changes), file = base_of(run), read_adapter(run / FILE)
+    if is_adapter_run(Path(base).expanduser()):
+        raise UserError(f"the base of {name!r} is said to be {base!r}, which is itself an adapter's run. Not loaded.")
+    try:
+        model = load_model(base, device, dataclasses.replace(options, **changes))
+    except UserError as error:
+        raise UserError(f"{name!r} is an adapter for {base!r}, which cannot be loaded: {error}") from error
+    adapter = adapter_for(model, file, model.hash_files())
+    put_on(model, adapter)
+    set_values(model, adapter, file.values)
+    merge(model.denoiser)
+    model.adapter = None
+    model.name, model.adapter_files = name, (file.path,)
+    model.merged = {model.denoiser_folder: frozenset(adapter.weights)}
+    return model
 
 
 def wrap_pipeline(pipeline: Any, name: str, options: ModelOptions | None = None) -> Model:

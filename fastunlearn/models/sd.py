@@ -27,6 +27,7 @@ class StableDiffusion(Model):
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
     groups = UNET_GROUPS
     denoiser_folder = "unet"
+    original_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "cond_stage_model."}
     # The checker blacks images out, which would be mistaken for damage: it is never part of a comparison.
     load_options: ClassVar[Mapping[str, Any]] = {
         "safety_checker": None,

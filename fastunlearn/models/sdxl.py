@@ -18,6 +18,10 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     parts = (*StableDiffusion.parts, "text_encoder_2", "tokenizer_2")
     load_options: ClassVar[Mapping[str, Any]] = {}
+    original_encoders: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "conditioner.embedders.0.",
+        "text_encoder_2": "conditioner.embedders.1.",
+    }
 
     def encode_texts(self, texts: list[str]) -> Tensors:
         states, _, pooled, _ = self.pipeline.encode_prompt(

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..evaluation.evaluator import evaluate_models
 from ..evaluation.plan import default_metric, file_groups, world_groups
 from ..evaluation.results import EvaluationReport, write_results
-from ..files.weights import hash_pipeline
+from ..files.weights import hash_adapted, hash_pipeline
 from ..judges import Judge, check_concept, load_judge
 from ..methods import get_method
 from ..metrics.distances import Distance, load_perceptual
@@ -25,8 +25,8 @@ from ..models.runtime import versions
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..prompts import PromptGroups
-from ..schema import Ending, RunRecord
-from ..worlds import get_world
+from ..schema import AdapterRecord, Ending, RunRecord
+from ..worlds import get_world, world_with_model
 from .config import TrainConfig
 from .export import apply_delta
 from .plan import TrainPlan
@@ -75,7 +75,11 @@ def conclude(
         if config.save == "delta":
             unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
             apply_delta(model.source, exported, unlearned)
-        hashes = {"original": original, "unlearned": hash_pipeline(unlearned)}
+        if plan.adapter is None:
+            hashes = {"original": original, "unlearned": hash_pipeline(unlearned)}
+        else:
+            hashes = {"original": original, "unlearned": hash_adapted(original, [exported])}
+            unlearned = folder
         record = _run_record(config, plan, model, hashes, seconds, ending)
         record.write(folder / "run.json")
         if scoring is not None:
@@ -129,6 +133,27 @@ def _run_record(
         unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
         seconds=dict(seconds),
         ending=ending,
+        adapter=_adapter_record(config, plan, model),
+    )
+
+
+def _adapter_record(config: TrainConfig, plan: TrainPlan, model: Model) -> AdapterRecord | None:
+    if plan.adapter is None:
+        return None
+    adapter = plan.adapter.adapter
+    given = Path(config.model).expanduser()
+    if world_with_model(config.model) is not None:
+        base = config.model
+    else:
+        base = str(given.resolve() if given.is_file() else model.source)
+    parts = None if config.parts is None else str(Path(config.parts).expanduser().resolve())
+    return AdapterRecord(
+        base=base,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        layers=len(adapter.layers),
+        parts=parts,
+        variant=model.variant,
     )
 
 

@@ -1,4 +1,4 @@
-"""The settings of what changes a model: `train`, `mask`, `apply`."""
+"""The settings of what changes a model: `train`, `mask`, `apply`, `export`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..config import above, at_least, check_types, expand_home, map_setting, set
 from ..errors import UserError
 from ..models.options import ModelOptions, SourceOptions, check_guided, check_precision
 
+DEFAULT_RANK = 4  # as diffusers' training scripts have it
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelOptions):
@@ -20,6 +22,7 @@ class TrainConfig(ModelOptions):
     model: str = setting(
         "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
     )
+    lora: str | None = setting("FILE of a LoRA that the model carries (peft's or kohya's names)", None, path=True)
     method: str = setting("see `fastunlearn methods`", "ovw")
     anchor: str | None = setting(
         "what the concept becomes (of TEXT;TEXT each prompt draws one); default: nothing, or its neighbour", None
@@ -55,6 +58,11 @@ class TrainConfig(ModelOptions):
     mask_granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
     )
+    adapter: Literal["lora"] | None = setting(
+        "lora: train low-rank adapters of the trainable layers, saved alone, and leave the weights as they are", None
+    )
+    rank: int | None = setting(f"of the adapters ({DEFAULT_RANK} where none is given)", None)
+    lora_alpha: float | None = setting("the adapters' strength is this by their rank; default: the rank", None)
     weight_decay: float = setting("AdamW's decay", 0.0)
     max_grad_norm: float = setting("gradient clipping; 0: none", 1.0)
     clip_scope: Literal["selected", "all"] = setting(
@@ -66,7 +74,9 @@ class TrainConfig(ModelOptions):
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     deepspeed: str | None = setting("JSON: train by DeepSpeed as this file of its settings says", None, path=True)
     num_processes: int | None = setting("start so many processes on this machine, with `--deepspeed`", None)
-    save: Literal["model", "delta"] = setting("the whole pipeline, or only what changed (`fastunlearn apply`)", "model")
+    save: Literal["model", "delta"] = setting(
+        "the whole pipeline, or only what changed (`fastunlearn apply`); an adapter is saved as itself", "model"
+    )
     checkpoint_every: int = setting("steps between checkpoints; 0: only at the end or when stopped", 50)
     log_every: int = setting("steps between lines of metrics.jsonl", 5)
     evaluation_prompts: str | None = setting("prompts to evaluate on after training: FILE, `shapes` or `none`", None)
@@ -88,7 +98,9 @@ class TrainConfig(ModelOptions):
         at_least(self, 0, "steps", "checkpoint_every", "weight_decay", "seed", "retain_weight")
         at_least(self, 0, "trajectory_guidance_scale", "max_grad_norm")
         at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "log_every")
-        at_least(self, 1, "gradient_accumulation_steps", "num_processes")
+        at_least(self, 1, "gradient_accumulation_steps", "num_processes", "rank")
+        above(self, 0, "lora_alpha")
+        self._check_adapter()
         share(self.mask_density, "mask_density")
         if self.stop_residual is not None and not 0 <= self.stop_residual < 1:
             raise UserError(f"`--stop-residual` must be from 0 to below 1, got {self.stop_residual}.")
@@ -103,6 +115,20 @@ class TrainConfig(ModelOptions):
         check_precision(self.attention, False, "a training's rows are made in float32. Use xformers")
         if self.resume and self.overwrite:
             raise UserError("`--resume` continues a run and `--overwrite` replaces it: give one of them.")
+
+    def _check_adapter(self) -> None:
+        if self.adapter is None:
+            for name in ("rank", "lora_alpha"):
+                if getattr(self, name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"`{flag}` is of an adapter: give `--adapter lora` too, or leave it out.")
+            return
+        for name in ("mask", "mask_density"):
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"`{flag}` selects elements of the weights, which an adapter leaves alone. Give one.")
+        if self.save == "delta":
+            raise UserError("`--save delta` and `--adapter lora` are two ways to save what changed. Give one.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +170,26 @@ class MaskConfig(ModelOptions):
         share(self.density, "density")
         check_guided(self.negative_prompt, self.trajectory_guidance_scale, "trajectory_guidance_scale")
         check_precision(self.attention, False, "a training's rows are made in float32. Use xformers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `export` does."""
+
+    run: str = setting("the folder of a run, or of a pipeline", path=True)
+    format: Literal["diffusers", "lora", "kohya-lora", "single-file"] = setting(
+        "diffusers: a pipeline's folder, adapters merged; lora: for load_lora_weights; kohya-lora: for ComfyUI and "
+        "A1111; single-file: all weights in the original layout"
+    )
+    output: str = setting("FILE.safetensors, or the folder of the pipeline", path=True)
+    lora: str | None = setting("FILE of a LoRA to merge into the model too", None, path=True)
+    overwrite: bool = setting("replace the file, or what an earlier `export` left in the folder", False)
+
+    def __post_init__(self) -> None:
+        expand_home(self)
+        check_types(self)
+        if self.lora is not None and self.format in ("lora", "kohya-lora"):
+            raise UserError("`--lora` is merged into a whole model: leave it out for an adapter's own file.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,19 @@ from ..errors import UserError
 from ..files.atomic import whole_folder
 from ..files.run_folder import check_output, claimed, files_below, own
 from ..files.tensors import load_tensors, refused, save_tensors
-from ..files.weights import hash_pipeline, part_names, pipeline_files, read_tensors, shard_names, weight_files
+from ..files.weights import (
+    dtypes_of,
+    hash_pipeline,
+    part_names,
+    pipeline_files,
+    read_tensors,
+    shard_names,
+    weight_files,
+)
+from ..models.adapter_files import FILE, save_adapter
 from ..models.base import Model
 from ..models.loading import resolve_source
-from .config import ApplyConfig
+from .config import ApplyConfig, TrainConfig
 from .selection import Selection
 
 DELTA_FORMAT = "fastunlearn-delta-2"
@@ -56,6 +65,13 @@ def check_export(model: Model, selection: Selection) -> None:
     _check_found(folder, dict.fromkeys(selection.shapes), found)
 
 
+def exported_to(config: TrainConfig, folder: Path) -> Path:
+    """Where a run writes what it made: the folder of a pipeline, or the file of a delta or of an adapter."""
+    if config.adapter is not None:
+        return folder / FILE
+    return folder / ("delta.safetensors" if config.save == "delta" else "model")
+
+
 def _stored(files: Iterable[Path], names: Container[str]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
     """File, name and shape of each of these tensors in the files; no values are read."""
     from safetensors import safe_open
@@ -70,9 +86,12 @@ def _stored(files: Iterable[Path], names: Container[str]) -> Iterator[tuple[Path
 def export(model: Model, path: Path, save: Save, values: Values, selection: Selection) -> dict[str, torch.dtype]:
     """Write the pipeline (a folder), or the delta (a file), of the model's files with ``values`` laid over them.
 
-    A tensor keeps the type that it has in the original's file; returns these types.
+    A tensor keeps the type that it has in the original's file; returns these types.  Of a model that carries an adapter
+    the adapter is written, whatever ``save`` says.
     """
     parts = (model.source, model.denoiser_folder)
+    if model.adapter is not None:
+        return export_adapter(model, path, values)
     if save == "delta":
         return export_delta(*parts, path, values, selection.bits, model.variant)
     with whole_folder(path) as unfinished:
@@ -127,6 +146,20 @@ def export_delta(
     _check_found(source / part, values, dtypes)
     content = {"original": hash_pipeline(source), "part": part, "shapes": shapes}
     save_tensors(path, tensors, DELTA_FORMAT, content | ({"variant": variant} if variant else {}))
+    return dtypes
+
+
+def export_adapter(model: Model, path: Path, values: Values) -> dict[str, torch.dtype]:
+    """Write the adapter that the model carries, each tensor in the type of the weight that it adds to; the types."""
+    assert model.adapter is not None
+    stored: dict[str, torch.dtype] = {}
+    for file in read_files(model.source / model.denoiser_folder, model.variant):
+        stored |= dtypes_of(file, model.adapter.weights)
+    tensors, dtypes = {}, {}
+    for name, plain, shape in model.adapter.parameters():
+        dtypes[name] = stored[f"{name.rsplit('.', 3)[0]}.weight"]
+        tensors[plain] = finite(name, values[name].detach().cpu().to(dtypes[name])).reshape(shape)
+    save_adapter(path, model.denoiser_folder, model.adapter, tensors)
     return dtypes
 
 
@@ -200,17 +233,22 @@ def overlay(folder: Path, values: Values, bits: Bits | None = None) -> dict[str,
 
 def _replaced(name: str, original: torch.Tensor, values: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
     """``original`` with ``values`` at the elements of the mask."""
-    stored = values.detach().cpu().to(original.dtype)
-    if not torch.isfinite(stored).all():
-        raise UserError(
-            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`, or "
-            "other options of the method."
-        )
+    stored = finite(name, values.detach().cpu().to(original.dtype))
     if bits is None:
         return stored.reshape(original.shape).contiguous()
     result = original.contiguous().clone()
     result.view(-1)[unpack_bits(bits.cpu(), original.numel())] = stored
     return result
+
+
+def finite(name: str, stored: torch.Tensor) -> torch.Tensor:
+    """The tensor, as it is to be written.  UserError where it is not finite in its type."""
+    if not torch.isfinite(stored).all():
+        raise UserError(
+            f"{name} has grown past what the original's {stored.dtype} holds. Use a smaller `--learning-rate`, or "
+            "other options of the method."
+        )
+    return stored
 
 
 def _check_found(folder: Path, wanted: Mapping[str, object], result: Mapping[str, object]) -> None:

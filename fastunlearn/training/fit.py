@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .engine import Engine, TorchEngine
 from .engine_deepspeed import DeepSpeedEngine
 from .evidence import Evidence
+from .export import exported_to
 from .plan import TrainPlan
 from .selection import Selection
 from .trainer import Schedule, Trainer
@@ -50,7 +51,7 @@ def fit(
         if config.resume:
             trainer.resume()
         trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
-        exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
+        exported = exported_to(config, folder)
         engine.export(model, exported, config.save)
     except BaseException:
         if plan.world.size == 1:  # so that this process can train again; one of several ends, and waits for nobody

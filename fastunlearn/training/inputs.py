@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..methods import get_method
+from ..models.loading import resolve_source
 from .config import TrainConfig
+from .run_models import is_kept, is_run, pipeline_of_run
 
 
 def config_of(
@@ -49,24 +51,49 @@ def kept_folder() -> Iterator[Path]:
 def named_source(model: Any, config: TrainConfig) -> Iterator[tuple[str, str]]:
     """(what to load, what to call it).
 
-    A loaded pipeline is written to a folder of its own, so that what follows reads and hashes files as ever, and the
-    caller's pipeline keeps its weights.  The folder goes at the end, but for a delta, which belongs to it.
+    The folder of a run stands for the pipeline that it made, and with a LoRA it is another.  A loaded pipeline is
+    written to a folder of its own, so that what follows reads and hashes files as ever, and the caller's pipeline keeps
+    its weights.  The folder goes at the end, but for a delta or an adapter, which belong to it.
     """
     if isinstance(model, str | Path | TrainConfig):
-        yield config.model, config.model
+        with _named_folder(config) as name:
+            yield name, config.model
         return
+    if config.lora is not None:
+        raise UserError("`lora` is for a model by name: load it into the pipeline and call `fuse_lora()`.")
     if not hasattr(model, "save_pretrained") or not hasattr(model, "components"):
         raise UserError(
             "`model` must be a name, a folder, a loaded diffusers pipeline or a TrainConfig, got "
             f"{type(model).__name__}."
         )
     with contextlib.ExitStack() as stack:
-        if config.save == "delta":
+        if config.save == "delta" or config.adapter is not None:
             folder = tempfile.mkdtemp(prefix="fastunlearn-original-")
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastunlearn-original-"))
         model.save_pretrained(folder, safe_serialization=True)
         yield folder, config.model
+
+
+@contextlib.contextmanager
+def _named_folder(config: TrainConfig) -> Iterator[str]:
+    """What ``--model`` names, as a name for ``load_model``: it lies on the disk, if only while this lasts."""
+    run = Path(config.model).expanduser()
+    if not is_run(run) and config.lora is None:
+        yield config.model
+        return
+    is_made = config.lora is not None or not is_kept(run)
+    if is_made and (config.save == "delta" or config.adapter is not None):
+        flag = "--adapter" if config.adapter else "--save delta"
+        what = f"{run} with its LoRA" if config.lora else f"the model of the run {run}"
+        lora = " --lora FILE" if config.lora else ""
+        raise UserError(
+            f"`{flag}` saves what belongs to a model on the disk, and {what} is none. Make it with `fastunlearn export "
+            f"--run {config.model}{lora} --format diffusers` and train on that, or leave `{flag}` out."
+        )
+    source = run if is_run(run) else resolve_source(config.model, config)
+    with pipeline_of_run(source, config.lora, config.variant) as folder:
+        yield str(folder)
 
 
 def _name(pipeline: Any) -> str:

@@ -27,6 +27,7 @@ from .deepspeed_config import read_deepspeed
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
+from .low_rank import AdapterPlan
 from .memory import MemoryEstimate, estimate_memory, measure_activations
 from .selection import GROUPS, Selection, load_mask, select_parameters
 
@@ -36,6 +37,7 @@ class TrainPlan:
     """What a training will do, known before its first step.  Sizes in bytes, work in UNet evaluations of one sample.
 
     ``selection``: what may change; of it a saliency mask, where the settings ask for one, takes its share later.
+    ``adapter``: what is trained in the place of the selected weights; None where they are.
     ``bank``: without rows for an edit.
     """
 
@@ -45,6 +47,7 @@ class TrainPlan:
     concept: Concept
     recipe: Recipe | Edit
     selection: Selection
+    adapter: AdapterPlan | None
     has_mask_file: bool
     world: World
     deepspeed: Mapping[str, Any] | None  # the checked configuration
@@ -102,9 +105,12 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         forget = sum(row.role == "forget" for row in rows.rows)
         settings = dataclasses.replace(settings, trajectories=max(settings.trajectories, forget))
     names = select_parameters(model, settings.trainable)
-    selection = Selection.of(model.denoiser, names)
-    trainable = selection.total
-    if config.mask is not None:
+    low_rank = AdapterPlan.of(config, model, names, drops_mask=settings.mask_density is not None)
+    selection = Selection.of(model.denoiser, low_rank.adapter.weights if low_rank else names)
+    trainable = low_rank.adapter.total if low_rank else selection.total
+    if low_rank is not None:
+        settings = dataclasses.replace(settings, mask_density=None)
+    elif config.mask is not None:
         selection = load_mask(Path(config.mask).expanduser(), model)
         selection = selection.restrict(names) if config.trainable else selection
         trainable = selection.total
@@ -151,6 +157,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         concept=concept,
         recipe=recipe,
         selection=selection,
+        adapter=low_rank,
         has_mask_file=config.mask is not None,
         world=world,
         deepspeed=deepspeed,
@@ -175,7 +182,9 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
     settings = dataclasses.asdict(plan.settings)
     settings |= {"anchor": plan.concept.anchor, "options": settings["options"] or {}}
     settings |= {"dry_run": False, "resume": False, "overwrite": False}
-    for name in ("output", "model", "parts", "mask", "deepspeed"):
+    if plan.adapter is not None:
+        settings |= {"rank": plan.adapter.adapter.rank, "lora_alpha": plan.adapter.adapter.alpha}
+    for name in ("output", "model", "lora", "parts", "mask", "deepspeed"):
         value = getattr(config, name)
         is_bundled = name == "model" and world_with_model(value) is not None
         if value is not None and not is_bundled and (name == "output" or Path(value).expanduser().exists()):
@@ -212,6 +221,10 @@ def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, se
             raise UserError(
                 f"the method {method.name} computes its weights and trains nothing. Leave `--deepspeed` out."
             )
+        if config.adapter is not None:
+            raise UserError(
+                f"the method {method.name} computes whole weights, not factors of them. Leave `--adapter` out."
+            )
         if settings.steps:
             raise UserError(f"the method {method.name} computes its weights in no steps. Leave `--steps` out.")
     elif recipe.rule.projects and config.deepspeed is not None and not DeepSpeedEngine.can_project:
@@ -236,7 +249,7 @@ def _estimate(
     parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
     return estimate_memory(
         total=sum(parameter.numel() for parameter in model.denoiser.parameters()),
-        trainable=sum(shape.numel() for shape in selection.shapes.values()),
+        trainable=selected if config.adapter else sum(shape.numel() for shape in selection.shapes.values()),
         selected=selected,
         is_masked=bool(selection.bits) or settings.mask_density is not None,
         world_size=world.size,
@@ -286,6 +299,7 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
         *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
+        *(plan.adapter.lines(plan.method.name) if plan.adapter else []),
     ]
     if is_edit:
         return [*lines, "edit        in closed form: no rows, no steps"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..models.adapter_files import is_adapter_run
 from ..models.loading import load_model
 from ..schema import RunRecord
 from .export import apply_delta
@@ -18,8 +19,9 @@ from .export import apply_delta
 class UnlearnResult:
     """A finished run.
 
-    ``folder``: the run's.  ``model``: in it, the folder of the unlearned pipeline or the file of its delta; None after
-    a dry run.  ``record``: the content of run.json; None after a dry run and in processes other than the first.
+    ``folder``: the run's.  ``model``: in it, the folder of the unlearned pipeline or the file of its delta or adapter;
+    None after a dry run.  ``record``: the content of run.json; None after a dry run and in processes other than the
+    first.
     ``original``: the folder that a delta belongs to.
     """
 
@@ -36,6 +38,8 @@ class UnlearnResult:
         device = self.record.device if self.record else "auto"
         if self.model.suffix != ".safetensors":
             return load_model(str(self.model), device).pipeline
+        if is_adapter_run(self.folder):
+            return load_model(str(self.folder), device).pipeline
         with tempfile.TemporaryDirectory() as folder:
             apply_delta(Path(str(self.original)), self.model, Path(folder))
             return load_model(folder, device).pipeline

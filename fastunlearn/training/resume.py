@@ -25,7 +25,7 @@ _FREE = {
     *("device", "num_processes", "deepspeed", "micro_batch_size", "gradient_accumulation_steps", "save"),
 }
 #: These are compared by what they lead to.
-_BY_CONTENT = {"model", "parts", "forget_prompts", "retain_prompts", "mask", "anchor"}
+_BY_CONTENT = {"model", "lora", "parts", "forget_prompts", "retain_prompts", "mask", "anchor"}
 
 
 def run_key(config: TrainConfig, plan: TrainPlan, model_hash: str) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> Selection:
 
 def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
     model = load_model(config.model, config.device, ModelOptions.of(config))
+    if model.adapter_files:
+        raise UserError(
+            f"{config.model!r} is an adapter over a base, and a mask is for one model's weights. Make them one with "
+            "`fastunlearn export --format diffusers` and give `--model` that."
+        )
     defaults = get_method("salun").defaults_for(model.defaults_key)
     forget = forget_prompts(config, model)
     names = select_parameters(model, config.trainable)

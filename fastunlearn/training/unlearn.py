@@ -17,7 +17,7 @@ from ..distributed import World, device_of, join, take_share_of_cores, world_of_
 from ..errors import UserError
 from ..files.atomic import write_json, write_text
 from ..files.run_folder import check_output, claimed, own, prepare_output
-from ..files.weights import hash_pipeline, pipeline_files
+from ..files.weights import pipeline_files
 from ..methods import get_method
 from ..methods.recipe import Edit
 from ..models.base import Model
@@ -29,7 +29,7 @@ from .conclude import Scoring, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
 from .evidence import Evidence
-from .export import export
+from .export import export, exported_to
 from .fit import fit
 from .inputs import config_of, kept_folder, named_source
 from .plan import TrainPlan, plan_lines, plan_training, resolved
@@ -99,14 +99,17 @@ class _Run:
         method = get_method(config.method)
         if config.resume:
             check_settings(config, folder)
-        model = load_model(self.source, device_of(self.world, config.device), ModelOptions.of(config))
+        options = ModelOptions.of(config)
+        if self.source != config.model:  # a folder that was made of it
+            options = dataclasses.replace(options, parts=None)
+        model = load_model(self.source, device_of(self.world, config.device), options)
         model.name = self.name
         plan = plan_training(config, method, model, self.world)
         scoring = Scoring.of(config, model)  # fails early or not at all
         self.reporter.plan(method.name, plan_lines(plan))
         if config.dry_run:
             return UnlearnResult(folder, None, None)
-        original = hash_pipeline(model.source)
+        original = model.hash_files()
         key = run_key(config, plan, original)
         if config.resume:
             check_same_run(key, folder)
@@ -120,13 +123,16 @@ class _Run:
                 bank = build_bank(model, plan.recipe, plan.bank)
                 evidence = Evidence(model, plan.evidence) if plan.evidence else None
         self._begin(plan, model, selection, key)
-        exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
+        exported = exported_to(config, folder)
         ending = None
         if edited is not None:
             dtypes = export(model, exported, config.save, *edited)
             put_weights(model, *edited, dtypes)
         else:
             assert bank is not None
+            if plan.adapter is not None:  # only now: the bank is the teacher's
+                about = {"base": original, "method": config.method, "concept": config.forget}
+                selection = plan.adapter.begin(model, seed=config.seed, **about)
             with self._stage("training"):
                 ending = fit(model, plan, bank, evidence, selection, config, folder, self.reporter)
         if not self.world.is_main:
