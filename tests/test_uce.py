@@ -74,7 +74,8 @@ def test_text_matrices_are_found_by_what_they_are_fed(bundled):
 def test_the_edit_of_the_bundled_model_maps_the_concept_to_the_anchor(bundled):
     config = TrainConfig(forget="star", output="never", method="uce")
     plan = plan_training(config, get_method("uce"), bundled)
-    values, changed = edit_weights(bundled, plan.recipe, plan.selection)
+    edited = edit_weights(bundled, plan.recipe, plan.selection)
+    values, changed = edited.values, edited.selection
     assert changed.names == select_parameters(bundled, KV)
     named = dict(bundled.denoiser.named_parameters())
     states = {p: bundled.encode([p]).tensors["encoder_hidden_states"][0] for p in ("a star", "a circle", "a red ring")}

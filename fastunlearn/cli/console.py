@@ -65,6 +65,11 @@ class Console(Reporter):
     def stage(self, name: str) -> None:
         self.task, self.begun, self.left = None, time.monotonic(), None
 
+    def edited(self, facts: Mapping[str, float]) -> None:
+        if self.plans and facts:
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in facts.items())
+            self.out.print(f"edited      {told}")
+
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         note = f"loss {metrics['loss']:.4g}  {metrics['steps_per_second']:.1f} steps/s"
         self.left = metrics.get("residual", self.left)

@@ -112,10 +112,14 @@ class Weights:
 
     ``parameters``: the denoiser's parameters that may change, name -> float32; an edit must not write to them.
     ``text``: the names of those that are the matrix W of a layer W c, or W c + b, on the text encoder's states c.
+    ``before``: for those of them that are given f(c) instead, as where a norm comes first, f: (n, L, D) -> (n, L, D).
+    ``facts``: numbers by name that the edit wants the record to state, such as a condition number; it adds to them.
     """
 
     parameters: Mapping[str, Tensor]
     text: tuple[str, ...]
+    before: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    facts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

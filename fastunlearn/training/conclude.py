@@ -62,13 +62,14 @@ def conclude(
     exported: Path,
     seconds: Mapping[str, float],
     ending: Ending | None,
+    facts: Mapping[str, float],
     scoring: Scoring | None,
     reporter: Reporter,
 ) -> RunRecord:
     """Write run.json beside what was exported, and, with ``scoring``, the evaluation.  Returns the record.
 
-    ``ending``: how the training ended; None for an edit.  ``original``: the hash of the files that the model was read
-    from.
+    ``ending``: how the training ended; None for an edit.
+    ``original``: the hash of the files that the model was read from.  ``facts``: what an edit says of itself.
     """
     folder, unlearned = exported.parent, exported
     with contextlib.ExitStack() as scratch:
@@ -76,7 +77,7 @@ def conclude(
             unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
             apply_delta(model.source, exported, unlearned)
         hashes = {"original": original, "unlearned": hash_pipeline(unlearned)}
-        record = _run_record(config, plan, model, hashes, seconds, ending)
+        record = _run_record(config, plan, model, hashes, seconds, ending, facts)
         record.write(folder / "run.json")
         if scoring is not None:
             reporter.stage("evaluation")
@@ -116,6 +117,7 @@ def _run_record(
     hashes: dict[str, str],
     seconds: Mapping[str, float],
     ending: Ending | None,
+    facts: Mapping[str, float],
 ) -> RunRecord:
     return RunRecord(
         **(describe_run(config) | {"model": model.name}),
@@ -129,6 +131,7 @@ def _run_record(
         unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
         seconds=dict(seconds),
         ending=ending,
+        edit=dict(facts),
     )
 
 

@@ -115,6 +115,7 @@ class _Run:
         if isinstance(plan.recipe, Edit):
             with self._stage("edit"):
                 edited = edit_weights(model, plan.recipe, selection)
+            self.reporter.edited(edited.facts)
         else:
             with self._stage("bank"):
                 bank = build_bank(model, plan.recipe, plan.bank)
@@ -123,15 +124,16 @@ class _Run:
         exported = folder / ("delta.safetensors" if config.save == "delta" else "model")
         ending = None
         if edited is not None:
-            dtypes = export(model, exported, config.save, *edited)
-            put_weights(model, *edited, dtypes)
+            dtypes = export(model, exported, config.save, edited.values, edited.selection)
+            put_weights(model, edited.values, edited.selection, dtypes)
         else:
             assert bank is not None
             with self._stage("training"):
                 ending = fit(model, plan, bank, evidence, selection, config, folder, self.reporter)
         if not self.world.is_main:
             return UnlearnResult(folder, exported, None)
-        record = conclude(config, plan, model, original, exported, self.seconds, ending, scoring, self.reporter)
+        facts = edited.facts if edited is not None else {}
+        record = conclude(config, plan, model, original, exported, self.seconds, ending, facts, scoring, self.reporter)
         return UnlearnResult(folder, exported, record, original=str(model.source))
 
     @contextlib.contextmanager
