@@ -70,7 +70,7 @@ RECE = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv"),
+        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=10.0),
         "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
     },
 )

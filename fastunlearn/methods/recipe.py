@@ -169,7 +169,7 @@ class Concept:
 
     ``anchor`` takes the concept's place and ``anchors`` maps every forget prompt to the prompt with it; None and empty
     where the method needs no anchor and the user names none.  ``encode``: N prompts -> the denoiser's conditions, by
-    argument, (N, ...) float32, for methods that compute with embeddings.
+    argument, (N, ...) float32, for methods that compute with embeddings.  ``concepts``: what is to be forgotten.
     """
 
     anchor: str | None
@@ -178,6 +178,7 @@ class Concept:
     retain_prompts: tuple[str, ...]
     settings: Defaults
     encode: Callable[[Sequence[str]], Mapping[str, Tensor]] = dataclasses.field(default=_no_encoder, compare=False)
+    concepts: tuple[str, ...] = ()
 
     @property
     def options(self) -> Any:

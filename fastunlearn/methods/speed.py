@@ -129,7 +129,9 @@ SPEED = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv"),
+        "shapes": Defaults(
+            0, 1e-3, 16, 16, "cross-attention-kv", options=Options(null_below=0.005, filter_prior=False)
+        ),
         "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
     },
 )

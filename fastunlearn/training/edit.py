@@ -106,7 +106,7 @@ def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor
 
 
 def pooled_inputs(model: Model, prompt: str) -> list[str]:
-    """The arguments by which text enters the denoiser beside its states, such as a pooled vector.  No edit sees them."""
+    """The arguments by which text enters the denoiser beside its states, such as a pooled vector; no edit sees them."""
     conditions = model.encode([prompt, EMPTY]).tensors
     others = {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
     return [name for name, values in others.items() if not torch.equal(values[0], values[1])]
