@@ -136,7 +136,7 @@ def table(evaluations: Sequence[Evaluation]) -> None:
     attributes = list(first.retain.attributes) if first.retain else []
     columns = ["model"]
     if first.erasure:
-        columns += [f"{first.erasure.concept} shown", "valid"]
+        columns += [f"{first.concept} shown", "valid"]
     columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in (*columns, "retention R", "95 % interval", "R color", "distance"):
@@ -160,8 +160,25 @@ def table(evaluations: Sequence[Evaluation]) -> None:
         grid.add_row(*cells)
     out = terminal(width=110)
     out.print(grid)
+    if first.concepts:
+        out.print(_concepts(evaluations))
     if first.judge:
         out.print(f"judge: {first.judge.name}, shown from a score of {first.judge.threshold:g} on")
+
+
+def _concepts(evaluations: Sequence[Evaluation]) -> Table:
+    """Several concepts, a line each: how much is still shown of it; a star marks what a model was to forget."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("concept", "before", *(evaluation.name for evaluation in evaluations)):
+        grid.add_column(name, justify="left" if name == "concept" else "right")
+    for concept, first in (evaluations[0].concepts or {}).items():
+        cells = []
+        for evaluation in evaluations:
+            one = (evaluation.concepts or {})[concept]
+            interval = " to ".join(_share(end) for end in one.shown_ci95) if one.shown_ci95 else ""
+            cells.append(f"{_share(one.shown)}{'*' * one.forgotten} {interval}".strip())
+        grid.add_row(concept, _share(first.shown_original), *cells)
+    return grid
 
 
 def _share(value: float | None) -> str:

@@ -25,7 +25,7 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
     words = [one.concept for one in named]
     forget = forget_prompts(config, model, words)
     if config.retain_prompts and config.retain_prompts != AUTO:
-        retain = prompts.parse_prompts(config.retain_prompts, concept=word)
+        retain = prompts.parse_prompts(config.retain_prompts, concept=words)
     else:
         retain = _of_world(model, words)[1]
     if config.retain_prompts == AUTO:
@@ -86,7 +86,7 @@ def held_out_concept(config: TrainConfig, method: Method, model: Model, concept:
 def forget_prompts(config: TrainConfig | MaskConfig, model: Model, words: Sequence[str]) -> list[str]:
     """The user's prompts that show the concepts, else the bundled world's, else the bare words."""
     if config.forget_prompts:
-        forget = prompts.parse_prompts(config.forget_prompts, to_forget=True, concept=word)
+        forget = prompts.parse_prompts(config.forget_prompts, to_forget=True, concept=words)
     else:
         forget = _of_world(model, words)[0] or list(words)  # refuses a word that the world does not know
     for prompt in forget:

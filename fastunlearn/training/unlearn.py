@@ -24,8 +24,9 @@ from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
 from ..progress import Reporter
+from .ancestors import ancestors_of
 from .bank import build_bank
-from .conclude import Scoring, conclude
+from .conclude import Scoring, Work, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
 from .evidence import Evidence
@@ -107,6 +108,7 @@ class _Run:
         if config.dry_run:
             return UnlearnResult(folder, None, None)
         original = hash_pipeline(model.source)
+        ancestors = ancestors_of(model.source, original)
         key = run_key(config, plan, original)
         if config.resume:
             check_same_run(key, folder)
@@ -133,7 +135,8 @@ class _Run:
         if not self.world.is_main:
             return UnlearnResult(folder, exported, None)
         facts = edited.facts if edited is not None else {}
-        record = conclude(config, plan, model, original, exported, self.seconds, ending, facts, scoring, self.reporter)
+        work = Work(original, ancestors, self.seconds, ending, facts)
+        record = conclude(config, plan, model, exported, work, scoring, self.reporter)
         return UnlearnResult(folder, exported, record, original=str(model.source))
 
     @contextlib.contextmanager
