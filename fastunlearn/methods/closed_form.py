@@ -16,7 +16,7 @@ from .recipe import Concept, Weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PROMPTS = 16  # that are encoded at a time: long prompts have hundreds of states of thousands of numbers
+_PROMPTS = 8  # that are encoded at a time: long prompts have hundreds of states of thousands of numbers
 _MASK = "encoder_attention_mask"
 #: Of a matrix that is solved with.  Above it, fewer than four digits of a float64 solution mean anything.
 MAX_CONDITION = 1e12
@@ -74,8 +74,8 @@ def sums(concept: Concept, read: Read | None = None) -> Sums:
         places = torch.arange(c.shape[1], device=c.device)
         last = torch.where(g_read, places, 0).amax(1, keepdim=True)
         there = torch.where(g_read, places, torch.minimum(places, last))
-        g = g.gather(1, there[:, :, None].expand_as(g))[c_read]
-        c = c[c_read]
+        rows, columns = c_read.nonzero(as_tuple=True)
+        g, c = g[rows, there[rows, columns]], c[rows, columns]
         anchored = g.T @ c if anchored is None else anchored.addmm_(g.T, c)
         forgotten = c.T @ c if forgotten is None else forgotten.addmm_(c.T, c)
     assert anchored is not None
