@@ -272,3 +272,13 @@ def test_the_matrix_of_runs_that_forgot_different_things(cli, tmp_path):
         assert (content["erasure"]["concept"], content["erasure"]["n_images"]) == (word, 1)
     assert matrix == {word: {other: (other == word, 1) for other in WORDS} for word in WORDS}
     assert re.search(r"star +[\d.]+% +[\d.]+%\* ", answer.out)
+
+
+@pytest.mark.slow
+def test_one_edit_forgets_three_concepts_and_keeps_the_rest(tmp_path):
+    report = unlearn("shapes", "star;red;striped", "uce", output=tmp_path / "run")
+    content = Evaluation.read(report.folder / "evaluation.json")
+    assert set(content.concepts) == {"star", "red", "striped"}
+    assert all(cell.shown <= 0.1 and cell.shown_original >= 0.8 for cell in content.concepts.values())
+    assert content.erasure.shown <= 0.05
+    assert content.integrity.retention >= 0.95

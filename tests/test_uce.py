@@ -167,9 +167,11 @@ def test_the_plan_of_an_edit_names_what_is_kept(bundled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["star", "crescent"])
-def test_uce_forgets_and_keeps(word, tmp_path):
-    unlearn("shapes", word, "uce", output=tmp_path / "run")
+@pytest.mark.parametrize(
+    ("method", "word"), [("uce", "star"), ("uce", "crescent"), ("rece", "ring"), ("speed", "heart")]
+)
+def test_an_edit_forgets_and_keeps(method, word, tmp_path):
+    unlearn("shapes", word, method, output=tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert summary["erasure"]["shown_original"] >= 0.9
     assert summary["erasure"]["shown"] <= 0.05
