@@ -2,7 +2,8 @@
 
     python benchmarks/edits.py [--concepts star,heart] [--seeds 1]
 
-Writes benchmarks/results/edits.json, concept by concept; what is there is not measured again.  Their settings were
+Writes benchmarks/results/edits.json, concept by concept; what is there is not measured again; and docs/edits.md from it
+and from what edit_cost.py wrote.  Their settings were
 chosen on other concepts (``tuned_on`` in the file), and no prompt of the evaluation is one of training's.
 """
 
@@ -15,7 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "edits.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "edits.json"
+COST = RESULTS.with_name("edit_cost_cpu.json")
+PAGE = ROOT / "docs" / "edits.md"
 CONCEPTS = ("star", "heart", "crescent", "ring", "red", "yellow", "striped", "dotted")
 TUNED_ON = ("cross", "triangle", "blue", "green", "checkered")
 METHODS = ("uce", "rece", "speed")
@@ -69,6 +73,59 @@ def summary(concepts: dict) -> dict:
     return result
 
 
+def page(content: dict) -> str:
+    """The results for people."""
+    lines = [
+        "# Edits in closed form",
+        "",
+        "Made by `python benchmarks/edits.py` from `benchmarks/results/`.",
+        "",
+        "`uce`, `rece` and `speed` compute the matrices that read the text states; nothing is trained. With their "
+        "defaults on the bundled world, chosen on " + ", ".join(content["tuned_on"]) + ": the share of images that "
+        "still show the concept, and the retention R with its 95 % interval.",
+        "",
+        "| concept | " + " | ".join(f"{name}: shown | R" for name in METHODS) + " |",
+        "|---|" + "---|---|" * len(METHODS),
+    ]
+    for concept, one in content["concepts"].items():
+        rows = [one["methods"][name] for name in METHODS]
+        cells = [f"{r['shown']:.0%} | {r['retention']:.3f} ({_interval(r['retention_ci95'])})" for r in rows]
+        lines.append(f"| {concept} | {' | '.join(cells)} |")
+    told = content["summary"].values()
+    cells = [
+        f"{one['shown_mean']:.1%} | {one['retention_mean']:.3f}, least {one['retention_least']:.3f}" for one in told
+    ]
+    lines += [f"| mean | {' | '.join(cells)} |", ""]
+    for name in METHODS[1:]:
+        one = content["summary"][name]
+        lines.append(f"`{name}` has the higher R on {one['keeps_more_than_uce']} of {one['concepts']} concepts.")
+    lines.append(
+        "Where intervals overlap, that tells no difference. None of this says how well an attack brings it back."
+    )
+    if COST.is_file():
+        cost = json.loads(COST.read_text())
+        lines += [
+            "",
+            "## Cost",
+            "",
+            f"On the shapes of real models with random weights and {cost['cases'][0]['concepts']} concepts, with "
+            f"{cost['machine']['threads']} threads on {cost['machine']['cores']} cores that did other work too (load "
+            f"{cost['load_average_at_end']:g}): seconds, seconds of all threads together, and memory above that of "
+            "the model. Encoding the prompts is not in it.",
+            "",
+            "| model | method | seconds | core seconds | memory, GiB | of the matrices' own |",
+            "|---|---|---|---|---|---|",
+        ]
+        for one in cost["cases"]:
+            cells = [one["model"], one["method"], one["seconds"], one["core_seconds"], one["peak_above_start_gib"]]
+            lines.append("| " + " | ".join(map(str, cells)) + f" | {one['peak_over_projections']} times |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(ends: list) -> str:
+    return f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", default=",".join(CONCEPTS))
@@ -98,6 +155,7 @@ def main() -> None:
             RESULTS.write_text(json.dumps(content, indent=1) + "\n")
         rows = done[concept]["methods"]
         print(concept, {n: (round(r["shown"], 3), round(r["retention"], 3)) for n, r in rows.items()}, flush=True)
+    PAGE.write_text(page(content))
     print(json.dumps(summary(done), indent=1))
 
 

@@ -75,7 +75,8 @@ def held_out_concept(config: TrainConfig, method: Method, model: Model, concept:
         kinds, per_kind = ("name", "prefix", "short"), 3 if len(words) == 1 else 1
         made = [prompt for word in words for _, prompt in concept_prompts(word, list(kinds), per_kind=per_kind)]
         fit = [prompt for prompt in dict.fromkeys(made) if model.count_tokens(prompt) <= model.max_tokens]
-        forget = fit or list(words)
+        finder = Finder(words)
+        forget = [prompt for prompt in fit if len(words) == 1 or finder.named(prompt)] or list(words)
     if tuple(forget) == concept.forget_prompts:
         return concept
     becomes = _anchors(config, method, model, read_concepts(config.forget))
@@ -109,7 +110,8 @@ def _of_world(model: Model, words: Sequence[str]) -> tuple[list[str], list[str]]
     for word in words:
         own, others = model.world.prompts_to_train(word)
         forget |= dict.fromkeys(own)
-        retain = {prompt: None for prompt in (others if retain is None else retain) if prompt in set(others)}
+        kept = dict.fromkeys(others)
+        retain = kept if retain is None else {prompt: None for prompt in retain if prompt in kept}
     return list(forget), [prompt for prompt in retain or {} if prompt not in forget]
 
 
