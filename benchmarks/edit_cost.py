@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "edit_cost_cpu.json"
@@ -48,13 +49,13 @@ def measure(model: str, name: str, concepts: int, threads: int) -> dict:
     import torch
 
     from fastunlearn.methods import get_method
-    from fastunlearn.methods.recipe import Concept, Weights
+    from fastunlearn.methods.recipe import Concept, Edit, Weights
 
     torch.set_num_threads(threads)
     weights, width = matrices(model), SHAPES[model][1]
     shared = torch.randn(LENGTH, width, generator=torch.Generator().manual_seed(1))  # what all prompts have in common
 
-    def encode(prompts):
+    def encode(prompts: Sequence[str]) -> dict:
         rows = []
         for prompt in prompts:
             generator = torch.Generator().manual_seed(int.from_bytes(prompt.encode()[-6:], "big") + 2)
@@ -70,6 +71,7 @@ def measure(model: str, name: str, concepts: int, threads: int) -> dict:
     )
     torch.linalg.solve(torch.eye(64).double(), torch.linalg.eigh(torch.eye(64).double())[1])  # loads the library
     edit, given, peak = method.recipe(concept), Weights(weights, tuple(weights)), _Peak()
+    assert isinstance(edit, Edit)
     started, used = time.monotonic(), time.process_time()
     with peak:
         new = edit.change(given)
@@ -121,9 +123,18 @@ def main() -> None:
     parser.add_argument("--case", nargs=2)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(measure(*args.case, args.concepts, args.threads)))
+        print(json.dumps(measure(args.case[0], args.case[1], args.concepts, args.threads)))
         return
-    cases = []
+    import torch
+
+    cases: list[dict] = []
+    content = {
+        "command": "python benchmarks/edit_cost.py",
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": args.threads},
+        "torch": torch.__version__,
+        "text_states": {"length": LENGTH, "what": "random, of rank 24 a prompt around one that all share"},
+        "cases": cases,
+    }
     for model in SHAPES:
         for method in METHODS:
             command = [sys.executable, __file__, "--case", model, method]
@@ -131,18 +142,9 @@ def main() -> None:
             environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             cases.append(json.loads(done.stdout))
+            content["load_average_at_end"] = round(os.getloadavg()[0], 2)
+            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
             print({key: cases[-1][key] for key in ("model", "method", "seconds", "peak_over_projections")}, flush=True)
-    import torch
-
-    content = {
-        "command": "python benchmarks/edit_cost.py",
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": args.threads},
-        "torch": torch.__version__,
-        "load_average_at_end": round(os.getloadavg()[0], 2),
-        "text_states": {"length": LENGTH, "what": "random, of rank 24 a prompt around one that all share"},
-        "cases": cases,
-    }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

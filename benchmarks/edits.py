@@ -40,6 +40,9 @@ def measure(concept: str, seeds: int) -> dict:
         rows = {}
         for result in report.results:
             found, record = result.evaluation, runs[result.name].record
+            assert found.erasure is not None
+            assert found.retain is not None
+            assert record is not None
             rows[result.name] = {
                 "shown": found.erasure.shown,
                 "shown_ci95": found.erasure.shown_ci95,
