@@ -128,15 +128,15 @@ def main() -> None:
     import torch
 
     cases: list[dict] = []
-    content = {
+    content: dict[str, object] = {
         "command": "python benchmarks/edit_cost.py",
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": args.threads},
         "torch": torch.__version__,
         "text_states": {"length": LENGTH, "what": "random, of rank 24 a prompt around one that all share"},
         "cases": cases,
     }
-    for model in SHAPES:
-        for method in METHODS:
+    for method in METHODS:
+        for model in SHAPES:
             command = [sys.executable, __file__, "--case", model, method]
             command += ["--concepts", str(args.concepts), "--threads", str(args.threads)]
             environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}

@@ -17,7 +17,7 @@ from fastunlearn.evaluation.inputs import forgotten_by
 from fastunlearn.evaluation.plan import world_groups
 from fastunlearn.judges import Verdicts
 from fastunlearn.methods import get_method
-from fastunlearn.prompts import PromptGroups
+from fastunlearn.prompts import PromptGroups, is_forget
 from fastunlearn.schema import Ancestor, Evaluation, RunRecord
 from fastunlearn.training.concept import make_concept
 from fastunlearn.training.config import TrainConfig
@@ -190,7 +190,13 @@ asked: list[tuple[str, int]] = []
 
 
 def evaluated(models, **settings):
-    settings = {"judge": bright, "metric": MeanDifference(), "noise_shape": NOISE, "forget": "star;red"} | settings
+    settings = {
+        "judge": bright,
+        "metric": MeanDifference(),
+        "noise_shape": NOISE,
+        "forget": "star;red",
+        "trust_judge": True,
+    } | settings
     return evaluate(draw, models, GROUPED, **settings)
 
 
@@ -245,12 +251,13 @@ def test_prompts_ask_for_what_their_group_says_or_for_what_they_name():
 def test_the_worlds_prompts_for_several_concepts():
     groups = world_groups(SHAPES_WORLD, WORDS)
     grouped = dict(groups.grouped())
-    alone = {word: {p: g for p, g in SHAPES_WORLD.prompts_to_evaluate(word) if g != "retain"} for word in WORDS}
+    alone = {word: {p: g for p, g in SHAPES_WORLD.prompts_to_evaluate(word) if is_forget(g)} for word in WORDS}
     assert set(groups.forget) == set(alone["star"]) | set(alone["red"])
     for prompt, group in grouped.items():
         named = [word for word in WORDS if re.search(rf"\b{word}\b", prompt)]
-        assert group == "retain" if not named else group.endswith(" " + " + ".join(named)), prompt
-        assert not named or list(groups.asked[prompt]) == sorted(named, key=prompt.index)
+        assert not is_forget(group) if not named else group.endswith(" " + " + ".join(named)), prompt
+        assert set(groups.asked.get(prompt, ())) == set(named)
+    assert "" in groups.retain
 
 
 def test_the_matrix_of_runs_that_forgot_different_things(cli, tmp_path):

@@ -252,7 +252,7 @@ class Evaluator:
         """Refuse a judge that cannot tell before any model but the original has generated anything."""
         judge, concept = self.plan.judge, self.plan.groups.concept or ""
         assert judge is not None
-        seen = Sides(judge, judged(judge, images, concept, self.plan.original.batch_size), 0).shown(0)
+        seen = Sides(judge, self._judged([*asked, *unasked], images), 0).shown(0)
         asks = np.arange(len(images)) < len(asked)
         check_calibration(judge, concept, calibration(seen, asks, ~asks), "insist with `--trust-judge`")
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..concepts import Finder
 from ..errors import UserError
 from ..judges import load_judge, record_of
 from ..judges.base import Judge, check_concept
@@ -146,13 +147,13 @@ def world_groups(world: World, concepts: str | Sequence[str]) -> PromptGroups:
         concept = concepts if isinstance(concepts, str) else concepts[0]
         return PromptGroups.of(world.prompts_to_evaluate(concept), concept)
     lists = {concept: dict(world.prompts_to_evaluate(concept)) for concept in concepts}
-    grouped = {}
+    finder, grouped = Finder(concepts), {}
     for prompt in dict.fromkeys(prompt for own in lists.values() for prompt in own):
         asking = [concept for concept, own in lists.items() if is_forget(own.get(prompt, ""))]
         if asking:
             grouped[prompt] = f"{lists[asking[0]][prompt]} {' + '.join(asking)}"
-        elif all(prompt in own for own in lists.values()):
-            grouped[prompt] = lists[concepts[0]][prompt]
+        elif not finder.named(prompt):  # what is near one concept may name another
+            grouped[prompt] = next(own[prompt] for own in lists.values() if prompt in own)
     return PromptGroups.of(list(grouped.items()), concepts)
 
 
