@@ -14,6 +14,9 @@ class Reporter:
     def stage(self, name: str) -> None:
         """A stage begins: ``mask``, ``bank``, ``training``, ``evaluation``."""
 
+    def edited(self, facts: Mapping[str, float]) -> None:
+        """An edit in closed form is computed; numbers of it by name, such as its condition number."""
+
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """A step was logged."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .concepts import Finder, title
 from .errors import UserError
 from .files.prompt_files import SUFFIXES, PromptRow, read_prompt_file
 
@@ -26,11 +28,11 @@ class PromptList:
     kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_prompts(value: str, concept: str | None = None) -> PromptList:
+def read_prompts(value: str, concept: str | Sequence[str] | None = None) -> PromptList:
     """``FILE`` (see :mod:`.files.prompt_files`) or ``TEXT;TEXT``.  A prompt without a group is of ``retain``.
 
     The prompt may be empty in the group ``empty``: what a model generates without being asked for anything.
-    ``concept``: whose prompts to take from a file that has them for many.
+    ``concept``: whose prompts, one concept's or several's, to take from a file that has them for many.
 
     Raises UserError for a file that cannot be read, or is not there, and where there is no prompt.
     """
@@ -41,22 +43,24 @@ def read_prompts(value: str, concept: str | None = None) -> PromptList:
     return _once(_of_concept(table.rows, value, concept), value, tuple(table.notes))
 
 
-def _of_concept(rows: Sequence[PromptRow], value: str, concept: str | None) -> Sequence[PromptRow]:
-    """The rows for the concept, where rows say for which they are; else all."""
+def _of_concept(rows: Sequence[PromptRow], value: str, concept: str | Sequence[str] | None) -> Sequence[PromptRow]:
+    """The rows for the concepts, where rows say for which they are; else all."""
     if not any(row.concept for row in rows):
         return rows
 
     def plain(name: str) -> str:  # such files write andy-warhol and baseballbat
         return re.sub(r"[\W_]+", "", name).casefold()
 
-    if mine := [row for row in rows if concept is not None and plain(row.concept) == plain(concept)]:
+    wanted_names = {plain(one) for one in ([concept] if isinstance(concept, str) else concept or ())}
+    if mine := [row for row in rows if plain(row.concept) in wanted_names]:
         return mine
     names = list(dict.fromkeys(row.concept for row in rows))
-    wanted = "say which" if concept is None else f"{concept!r} is none of them"
+    told = concept if isinstance(concept, str) else title(concept or ())
+    wanted = f"{told!r} is none of them" if told else "say which"
     raise UserError(f"{value!r} holds prompts for {len(names)} concepts, {', '.join(names[:4])}, ...: {wanted}.")
 
 
-def parse_prompts(value: str, *, to_forget: bool = False, concept: str | None = None) -> list[str]:
+def parse_prompts(value: str, *, to_forget: bool = False, concept: str | Sequence[str] | None = None) -> list[str]:
     """The prompts of :func:`read_prompts`.
 
     Where some of them are of a group to forget and others are not, only those that ``to_forget`` says, so that one
@@ -160,9 +164,9 @@ def is_forget(group: str) -> bool:
 class PromptGroups:
     """The prompts of an evaluation.
 
-    ``concept`` is the forgotten word, if there is one to judge erasure by.  ``names`` gives a prompt's group where that
-    is not simply ``forget`` or ``retain``; ``seeds`` its seeds, where the user gave them.  ``notes``: how the file was
-    read, for people.
+    ``concept`` is the forgotten word, if there is one to judge erasure by; of several their title.  ``names`` gives a
+    prompt's group where that is not simply ``forget`` or ``retain``; ``seeds`` its seeds, where the user gave them.
+    ``notes``: how the file was read, for people.  ``concepts``: the forgotten words, one by one.
     """
 
     forget: tuple[str, ...]
@@ -171,8 +175,11 @@ class PromptGroups:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seeds: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.concept is not None and not self.concepts:
+            object.__setattr__(self, "concepts", (self.concept,))
         if len(self.retain) < 2:
             raise UserError(
                 "integrity is measured on at least 2 retain prompts: give more, or mark them so in the column `group`."
@@ -180,17 +187,34 @@ class PromptGroups:
         check_disjoint(self.forget, self.retain)
 
     @classmethod
-    def of(cls, grouped: Sequence[tuple[str, str]], concept: str | None) -> PromptGroups:
-        """From (prompt, group)."""
+    def of(cls, grouped: Sequence[tuple[str, str]], concept: str | Sequence[str] | None) -> PromptGroups:
+        """From (prompt, group), for a concept or several."""
         return cls.of_list(PromptList(list(grouped)), concept)
 
     @classmethod
-    def of_list(cls, read: PromptList, concept: str | None) -> PromptGroups:
+    def of_list(cls, read: PromptList, concept: str | Sequence[str] | None) -> PromptGroups:
         """From what was read from a file or a text."""
+        concepts = (concept,) if isinstance(concept, str) else tuple(concept or ())
         grouped = read.grouped
         forget = tuple(prompt for prompt, group in grouped if is_forget(group))
         retain = tuple(prompt for prompt, group in grouped if not is_forget(group))
-        return cls(forget, retain, concept, dict(grouped), read.seeds, read.notes)
+        return cls(forget, retain, title(concepts) or None, dict(grouped), read.seeds, read.notes, concepts)
+
+    @functools.cached_property
+    def asked(self) -> Mapping[str, tuple[str, ...]]:
+        """The concepts that each prompt to forget asks for: those of its group's name, else those that it names.
+
+        A group is of a concept if its name ends in it, as ``forget Van Gogh`` does.  Where there is one concept, every
+        such prompt asks for it.
+        """
+        if len(self.concepts) < 2:
+            return dict.fromkeys(self.forget, self.concepts)
+        finder, known = Finder(self.concepts), {concept.lower(): concept for concept in self.concepts}
+        endings = {prompt: self.names.get(prompt, "").lower().partition(" ")[2] for prompt in self.forget}
+        return {
+            prompt: (known[ending],) if (ending := endings[prompt]) in known else tuple(finder.named(prompt))
+            for prompt in self.forget
+        }
 
     def grouped(self) -> list[tuple[str, str]]:
         """(prompt, group), sorted by prompt, so that the order they were given in changes nothing."""

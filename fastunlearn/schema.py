@@ -130,6 +130,25 @@ class Erasure:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ConceptShares:
+    """Of several concepts one: the images that were asked for with it and with no other of them.
+
+    ``forgotten``: whether this model is to have forgotten it; a row of the matrix "erase i, look at j" is one model's.
+    ``distance``: the mean of the pairs.  Where there is no judge, or no such image, the shares are None.
+    """
+
+    forgotten: bool
+    n_images: int
+    shown: Share | None
+    shown_ci95: Shares | None
+    shown_original: Share | None
+    shown_original_ci95: Shares | None
+    valid: Share | None
+    distance: float | None
+    distance_ci95: Interval | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attribute:
     """What the judge says of one attribute of the retain images.
 
@@ -280,6 +299,7 @@ class Evaluation(Record):
 
     ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
     ``is_reconstruction``: the method is made after a paper whose full text was not at hand.
+    ``concept``: the concept, or the title of several; then ``concepts`` has a part for each of them.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -294,6 +314,7 @@ class Evaluation(Record):
     calibration: Calibration | None = None
     integrity: Integrity
     erasure: Erasure | None
+    concepts: dict[str, ConceptShares] | None = dataclasses.field(default=None, metadata=OMITTED)
     retain: Retain | None
     groups: dict[str, Group]
     controls: Controls
@@ -363,8 +384,23 @@ class AdapterRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """A run whose result a later run started from."""
+
+    method: str
+    concepts: tuple[str, ...]
+    hashes: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
-    """run.json: what a training was of, with what it was made, and what it made."""
+    """run.json: what a training was of, with what it was made, and what it made.
+
+    ``concept``: the concept, or the title of several; ``concepts``: each of them.  ``ancestors``: the runs that its
+    model is the result of, the first one first.
+    ``edit``: of a method in closed form, numbers by name: ``matrices`` that it changed, the largest ``condition``
+    number of those that it solved with, and what the method adds.
+    """
 
     kind: ClassVar[str] = "run"
     command: ClassVar[str] = "train"
@@ -384,6 +420,14 @@ class RunRecord(Record):
     seconds: dict[str, float]
     ending: Ending | None = None
     adapter: AdapterRecord | None = dataclasses.field(default=None, metadata=OMITTED)
+    edit: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+    concepts: tuple[str, ...] = ()
+    ancestors: tuple[Ancestor, ...] = ()
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """What the run was to forget, one by one."""
+        return self.concepts or (self.concept,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ TRAIN = (
     "--steps",
     "1",
 )
+FORGET = ("train", "--output", "{new}", "--trajectories", "1", "--trajectory-steps", "2", "--steps", "1", "--forget")
 EVALUATE = ("evaluate", "--original", "shapes", "--unlearned", "{run}", "--output", "{new}", "--device", "cpu")
 IMAGES = ("evaluate-images", "--original-images", "{before}", "--unlearned-images", "{after}", "--metric", "shapes")
 IMAGES = (*IMAGES, "--output", "{new}")
@@ -95,6 +96,45 @@ SETTINGS = {
 CONCEPTS = {
     "an empty concept": (["train", "--forget", " ", "--output", "{new}"], "`--forget` is empty"),
     "a concept the world lacks": (["train", "--forget", "dog", "--output", "{new}"], "does not know the concept 'dog'"),
+    "several concepts and one that the world lacks": ([*FORGET, "star;dog"], "does not know the concept 'dog'"),
+    "a list of no concept": ([*FORGET, " ; "], "names no concept"),
+    "a file of concepts that is not there": ([*FORGET, "none.csv"], "concept file 'none.csv' does not exist"),
+    "a file of concepts without the column": ([*FORGET, "{files}/words.csv"], "must have one column `concept`"),
+    "a file of concepts that is no JSON": ([*FORGET, "{files}/broken.json"], "concept file .* is no JSON"),
+    "a file of concepts that is binary": ([*FORGET, "{files}/anchors.txt"], "concept file .* is not UTF-8 text"),
+    "a concept with two anchors": ([*FORGET, "{files}/twice.csv"], "names 'Star' twice, with different anchors"),
+    "concepts that are each other's anchors": (
+        [*FORGET, "{files}/circle.csv"],
+        "anchor 'a ring' of 'star' names 'ring', which is to be forgotten too",
+    ),
+    "an anchor that is another concept": (
+        [*FORGET, "star;ring", "--anchor", "ring"],
+        "anchor 'ring' of 'star' names 'ring'",
+    ),
+    "anchors for some concepts": (
+        [*FORGET, "star;ring;heart", "--anchor", "cross;square"],
+        "names 2 texts for 3 concepts",
+    ),
+    "an anchor of no tokens": ([*TRAIN, "--anchor", "<|endoftext|>"], "turns the anchor '<.endoftext.>' into nothing"),
+    "every concept of a kind": (
+        [*FORGET, "plain;striped;checkered;dotted;gradient"],
+        "every background of the bundled model is to be forgotten",
+    ),
+    "anchors for a method without": ([*FORGET, "{files}/circle.csv", "--method", "neggrad"], "the column `anchor` out"),
+    "a concept that is kept": ([*FORGET, "star;ring", "--retain-prompts", "ring;a heart"], "also retain prompts"),
+    "a forget prompt of none of the concepts": (
+        [*FORGET, "star;ring", "--forget-prompts", "a star;a heart"],
+        "'a heart' names none of the 2 concepts",
+    ),
+    "an edit that means nothing": (
+        [*TRAIN[:-2], "--method", "uce", "--set", "ridge=1e-300", "--retain-weight", "0", "--forget-prompts", "star"],
+        "ill-conditioned: its matrix has the condition number",
+    ),
+    "a null space of nothing": (
+        [*TRAIN[:-2], "--method", "speed", "--set", "null_below=1e-300"],
+        "speed has nothing left to change",
+    ),
+    "a run of a delta as a model": ([*TRAIN, "--model", "{delta}"], "is a run that saved a delta"),
     "an unknown method": ([*TRAIN, "--method", "erase"], "unknown method 'erase'"),
     "an anchor that is the concept": ([*TRAIN, "--anchor", "STAR"], "leaves the forget prompt"),
     "an anchor for a method without": ([*TRAIN, "--method", "neggrad", "--anchor", "ring"], "takes no `--anchor`"),
@@ -217,7 +257,10 @@ MODELS = {
     "more steps than the sampler has": ([*EVALUATE, "--num-inference-steps", "1001"], "1000"),
     "an original that is none": ([*EVALUATE, "--original", "sd99"], "unknown model 'sd99'"),
     "an unlearned model that is none": ([*EVALUATE, "--unlearned", "sd99"], "unknown model 'sd99'"),
-    "runs of different concepts": ([*EVALUATE, "--unlearned", "{other}"], "forgot different things"),
+    "a concept that one of the runs forgot and the judge lacks": (
+        [*EVALUATE, "--forget", "star;dog"],
+        "does not know the concept 'dog'",
+    ),
     "no word of the concept": (
         ["evaluate", "--original", "shapes", "--unlearned", "shapes", "--output", "{new}"],
         "Name it with `--forget`",
@@ -448,6 +491,9 @@ FILES = {
     "model.ckpt": b"\x80",
     "models--x--y/snapshots/none": "",
     "broken.json": '["a"',
+    "anchors.txt": b"caf\xe9 \xff",
+    "twice.csv": "concept,anchor\nstar,ring\nStar,heart\n",
+    "circle.csv": "concept,anchor\nstar,a ring\nring,a star\n",
     "broken.jsonl": '"a"\n{"b"\n',
     "number.json": "5",
     "deep.json": '{"a": {"b": ["c"]}}',
@@ -638,7 +684,7 @@ def workbench(tmp_path_factory):
 
 def placed(word, root):
     names = {"new": root / "new", "run": root / "run", "files": root / "files", "other": root / "other"}
-    names |= {name: root / name for name in ("before", "after", "evaluation", "evaluation2")}
+    names |= {name: root / name for name in ("delta", "before", "after", "evaluation", "evaluation2")}
     word = word.replace("{run}/delta.safetensors", str(root / "files" / "star.delta.safetensors"))
     word = re.sub(r"\{(model|images|adapter):(\w+)\}", lambda found: str(root / f"{found[1]}-{found[2]}"), word)
     return re.sub(r"\{(\w+)\}", lambda found: str(names[found[1]]), word)

@@ -39,7 +39,7 @@ from fastunlearn.models.families import all_families, family_of
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.training.bank import build_bank, plan_bank
-from fastunlearn.training.edit import text_matrices
+from fastunlearn.training.edit import pooled_inputs, text_layers, text_matrices
 from fastunlearn.training.plan import plan_lines, plan_training
 from fastunlearn.training.selection import select_parameters
 
@@ -236,15 +236,21 @@ def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(fo
     assert not torch.equal(ours, images_of_diffusers(folder))
 
 
-EDITED = {"sd1 DDIM": "cross-attention-kv", "sdxl": "cross-attention-kv", "pixart sigma": "all"}
+EDITED = {"sd1 DDIM": "cross-attention-kv", "sdxl": "cross-attention-kv", "pixart sigma": "all", "sana": "all"}
+EDITED |= {"sd3.5": "all", "flux dev": "all", "lumina2": "all", "auraflow": "all"}
+EDITS = [(case, "uce") for case in EDITED] + [("flux dev", "rece"), ("lumina2", "speed")]
+EDITS += [slow_case(case, name) for case in EDITED for name in ("rece", "speed") if (case, name) not in EDITS]
 
 
-@pytest.mark.parametrize("case", EDITED)
-def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder_of, tmp_path, case):
-    """Which weights these are is found by one forward: PixArt's text goes through a projection of its own."""
+@pytest.mark.parametrize(("case", "method"), EDITS)
+def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder_of, tmp_path, case, method):
+    """Which weights these are is found by one forward: PixArt's text goes through a projection of its own, and Lumina's
+    through a norm first.  Biases stay."""
     folder = folder_of(case)
     settings = {"steps": None, "learning_rate": None, "trainable": EDITED[case]}
-    unlearn(settings_of(folder, tmp_path / "run", "uce", **settings))
+    if method == "speed":  # tiny models have few dimensions
+        settings["options"] = {"null_below": 0.9, "invariant_directions": 0}
+    unlearn(settings_of(folder, tmp_path / "run", method, **settings))
     result = tmp_path / "run" / "model"
     model = load_model(str(result), "cpu")
     (weights,) = {path.relative_to(result) for path in (result / model.denoiser_folder).glob("*.safetensors")}
@@ -254,6 +260,22 @@ def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder
     ours = images_of(model)
     assert_same(ours, images_of_diffusers(result))
     assert not torch.equal(ours, images_of_diffusers(folder))
+
+
+def test_an_edit_sees_the_states_as_a_layer_reads_them_and_says_what_it_cannot_see(folder_of):
+    """Lumina's text goes through a norm; SDXL, SD3 and FLUX have a pooled vector beside the states."""
+    lumina = load_model(str(folder_of("lumina2")), "cpu")
+    ((name, norm),) = text_layers(lumina).items()
+    layer, given = lumina.denoiser.get_submodule(name.removesuffix(".weight")), []
+    hook = layer.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
+    conditions = lumina.encode(["a dog"]).tensors
+    lumina.predict(torch.zeros(1, *lumina.latent_shape), torch.tensor([500.0]), conditions)
+    hook.remove()
+    torch.testing.assert_close(norm(conditions["encoder_hidden_states"]), given[0])
+    pooled = {
+        case: pooled_inputs(load_model(str(folder_of(case)), "cpu"), "a dog") for case in ("sdxl", "sd3.5", "sana")
+    }
+    assert pooled == {"sdxl": ["text_embeds"], "sd3.5": ["pooled_projections"], "sana": []}
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------

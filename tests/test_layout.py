@@ -89,7 +89,8 @@ def test_the_kernels_know_nothing_of_the_engine():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("fastunlearn.methods.")])
 def test_a_method_knows_the_recipe_and_little_else(name):
-    known = {"fastunlearn.methods.recipe", "fastunlearn.methods.rules", "fastunlearn.methods", "fastunlearn.errors"}
+    shared = {"fastunlearn.methods.recipe", "fastunlearn.methods.rules", "fastunlearn.methods.closed_form"}
+    known = {*shared, "fastunlearn.methods", "fastunlearn.errors"}
     assert ours(ALL[name]) <= known
     assert not tops(AT_IMPORT[name]) & HEAVY
     assert tops(ALL[name]) & HEAVY <= {"torch"}, "an edit is linear algebra"
@@ -172,12 +173,13 @@ def test_nothing_imports_the_command_line():
 #: What each file or folder of the package may import of it, at any time: the plan of the house, from the ground up.
 GROUND = {"errors", "batching", "config", "distributed", "files", "plugins", "progress"}
 SAID = {*GROUND, "record", "schema"}
-WORDS = {*SAID, "worlds", "prompts", "concept_prompts", "methods", "models"}
+WORDS = {*SAID, "worlds", "prompts", "concepts", "concept_prompts", "methods", "models"}
 DIRECTIONS = {
     **{"errors": set(), "batching": set(), "progress": set()},
     **{name: {"errors"} for name in ("config", "distributed", "files", "plugins", "worlds")},
-    "prompts": {"errors", "files"},
+    "prompts": {"errors", "files", "concepts"},
     "concept_prompts": {"errors"},
+    "concepts": {"errors", "files"},
     "record": {"errors", "files"},
     "schema": {"errors", "record"},
     "methods": {"errors", "config", "plugins"},
@@ -219,7 +221,7 @@ def test_the_plan_names_no_wing_that_is_not_there_and_has_no_cycle():
 
 
 #: What importing a public name may load of the package, beside the ground; and whether it may load torch.
-NUMBERS = {"worlds", "prompts", "methods", "models", "metrics", "judges", "record", "schema"}
+NUMBERS = {"worlds", "prompts", "concepts", "methods", "models", "metrics", "judges", "record", "schema"}
 LOADS = {
     **{name: (set(), False) for name in ("Reporter", "UserError")},
     **{name: ({"evaluation", "models"}, False) for name in ("EvaluateConfig", "EvaluateImagesConfig")},

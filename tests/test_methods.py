@@ -12,8 +12,9 @@ from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edi
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
-NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "uce", "placebo", "identity")
+NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "uce", "rece", "speed", "placebo", "identity")
 FAMILIES = ("shapes", "stable-diffusion")
+OWNERS = [("negative_guidance", "esd"), ("kappa", "saddle"), ("attack_ridge", "rece"), ("null_below", "speed")]
 
 
 def concept(name, family="shapes", options=None, **settings):
@@ -88,6 +89,8 @@ def test_which_methods_take_an_anchor():
         "salun": "needed",
         "neggrad": "none",
         "uce": "needed",
+        "rece": "needed",
+        "speed": "needed",
         "placebo": "none",
         "identity": "none",
     }
@@ -164,7 +167,7 @@ def test_defaults_are_settings_that_a_user_could_give(name, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle"), ("ridge", "uce")])
+@pytest.mark.parametrize(("setting", "owner"), OWNERS)
 def test_a_methods_own_option_belongs_to_it_alone(setting, owner, family):
     having = [m.name for m in all_methods().values() if hasattr(m.defaults_for(family).options, setting)]
     assert having == [owner]

@@ -66,6 +66,11 @@ class Console(Reporter):
     def stage(self, name: str) -> None:
         self.task, self.begun, self.left = None, time.monotonic(), None
 
+    def edited(self, facts: Mapping[str, float]) -> None:
+        if self.plans and facts:
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in facts.items())
+            self.out.print(f"edited      {told}")
+
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         note = f"loss {metrics['loss']:.4g}  {metrics['steps_per_second']:.1f} steps/s"
         self.left = metrics.get("residual", self.left)
@@ -134,7 +139,7 @@ def table(evaluations: Sequence[Evaluation]) -> None:
     attributes = list(first.retain.attributes) if first.retain else []
     columns = ["model"]
     if first.erasure:
-        columns += [f"{first.erasure.concept} shown", "valid"]
+        columns += [f"{first.concept} shown", "valid"]
     columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in (*columns, "retention R", "95 % interval", "R color", "distance"):
@@ -158,8 +163,25 @@ def table(evaluations: Sequence[Evaluation]) -> None:
         grid.add_row(*cells)
     out = terminal(width=110)
     out.print(grid)
+    if first.concepts:
+        out.print(_concepts(evaluations))
     if first.judge:
         out.print(f"judge: {first.judge.name}, shown from a score of {first.judge.threshold:g} on")
+
+
+def _concepts(evaluations: Sequence[Evaluation]) -> Table:
+    """Several concepts, a line each: how much is still shown of it; a star marks what a model was to forget."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("concept", "before", *(evaluation.name for evaluation in evaluations)):
+        grid.add_column(name, justify="left" if name == "concept" else "right")
+    for concept, first in (evaluations[0].concepts or {}).items():
+        cells = []
+        for evaluation in evaluations:
+            one = (evaluation.concepts or {})[concept]
+            interval = " to ".join(_share(end) for end in one.shown_ci95) if one.shown_ci95 else ""
+            cells.append(f"{_share(one.shown)}{'*' * one.forgotten} {interval}".strip())
+        grid.add_row(concept, _share(first.shown_original), *cells)
+    return grid
 
 
 def _share(value: float | None) -> str:

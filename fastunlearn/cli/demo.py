@@ -82,7 +82,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
             SamplerSpec(),
             placebo="placebo",
             judge=judge,
-            describe={method: describe_run(run) for method, run in runs.items()},
+            describe={method: describe_run(run, [CONCEPT]) for method, run in runs.items()},
             on_progress=reporter.scoring,
         )
         write_results(folder, EvaluationReport(result, groups, placebo="placebo", unseen=True))

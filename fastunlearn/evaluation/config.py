@@ -27,7 +27,9 @@ class EvaluateConfig(ModelOptions):
     placebo: str | None = setting(
         "the pipeline of the same training without the forgetting part, as a control", None, path=True
     )
-    forget: str | None = setting("the forgotten concept; default: what the unlearned run's record says", None)
+    forget: str | None = setting(
+        "the forgotten concept, or several as in `train`; default: what the unlearned runs' records say", None
+    )
     judge: str | None = setting(
         "who says whether an image shows the concept: NAME or NAME:OPTION (`fastunlearn judges`), or none; default: "
         "the bundled model's, and none for other models",

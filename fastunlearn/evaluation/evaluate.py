@@ -25,6 +25,7 @@ from .generators import as_source
 from .inputs import (
     check_runs,
     description,
+    forgotten_by,
     image_cache,
     is_name,
     judge_of,
@@ -133,7 +134,8 @@ def evaluate(
             )
             for name, model in models.items()
         }
-        groups = prompt_groups(prompts, forget, models, runs, source.world)
+        forgotten = {name: forgotten_by(run, source.content()) for name, run in runs.items()}
+        groups = prompt_groups(prompts, forget, models, forgotten, source.world)
         plan = Plan(
             source,
             sources,
@@ -179,7 +181,10 @@ def evaluate(
             scores = PairScores.merge(list(journal.batches()))
         if scores.keys != plan.keys():
             raise UserError(f"{len(scores.keys)} of {len(plan.keys())} pairs were recorded. Use `--resume`.")
-        describe = {name: description(name, model, runs[name], groups, placebo_name) for name, model in models.items()}
+        describe = {
+            name: description(name, model, runs[name], groups, placebo_name, forgotten[name])
+            for name, model in models.items()
+        }
         report = EvaluationReport(evaluator.conclude(scores, describe), groups, placebo=plan.placebo)
         if images and images.rejected:
             reporter.note(f"{images.rejected} entries of the cache were damaged or foreign and were made anew")

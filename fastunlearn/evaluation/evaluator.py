@@ -18,7 +18,7 @@ import torch
 
 from ..batching import chunks, filled, filled_tensor
 from ..errors import UserError
-from ..judges.base import Judge, Judged, judged
+from ..judges.base import Judge, Judged, judged, judged_for
 from ..metrics.color import ColorDistance
 from ..metrics.distances import Distance
 from ..models.base import Model
@@ -205,9 +205,7 @@ class Evaluator:
             colors[0, list(kept)] = _COLOR.distance(original[list(kept)], images).numpy()
         verdicts = None
         if plan.judge is not None:
-            concept, size = plan.groups.concept or "", plan.original.batch_size
-            sides = [judged(plan.judge, side, concept, size) for side in (original, *generated)]
-            verdicts = Judged.joined(sides, axis=0)
+            verdicts = Judged.joined([self._judged(chunk, side) for side in (original, *generated)], axis=0)
         rows = {metric.name: self._measure(metric, chunk, original, generated) for metric in plan.metrics}
         scores = PairScores(list(chunk), redrawn, distances, colors, verdicts, rows)
         _check_finite(scores, list(plan.unlearned))
@@ -219,6 +217,14 @@ class Evaluator:
                 self._kept_images[key] = pair
                 self._kept_bytes += sum(image.numel() + _TENSOR_BYTES for image in (pair[0], *pair[1]))
         return scores
+
+    def _judged(self, chunk: Sequence[Key], images: torch.Tensor) -> Judged:
+        """One side.  Of several concepts, an image is looked at for those that its prompt asks for, or else for all."""
+        judge, groups, size = self.plan.judge, self.plan.groups, self.plan.original.batch_size
+        assert judge is not None
+        if len(groups.concepts) < 2:
+            return judged(judge, images, groups.concept or "", size)
+        return judged_for(judge, images, [groups.asked.get(prompt) or groups.concepts for prompt, _ in chunk], size)
 
     def _measure(
         self, metric: Metric, chunk: Sequence[Key], original: torch.Tensor, generated: Sequence[torch.Tensor]
@@ -246,7 +252,7 @@ class Evaluator:
         """Refuse a judge that cannot tell before any model but the original has generated anything."""
         judge, concept = self.plan.judge, self.plan.groups.concept or ""
         assert judge is not None
-        seen = Sides(judge, judged(judge, images, concept, self.plan.original.batch_size), 0).shown(0)
+        seen = Sides(judge, self._judged([*asked, *unasked], images), 0).shown(0)
         asks = np.arange(len(images)) < len(asked)
         check_calibration(judge, concept, calibration(seen, asks, ~asks), "insist with `--trust-judge`")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import prompts as prompt_lists
+from ..concepts import read_concepts
 from ..errors import UserError
 from ..files.run_folder import RECORD
 from ..judges import Judge, as_judge, load_judge
@@ -43,8 +44,9 @@ def named_models(unlearned: Any, placebo: Any = None) -> tuple[dict[str, Any], s
     else:
         models = list(unlearned) if isinstance(unlearned, list | tuple) else [unlearned]
         labels = [_label(model) for model in models]
-        for index, (model, label) in enumerate(zip(models, list(labels), strict=True)):
-            if labels.count(label) > 1 and is_name(model):
+        given = list(labels)
+        for index, (model, label) in enumerate(zip(models, given, strict=True)):
+            if given.count(label) > 1 and is_name(model):
                 path = Path(model).expanduser().resolve()
                 labels[index] = (path.parent if path.name == "model" else path).name
     if not models:
@@ -144,26 +146,51 @@ def check_runs(runs: Mapping[str, RunRecord | None], sources: Mapping[str, Sourc
 
 
 def description(
-    name: str, model: Any, run: RunRecord | None, groups: PromptGroups, placebo: str | None
+    name: str,
+    model: Any,
+    run: RunRecord | None,
+    groups: PromptGroups,
+    placebo: str | None,
+    forgotten: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a model's result says of how it was made."""
+    """What a model's result says of how it was made; ``forgotten``: what its run was to forget."""
     method = "placebo" if name == placebo else run.method if run else _gold(model) or name
     known = {"method": method, "is_reconstruction": run is not None and name != placebo and run.is_reconstruction}
+    if forgotten and len(groups.concepts) > 1:
+        mine = {concept.lower() for concept in forgotten}
+        known["forgotten"] = tuple(one for one in groups.concepts if one.lower() in mine) or groups.concepts
     return known | {"concept": groups.concept or "the concept"}
+
+
+def forgotten_by(run: RunRecord | None, original: str | None) -> tuple[str, ...]:
+    """What a run's model was to forget since it was the model whose files have the hash ``original``, one by one.
+
+    A run on a run has forgotten what both were to forget, unless the original is the first one's result.
+    """
+    if run is None:
+        return ()
+    forgotten, start = list(run.forgotten), run.hashes["original"]
+    for ancestor in reversed(run.ancestors):
+        if start == original:
+            break
+        forgotten[:0] = ancestor.concepts
+        start = ancestor.hashes["original"]
+    return tuple(dict.fromkeys(forgotten))
 
 
 def prompt_groups(
     given: Any,
     forget: str | None,
     models: Mapping[str, Any],
-    runs: Mapping[str, RunRecord | None],
+    forgotten: Mapping[str, Sequence[str]],
     world: World | None,
 ) -> PromptGroups:
-    """The prompts and the concept: ``forget``, or what the runs say that they forgot."""
-    forgotten = sorted({run.concept for run in runs.values() if run})
-    if forget is None and len(forgotten) > 1:
-        raise UserError(f"the runs forgot different things ({', '.join(forgotten)}). Evaluate each alone.")
-    concept = forget or next(iter(forgotten), None)
+    """The prompts and the concepts: those of ``forget``, or all that the runs, by name, say that they forgot."""
+    if forget is not None:
+        concepts = [one.concept for one in read_concepts(forget)]
+    else:
+        concepts = list({one.lower(): one for own in forgotten.values() for one in own}.values())
+    concept = concepts or None
     if given is not None and not isinstance(given, str | Path):
         return PromptGroups.of(prompt_lists.check_grouped_prompts(given), concept)
     asked = world if given is None else get_world(str(given))

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..concepts import Finder
 from ..errors import UserError
 from ..judges import load_judge, record_of
 from ..judges.base import Judge, check_concept
@@ -50,7 +51,8 @@ class Plan:
         if self.judge is not None:
             if self.groups.concept is None:
                 raise UserError(f"the judge {self.judge.name} looks for a concept: name it with `--forget`.")
-            check_concept(self.judge, self.groups.concept)
+            for concept in self.groups.concepts:
+                check_concept(self.judge, concept)
 
     @functools.cached_property
     def grouped(self) -> list[tuple[str, str]]:
@@ -85,10 +87,18 @@ class Plan:
     def notes(self) -> list[str]:
         """What a reader of the result should know of the prompts."""
         notes, kept = list(self.groups.notes), [prompt for prompt, group in self.grouped if not is_forget(group)]
-        if named := mentions(kept, self.groups.concept):
+        if named := [prompt for prompt in kept if any(mentions([prompt], one) for one in self.groups.concepts)]:
             notes.append(
                 f"{len(named)} of {len(kept)} prompts to keep name “{self.groups.concept}”, for example {named[0]!r}: "
                 "they count as kept, not as erased."
+            )
+        if lost := [
+            prompt for prompt, asked in self.groups.asked.items() if len(self.groups.concepts) > 1 and not asked
+        ]:
+            notes.append(
+                f"{len(lost)} prompts to forget name none of the {len(self.groups.concepts)} concepts, for example "
+                f"{lost[0]!r}: they count in the whole alone. A group such as `forget {self.groups.concepts[0]}` says "
+                "which concept a prompt asks for."
             )
         if isinstance(self.original, PipelineSource):
             prompts = [prompt for prompt, _ in self.grouped]
@@ -107,6 +117,7 @@ class Plan:
             "placebo": self.placebo,
             "prompts": self.grouped,
             "concept": self.groups.concept,
+            "concepts": list(self.groups.concepts),
             "seeds_per_prompt": self.seeds_per_prompt,
             "seeds": sorted(self.groups.seeds.items()),
             "metric": self.metric.metric,
@@ -127,12 +138,26 @@ class Plan:
         }
 
 
-def world_groups(world: World, concept: str) -> PromptGroups:
-    """A bundled world's evaluation prompts for a concept; no training of ours sees them."""
-    return PromptGroups.of(world.prompts_to_evaluate(concept), concept)
+def world_groups(world: World, concepts: str | Sequence[str]) -> PromptGroups:
+    """A bundled world's evaluation prompts for a concept, or several; no training of ours sees them.
+
+    Of several, those that ask for one are in a group of its name, and what asks for none of them is kept.
+    """
+    if isinstance(concepts, str) or len(concepts) == 1:
+        concept = concepts if isinstance(concepts, str) else concepts[0]
+        return PromptGroups.of(world.prompts_to_evaluate(concept), concept)
+    lists = {concept: dict(world.prompts_to_evaluate(concept)) for concept in concepts}
+    finder, grouped = Finder(concepts), {}
+    for prompt in dict.fromkeys(prompt for own in lists.values() for prompt in own):
+        asking = [concept for concept, own in lists.items() if is_forget(own.get(prompt, ""))]
+        if asking:
+            grouped[prompt] = f"{lists[asking[0]][prompt]} {' + '.join(asking)}"
+        elif not finder.named(prompt):  # what is near one concept may name another
+            grouped[prompt] = next(own[prompt] for own in lists.values() if prompt in own)
+    return PromptGroups.of(list(grouped.items()), concepts)
 
 
-def file_groups(value: str, concept: str | None) -> PromptGroups:
+def file_groups(value: str, concept: str | Sequence[str] | None) -> PromptGroups:
     """Prompts from a file or text; groups named ``forget...`` ask for the concept, all others are to be kept."""
     return PromptGroups.of_list(read_prompts(value, concept), concept)
 

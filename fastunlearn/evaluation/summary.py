@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import schema
+from ..concepts import title
 from ..judges.base import Judge, record_of
 from ..metrics.color import ColorDistance
 from ..metrics.statistics import Estimate, clustered_mean, clustered_share, difference, quantiles, retention, wilson
@@ -71,20 +72,27 @@ def summarize_model(
     """evaluation.json for one model of ``scores``, everything from the scores in key order.
 
     ``placebo``: which of the models is the placebo.  ``metric``: the name of the distance.  ``metrics``: results of the
-    further ones.  ``described``: ``name``, ``method``, ``concept``, ``model``, perhaps ``is_reconstruction``.
+    further ones.  ``described``: ``name``, ``method``, ``concept``, ``model``, perhaps ``is_reconstruction``, and of
+    several concepts perhaps ``forgotten``, those that this model is to have forgotten, all unless it says.
     """
+    described = dict(described)
+    forgotten = described.pop("forgotten", groups.concepts)
     names, prompts = dict(groups.grouped()), [prompt for prompt, _ in scores.keys]
     group_of = np.array([names[prompt] for prompt in prompts])
     kept = np.array([not is_forget(names[prompt]) for prompt in prompts])
     thresholds = _thresholds(scores, kept, ladder, placebo)
     sides = Sides(judge, scores.judged, model) if judge is not None and scores.judged is not None else None
+    several = len(groups.concepts) > 1
+    # Of several concepts a model answers for its own.
+    own = ~kept & np.array([set(groups.asked.get(p) or groups.concepts) <= set(forgotten) for p in prompts])
     redrawn = clustered_mean(scores.redrawn[kept], _prompts_of(scores, kept))
     return schema.Evaluation(
         **described,
         integrity=_integrity(scores, model, kept, ladder, thresholds, placebo, metric),
         judge=record_of(judge) if judge is not None else None,
         calibration=calibrated(sides, prompts, ~kept, groups.concept) if sides else None,
-        erasure=erasure_of(sides, ~kept, groups.concept) if sides and groups.concept and not kept.all() else None,
+        erasure=erasure_of(sides, own, title(forgotten)) if sides and groups.concepts and own.any() else None,
+        concepts=_concepts(scores, model, groups, sides, forgotten) if several else None,
         retain=retained(sides, kept, prompts) if sides else None,
         groups={
             str(name): _group(scores, model, group_of == name, ladder, thresholds, sides)
@@ -254,3 +262,28 @@ def _mean(distances: npt.NDArray[np.float32], keys: Sequence[tuple[str, int]]) -
 
 def _prompts_of(scores: PairScores, where: Mask) -> list[str]:
     return [scores.keys[index][0] for index in np.flatnonzero(where)]
+
+
+def _concepts(
+    scores: PairScores, model: int, groups: PromptGroups, sides: Sides | None, forgotten: Sequence[str]
+) -> dict[str, schema.ConceptShares]:
+    """A model's row of the matrix: each concept by itself, from the prompts that ask for it alone."""
+    result = {}
+    for concept in groups.concepts:
+        where = np.array([groups.asked.get(prompt) == (concept,) for prompt, _ in scores.keys])
+        look = sides if where.any() else None
+        before, after = ((wilson(int(look.shown(i)[where].sum()), int(where.sum())) if look else None) for i in (0, 1))
+        prompts = _prompts_of(scores, where)
+        distance = clustered_mean(scores.distances[model][where], prompts) if len(set(prompts)) > 1 else None
+        result[concept] = schema.ConceptShares(
+            forgotten=concept in forgotten,
+            n_images=int(where.sum()),
+            shown=after.mean if after else None,
+            shown_ci95=(after.low, after.high) if after else None,
+            shown_original=before.mean if before else None,
+            shown_original_ci95=(before.low, before.high) if before else None,
+            valid=share_of(look.valid(1), where) if look else None,
+            distance=distance.mean if distance else None,
+            distance_ci95=distance_interval(distance) if distance else None,
+        )
+    return result

@@ -74,7 +74,7 @@ def read_prompt_file(path: Path) -> PromptTable:
         raise UserError(
             f"the prompt file {path} is of a kind that is not read ({suffix}). Give text, CSV, TSV, JSON or JSON lines."
         )
-    text = _read_text(path)
+    text = read_text(path)
     if suffix in _TABLES:
         return _from_table(path, text)
     if suffix in _JSON:
@@ -85,7 +85,7 @@ def read_prompt_file(path: Path) -> PromptTable:
     return PromptTable([PromptRow(line) for line in text.split("\n")], [])
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -102,7 +102,7 @@ def _read_text(path: Path) -> str:
 
 def _from_table(path: Path, text: str) -> PromptTable:
     records: list[tuple[int, dict[str, Any]]] = []
-    lines = _cells(path, text, _delimiter(path, text))
+    lines = cells(path, text, _delimiter(path, text))
     header = [name.strip() for name in next(lines, (0, []))[1]]
     for number, row in lines:
         if not any(cell.strip() for cell in row):
@@ -116,7 +116,7 @@ def _from_table(path: Path, text: str) -> PromptTable:
     return _from_records(path, header, records)
 
 
-def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The records of a table with the line each ends in: the one place where CSV is parsed."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -131,10 +131,10 @@ def _delimiter(path: Path, text: str) -> str:
     candidates = "\t,;" if path.suffix.lower() == ".tsv" else ",\t;"
     for delimiter in candidates:
         with contextlib.suppress(UserError):  # Under another separator it may well be a proper header.
-            _, names = next(_cells(path, text, delimiter), (0, []))
+            _, names = next(cells(path, text, delimiter), (0, []))
             if _column({name.strip().lower() for name in names}, "prompt"):
                 return delimiter
-    _, found = next(_cells(path, text, candidates[0]), (0, []))
+    _, found = next(cells(path, text, candidates[0]), (0, []))
     raise UserError(
         f"the prompt file {path} has no column named `prompt`, but {found}. Separate columns by commas, tabs or "
         "semicolons."
@@ -227,17 +227,17 @@ def _from_records(path: Path, header: Sequence[str], records: Sequence[tuple[int
     is_typed = names["group"] == "type"
     rows = []
     for number, record in records:
-        cells = {meaning: record.get(name) if name is not None else None for meaning, name in actual.items()}
-        prompt = cells["prompt"]
+        values = {meaning: record.get(name) if name is not None else None for meaning, name in actual.items()}
+        prompt = values["prompt"]
         if prompt is not None and not isinstance(prompt, str):
             raise UserError(f"the prompt file {path}: the prompt of row {number} must be a text, got {_short(prompt)}.")
         rows.append(
             PromptRow(
                 prompt or "",
-                _group(str(cells["group"] or ""), is_typed),
-                _seed(path, number, cells["seed"]),
-                None if cells["file"] is None else str(cells["file"]).strip(),
-                str(cells["kind"] or "").strip().lower(),
+                _group(str(values["group"] or ""), is_typed),
+                _seed(path, number, values["seed"]),
+                None if values["file"] is None else str(values["file"]).strip(),
+                str(values["kind"] or "").strip().lower(),
             )
         )
     return PromptTable(rows, _notes(path, header, {name for name in actual.values() if name}, names, rows))

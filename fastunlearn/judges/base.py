@@ -150,6 +150,28 @@ def check_concept(judge: Judge, concept: str) -> None:
         judge.check(concept)
 
 
+def judged_for(judge: Judge, images: torch.Tensor, asked: Sequence[Sequence[str]], batch_size: int) -> Judged:
+    """One side, each of the N images looked at for concepts of its own; the highest score counts.
+
+    The rest of a verdict is that for the first of them.  Raises UserError like :func:`judged`.
+    """
+    result: Judged | None = None
+    done = np.zeros(len(images), dtype=bool)
+    for concept in dict.fromkeys(concept for concepts in asked for concept in concepts):
+        mine = np.array([concept in concepts for concepts in asked])
+        own = judged(judge, images[torch.from_numpy(mine)], concept, batch_size)
+        if result is None:
+            shown, valid = np.zeros((2, 1, len(images)), dtype=np.float32)
+            result = Judged(shown, valid, np.zeros((1, len(images), own.words.shape[2]), dtype=np.int32))
+        new = mine & ~done
+        result.shown[:, mine] = np.where(done[mine], np.maximum(result.shown[:, mine], own.shown), own.shown)
+        result.valid[:, new] = own.valid[:, new[mine]]
+        result.words[:, new] = own.words[:, new[mine]]
+        done |= mine
+    assert result is not None
+    return result
+
+
 def as_judge(given: Any) -> Judge:
     """A judge from an object of the protocol or from a function (images, concept) -> scores.
 

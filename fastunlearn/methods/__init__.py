@@ -90,11 +90,14 @@ def _registry() -> Registry[Method]:
     from .esd import ESD
     from .neggrad import NEGGRAD
     from .ovw import OVW
+    from .rece import RECE
     from .saddle import SADDLE
     from .salun import SALUN
+    from .speed import SPEED
     from .uce import UCE
 
-    ours = {method.name: method for method in (ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, PLACEBO, IDENTITY)}
+    methods = (ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, RECE, SPEED, PLACEBO, IDENTITY)
+    ours = {method.name: method for method in methods}
     return registry(
         "method",
         "fastunlearn.methods",

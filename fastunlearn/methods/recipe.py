@@ -112,10 +112,14 @@ class Weights:
 
     ``parameters``: the denoiser's parameters that may change, name -> float32; an edit must not write to them.
     ``text``: the names of those that are the matrix W of a layer W c, or W c + b, on the text encoder's states c.
+    ``before``: for those of them that are given f(c) instead, as where a norm comes first, f: (n, L, D) -> (n, L, D).
+    ``facts``: numbers by name that the edit wants the record to state, such as a condition number; it adds to them.
     """
 
     parameters: Mapping[str, Tensor]
     text: tuple[str, ...]
+    before: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    facts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Concept:
 
     ``anchor`` takes the concept's place and ``anchors`` maps every forget prompt to the prompt with it; None and empty
     where the method needs no anchor and the user names none.  ``encode``: N prompts -> the denoiser's conditions, by
-    argument, (N, ...) float32, for methods that compute with embeddings.
+    argument, (N, ...) float32, for methods that compute with embeddings.  ``concepts``: what is to be forgotten.
     """
 
     anchor: str | None
@@ -174,6 +178,7 @@ class Concept:
     retain_prompts: tuple[str, ...]
     settings: Defaults
     encode: Callable[[Sequence[str]], Mapping[str, Tensor]] = dataclasses.field(default=_no_encoder, compare=False)
+    concepts: tuple[str, ...] = ()
 
     @property
     def options(self) -> Any:

@@ -17,11 +17,11 @@ retain prompts and the empty one.  s_p is ``retain_weight``.  The sums and the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
 from . import Method
+from .closed_form import by_input, identity_like, kept, multiplied, right_factor, sums
 from .recipe import EMPTY, Concept, Defaults, Edit, Weights, option
 
 if TYPE_CHECKING:
@@ -35,40 +35,19 @@ class Options:
 
 
 def recipe(concept: Concept) -> Edit:
+    options, retain_weight = concept.options, concept.settings.retain_weight
+
     def change(weights: Weights) -> Mapping[str, Tensor]:
-        factor = right_factor(concept)
-        if not weights.text:
-            raise UserError(
-                "uce changes the matrices that read the text states, and `--trainable` selects none of them. Use "
-                "cross-attention-kv."
-            )
-        return {n: (weights.parameters[n].double() @ factor).float() for n in weights.text}
+        new: dict[str, Tensor] = {}
+        for names, read in by_input(weights, "uce"):
+            held = retain_weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
+            held += options.ridge * identity_like(held)
+            told, strength = sums(concept, read), options.erase_weight
+            factor = right_factor(strength * told.anchored, strength * told.forgotten, held, weights.facts)
+            new |= multiplied(weights, names, factor)
+        return new
 
     return Edit(change)
-
-
-def right_factor(concept: Concept) -> Tensor:
-    """M, (D, D) float64, for text states of D numbers."""
-    import torch
-
-    options, keep = concept.options, concept.settings.retain_weight
-
-    def states(prompts: Sequence[str]) -> Tensor:
-        encoded = concept.encode(prompts)["encoder_hidden_states"]
-        return encoded.reshape(-1, encoded.shape[-1]).double()
-
-    def product(left: Sequence[str], right: Sequence[str]) -> Tensor:
-        """The sum of c d^T over the positions of pairs of prompts, (D, D)."""
-        parts = range(0, len(left), 64)
-        return torch.stack([states(left[i : i + 64]).T @ states(right[i : i + 64]) for i in parts]).sum(0)
-
-    forget, retain = concept.forget_prompts, [*concept.retain_prompts, EMPTY]
-    wanted = [concept.anchors[prompt] for prompt in forget]
-    common = keep * product(retain, retain)
-    common += options.ridge * torch.eye(len(common), dtype=common.dtype, device=common.device)
-    numerator = common + options.erase_weight * product(wanted, forget)
-    denominator = common + options.erase_weight * product(forget, forget)
-    return torch.linalg.solve(denominator, numerator.T).T  # the denominator is symmetric
 
 
 UCE = Method(
@@ -80,7 +59,7 @@ UCE = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv"),
+        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=10.0),
         "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
     },
 )

@@ -110,6 +110,15 @@ def _load_adapted(run: Path, name: str, device: str | torch.device, options: Mod
     return model
 
 
+def _result_of_run(folder: Path) -> Path:
+    """A run's folder stands for the pipeline in it."""
+    if not (folder / "model").is_dir() and (folder / "delta.safetensors").is_file():
+        raise UserError(
+            f"{folder} is a run that saved a delta. Rebuild its pipeline with `fastunlearn apply` and use that."
+        )
+    return folder / "model" if (folder / "model" / "model_index.json").is_file() else folder
+
+
 def wrap_pipeline(pipeline: Any, name: str, options: ModelOptions | None = None) -> Model:
     """A loaded diffusers pipeline as a :class:`Model`, on its device; put in evaluation mode and float32.
 
@@ -155,6 +164,8 @@ def resolve_source(name: str, options: SourceOptions | None = None) -> Path:
         raise UserError(f"`--parts` completes a model in a single file, and {name!r} is none. Leave it out.")
     if world := world_with_model(name):
         return world.folder(name)
+    if (folder / "run.json").is_file() and not (folder / "model_index.json").is_file():
+        folder = _result_of_run(folder)
     if folder.is_dir():
         return snapshot_of(folder.resolve())
     if folder.is_file() and folder.suffix in PICKLES:

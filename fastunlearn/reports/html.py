@@ -72,6 +72,7 @@ def write_report(path: Path | str, report: HtmlReport) -> None:
             models=models,
             verdicts=[model for model in models if not model["control"]] or models,
             controls=[model for model in models if model["control"]],
+            concepts=list(report.evaluations[0].concepts or ()),
             attributes=_attributes(report.evaluations),
             judges=judges_words(one.judge for one in report.evaluations),
             calibrations=_calibrations(report.evaluations),

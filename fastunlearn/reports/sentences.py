@@ -59,7 +59,7 @@ def erasure_sentence(evaluation: Evaluation) -> str:
             f"Whether the model still generates “{evaluation.concept}” was not measured: that takes prompts that ask "
             "for it and a judge that knows its images. Look at what it generates."
         )
-    return _erased(evaluation.concept, evaluation.erasure)
+    return _erased(evaluation.erasure.concept, evaluation.erasure)
 
 
 def _erased(concept: str, erasure: Erasure) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..concepts import read_concepts, title
 from ..errors import UserError
 from ..evaluation.evaluator import evaluate_models
 from ..evaluation.plan import default_metric, file_groups, world_groups
@@ -25,7 +26,7 @@ from ..models.runtime import versions
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..prompts import PromptGroups
-from ..schema import AdapterRecord, Ending, RunRecord
+from ..schema import AdapterRecord, Ancestor, Ending, RunRecord
 from ..worlds import get_world, world_with_model
 from .config import TrainConfig
 from .export import apply_delta
@@ -50,37 +51,47 @@ class Scoring:
             return None
         judge = load_judge(config.judge, model.device) if config.judge is not None else None
         if judge is not None:
-            check_concept(judge, config.forget)
+            for concept in groups.concepts:
+                check_concept(judge, concept)
         return cls(groups, load_perceptual(default_metric(model), model.device), judge)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run did, for its record.
+
+    ``original``: the hash of the files that its model was read from, and ``ancestors`` the runs that these are the
+    result of.  ``ending``: how the training ended; None for an edit, of which ``facts`` are.
+    """
+
+    original: str
+    ancestors: tuple[Ancestor, ...]
+    seconds: Mapping[str, float]
+    ending: Ending | None
+    facts: Mapping[str, float]
 
 
 def conclude(
     config: TrainConfig,
     plan: TrainPlan,
     model: Model,
-    original: str,
     exported: Path,
-    seconds: Mapping[str, float],
-    ending: Ending | None,
+    work: Work,
     scoring: Scoring | None,
     reporter: Reporter,
 ) -> RunRecord:
-    """Write run.json beside what was exported, and, with ``scoring``, the evaluation.  Returns the record.
-
-    ``ending``: how the training ended; None for an edit.  ``original``: the hash of the files that the model was read
-    from.
-    """
+    """Write run.json beside what was exported, and, with ``scoring``, the evaluation.  Returns the record."""
     folder, unlearned = exported.parent, exported
     with contextlib.ExitStack() as scratch:
         if config.save == "delta":
             unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
             apply_delta(model.source, exported, unlearned)
         if plan.adapter is None:
-            hashes = {"original": original, "unlearned": hash_pipeline(unlearned)}
+            hashes = {"original": work.original, "unlearned": hash_pipeline(unlearned)}
         else:
-            hashes = {"original": original, "unlearned": hash_adapted(original, [exported])}
+            hashes = {"original": work.original, "unlearned": hash_adapted(work.original, [exported])}
             unlearned = folder
-        record = _run_record(config, plan, model, hashes, seconds, ending)
+        record = _run_record(config, plan, model, hashes, work)
         record.write(folder / "run.json")
         if scoring is not None:
             reporter.stage("evaluation")
@@ -94,7 +105,7 @@ def conclude(
                 scoring.metric,
                 SamplerSpec(mixed_precision=config.mixed_precision),
                 judge=scoring.judge,
-                describe={config.method: describe_run(config) | {"model": model.name}},
+                describe={config.method: describe_run(config, plan.concept.concepts) | {"model": model.name}},
                 on_progress=reporter.scoring,
             )
             unseen = not set(scoring.groups.retain) & plan.prompts()
@@ -106,23 +117,17 @@ def _evaluation_groups(config: TrainConfig, model: Model) -> PromptGroups | None
     choice = config.evaluation_prompts or (model.world.name if model.world else "none")
     if choice == "none":
         return None
+    words = [one.concept for one in read_concepts(config.forget)]
     if (world := get_world(choice)) is None:
-        return file_groups(choice, config.forget if model.world or config.judge else None)
+        return file_groups(choice, words if model.world or config.judge else None)
     if world is not model.world:
         raise UserError(f"`--evaluation-prompts {choice}` are the bundled model's. Give a prompt file, or none.")
-    return world_groups(world, config.forget)
+    return world_groups(world, words)
 
 
-def _run_record(
-    config: TrainConfig,
-    plan: TrainPlan,
-    model: Model,
-    hashes: dict[str, str],
-    seconds: Mapping[str, float],
-    ending: Ending | None,
-) -> RunRecord:
+def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, hashes: dict[str, str], work: Work) -> RunRecord:
     return RunRecord(
-        **(describe_run(config) | {"model": model.name}),
+        **(describe_run(config, plan.concept.concepts) | {"model": model.name}),
         versions=versions(),
         device=model.device.type,
         threads=torch.get_num_threads(),
@@ -131,8 +136,11 @@ def _run_record(
         total_parameters=plan.total_parameters,
         rows=plan.bank.rows,
         unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
-        seconds=dict(seconds),
-        ending=ending,
+        seconds=dict(work.seconds),
+        ending=work.ending,
+        edit=dict(work.facts),
+        concepts=plan.concept.concepts,
+        ancestors=work.ancestors,
         adapter=_adapter_record(config, plan, model),
     )
 
@@ -157,11 +165,11 @@ def _adapter_record(config: TrainConfig, plan: TrainPlan, model: Model) -> Adapt
     )
 
 
-def describe_run(config: TrainConfig) -> dict[str, Any]:
+def describe_run(config: TrainConfig, concepts: Sequence[str]) -> dict[str, Any]:
     """What a run's evaluation says of the run."""
     return {
         "method": config.method,
-        "concept": config.forget,
+        "concept": title(concepts),
         "model": config.model,
         "is_reconstruction": get_method(config.method).is_reconstruction,
     }

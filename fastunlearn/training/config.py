@@ -17,7 +17,9 @@ DEFAULT_RANK = 4  # as diffusers' training scripts have it
 class TrainConfig(ModelOptions):
     """What `train` does.  A setting left at None takes the method's default for the model (`fastunlearn methods`)."""
 
-    forget: str = setting('the concept to forget, e.g. "star" or "Van Gogh"')
+    forget: str = setting(
+        'what to forget: "Van Gogh", several as "Van Gogh;Monet", or FILE with the columns concept and perhaps anchor'
+    )
     output: str = setting("folder of the run", path=True)
     model: str = setting(
         "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
@@ -25,7 +27,9 @@ class TrainConfig(ModelOptions):
     lora: str | None = setting("FILE of a LoRA that the model carries (peft's or kohya's names)", None, path=True)
     method: str = setting("see `fastunlearn methods`", "ovw")
     anchor: str | None = setting(
-        "what the concept becomes (of TEXT;TEXT each prompt draws one); default: nothing, or its neighbour", None
+        "what the concept becomes (of TEXT;TEXT each prompt draws one; with several concepts one text for all, or one "
+        "for each in their order); default: nothing, or its neighbour",
+        None,
     )
     forget_prompts: str | None = setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: the concept", None
@@ -135,7 +139,7 @@ class TrainConfig(ModelOptions):
 class MaskConfig(ModelOptions):
     """What `mask` does.  A setting left at None takes SalUn's default for the model."""
 
-    forget: str = setting('the concept whose weights to find, e.g. "star"')
+    forget: str = setting('the concept whose weights to find, e.g. "star"; several as in `train`')
     output: str = setting("FILE for the mask, e.g. star.mask.safetensors", path=True)
     model: str = setting(
         "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True

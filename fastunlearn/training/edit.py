@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -13,16 +14,30 @@ from ..models.base import Model
 from .selection import Selection
 
 
-@torch.no_grad()
-def edit_weights(model: Model, edit: Edit, selection: Selection) -> tuple[dict[str, torch.Tensor], Selection]:
-    """The new values of the selected elements that the edit changes, (k,) float32 by parameter, and their selection.
+@dataclasses.dataclass(frozen=True)
+class Edited:
+    """What an edit makes of a model, which keeps its weights.
 
-    The model keeps its weights.  Raises UserError where the edit gives anything but finite values of the parameters
-    that are selected.
+    ``values``: the selected elements of the parameters that it changes, (k,) float32 by name; ``selection``: these.
+    ``facts``: what the record states of the edit.
+    """
+
+    values: dict[str, torch.Tensor]
+    selection: Selection
+    facts: dict[str, float]
+
+
+@torch.no_grad()
+def edit_weights(model: Model, edit: Edit, selection: Selection) -> Edited:
+    """Run the edit.
+
+    Raises UserError where it gives anything but finite values of the parameters that are selected.
     """
     named = dict(model.denoiser.named_parameters())
     given = {name: named[name].detach().float() for name in selection.names}
-    new = edit.change(Weights(given, tuple(name for name in text_matrices(model) if name in given)))
+    layers = {name: before for name, before in text_layers(model).items() if name in given}
+    weights = Weights(given, tuple(layers), {name: before for name, before in layers.items() if before is not None})
+    new = edit.change(weights)
     for name, values in new.items():
         if name not in given:
             raise UserError(f"the edit changes {name!r}, which is not selected. Use another `--trainable`.")
@@ -33,7 +48,8 @@ def edit_weights(model: Model, edit: Edit, selection: Selection) -> tuple[dict[s
     if not new:
         raise UserError("the edit changes nothing of what is selected. Use another `--trainable`.")
     changed = selection.restrict([name for name in selection.names if name in new])
-    return {name: changed.take(name, new[name].float()) for name in changed.names}, changed
+    facts = {"matrices": len(new), **weights.facts}
+    return Edited({name: changed.take(name, new[name].float()) for name in changed.names}, changed, facts)
 
 
 @torch.no_grad()
@@ -46,29 +62,51 @@ def put_weights(
             selection.put(name, parameter, values[name].to(dtypes[name]))
 
 
-@torch.no_grad()
 def text_matrices(model: Model) -> list[str]:
-    """The names of the weights of linear layers whose input is the text states themselves, in the module's order.
+    """The names of :func:`text_layers`."""
+    return list(text_layers(model))
 
-    Found by one forward, so that no family's names need to be known.
+
+@torch.no_grad()
+def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """The names of the weights of linear layers that read the text states, in the module's order.
+
+    Each with the norm that the states go through first, None where there is none.  Found by one forward, so that no
+    family's names need to be known.
     """
     conditions = model.encode([EMPTY]).rows([0])
     states = conditions["encoder_hidden_states"].to(model.dtype)
-    result: set[str] = set()
+    seen: list[tuple[torch.Tensor, nn.Module | None]] = [(states, None)]
+    found: dict[str, nn.Module | None] = {}
 
-    def watch(name: str) -> object:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if inputs and inputs[0].shape == states.shape and torch.equal(inputs[0], states):
-                result.add(f"{name}.weight")
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+            if not inputs or not isinstance(inputs[0], torch.Tensor):
+                return
+            for values, norm in seen:
+                if inputs[0].shape == values.shape and torch.equal(inputs[0], values):
+                    if isinstance(module, nn.Linear):
+                        found[f"{name}.weight"] = norm
+                    elif norm is None and isinstance(output, torch.Tensor) and output.shape == states.shape:
+                        seen.append((output, module))
+                    return
 
         return hook
 
-    layers = [(name, module) for name, module in model.denoiser.named_modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers]  # type: ignore[arg-type]
+    # A norm has no parts and changes no shape: what else has none and takes the states, a dropout, does no harm.
+    layers = [(name, module) for name, module in model.denoiser.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in layers]
     try:
         latents = torch.zeros(1, *model.latent_shape, device=model.device)
         model.predict(latents, model.new_scheduler(1).timesteps[:1], conditions)
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name, _ in model.denoiser.named_parameters() if name in result]
+    return {name: found[name] for name, _ in model.denoiser.named_parameters() if name in found}
+
+
+def pooled_inputs(model: Model, prompt: str) -> list[str]:
+    """The arguments by which text enters the denoiser beside its states, such as a pooled vector; no edit sees them."""
+    conditions = model.encode([prompt, EMPTY]).tensors
+    others = {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
+    return [name for name, values in others.items() if not torch.equal(values[0], values[1])]

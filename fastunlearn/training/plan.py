@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import prompts
+from .. import concepts, prompts
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..methods import Method
@@ -24,6 +24,7 @@ from .bank import BankPlan, plan_bank
 from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
 from .deepspeed_config import read_deepspeed
+from .edit import pooled_inputs
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
@@ -61,6 +62,7 @@ class TrainPlan:
     evidence: EvidencePlan | None  # None where the training ends by its steps alone
     cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
     left_out: tuple[str, ...]  # files that hold the denoiser a second time and are not read
+    pooled: tuple[str, ...] = ()  # of an edit: arguments by which text enters beside its states, which stay as they are
 
     @property
     def loop_evaluations(self) -> int:
@@ -134,7 +136,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         )
     evidence = None
     if rows.rows and settings.steps and settings.stop_residual:
-        measured = held_out_concept(config, model, concept)
+        measured = held_out_concept(config, method, model, concept)
         held = rows if measured is concept else method.recipe(measured)
         assert isinstance(held, Recipe)
         evidence = plan_evidence(
@@ -171,6 +173,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
+        pooled=tuple(pooled_inputs(model, concept.forget_prompts[0])) if is_edit else (),
     )
 
 
@@ -189,6 +192,7 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
         is_bundled = name == "model" and world_with_model(value) is not None
         if value is not None and not is_bundled and (name == "output" or Path(value).expanduser().exists()):
             settings[name] = str(Path(value).expanduser().resolve())
+    settings["forget"] = concepts.from_anywhere(config.forget)
     for name in ("forget_prompts", "retain_prompts", "evaluation_prompts"):
         value = getattr(config, name)
         if value is not None and value not in ("none", AUTO) and get_world(value) is None:
@@ -279,15 +283,18 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     share = plan.trainable_parameters / plan.total_parameters
     total = plan.bank.unet_evaluations + plan.loop_evaluations
     total += plan.evidence.unet_evaluations if plan.evidence else 0
-    lines = [
-        f"method      {plan.method.name}: {plan.method.summary}",
-        f"forget      {_some(concept.forget_prompts)}{_left_out(plan, 'forget')}",
-    ]
+    lines = [f"method      {plan.method.name}: {plan.method.summary}"]
+    if len(concept.concepts) > 1:
+        lines.append(f"concepts    {len(concept.concepts)}: {concepts.title(concept.concepts)}")
+    lines.append(f"forget      {_some(concept.forget_prompts)}{_left_out(plan, 'forget')}")
     if concept.anchors:
         lines.append(f"becomes     {_some(list(concept.anchors.values()))}")
     is_edit = isinstance(plan.recipe, Edit)
     if concept.retain_prompts and (is_edit or any(row.role == "retain" for row, _ in plan.bank.assignments)):
         lines.append(f"keep        {_some(concept.retain_prompts)}{_left_out(plan, 'retain')}")
+    finder = concepts.Finder(concept.concepts)
+    if torn := [prompt for prompt in concept.retain_prompts if finder.named(prompt)]:
+        lines.append(f"torn        {len(torn)} prompts to keep name what is to be forgotten: {_some(torn, 2)}")
     if plan.cut:
         more = f"{len(plan.cut)} prompts are" if len(plan.cut) > 1 else "one prompt is"
         lines.append(f"cut         {more} longer than the model reads, and read in part: {_some(plan.cut, 2)}")
@@ -302,7 +309,12 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         *(plan.adapter.lines(plan.method.name) if plan.adapter else []),
     ]
     if is_edit:
-        return [*lines, "edit        in closed form: no rows, no steps"]
+        lines.append("edit        in closed form: no rows, no steps")
+        if plan.pooled:
+            lines.append(
+                f"untouched   what reads the pooled text ({', '.join(plan.pooled)}): edits change what reads states"
+            )
+        return lines
     windows = f" ({plan.bank.trained_rows:,} in their windows)" if plan.bank.trained_rows < plan.bank.rows else ""
     at_most = "at most " if plan.evidence is not None else ""
     lines += [

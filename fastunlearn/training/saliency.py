@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from fastunlearn_kernels import accumulate_saliency_, saliency_mask
 
+from ..concepts import read_concepts
 from ..errors import UserError
 from ..files.run_folder import claimed_file
 from ..methods import get_method
@@ -47,7 +48,8 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
             "`fastunlearn export --format diffusers` and give `--model` that."
         )
     defaults = get_method("salun").defaults_for(model.defaults_key)
-    forget = forget_prompts(config, model)
+    words = [one.concept for one in read_concepts(config.forget)]
+    forget = forget_prompts(config, model, words)
     names = select_parameters(model, config.trainable)
     check_deterministic(model.pipeline.scheduler)
     reporter.stage("mask")

@@ -24,8 +24,9 @@ from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
 from ..progress import Reporter
+from .ancestors import ancestors_of
 from .bank import build_bank
-from .conclude import Scoring, conclude
+from .conclude import Scoring, Work, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
 from .evidence import Evidence
@@ -110,6 +111,7 @@ class _Run:
         if config.dry_run:
             return UnlearnResult(folder, None, None)
         original = model.hash_files()
+        ancestors = ancestors_of(model)
         key = run_key(config, plan, original)
         if config.resume:
             check_same_run(key, folder)
@@ -118,6 +120,7 @@ class _Run:
         if isinstance(plan.recipe, Edit):
             with self._stage("edit"):
                 edited = edit_weights(model, plan.recipe, selection)
+            self.reporter.edited(edited.facts)
         else:
             with self._stage("bank"):
                 bank = build_bank(model, plan.recipe, plan.bank)
@@ -126,8 +129,8 @@ class _Run:
         exported = exported_to(config, folder)
         ending = None
         if edited is not None:
-            dtypes = export(model, exported, config.save, *edited)
-            put_weights(model, *edited, dtypes)
+            dtypes = export(model, exported, config.save, edited.values, edited.selection)
+            put_weights(model, edited.values, edited.selection, dtypes)
         else:
             assert bank is not None
             if plan.adapter is not None:  # only now: the bank is the teacher's
@@ -137,7 +140,9 @@ class _Run:
                 ending = fit(model, plan, bank, evidence, selection, config, folder, self.reporter)
         if not self.world.is_main:
             return UnlearnResult(folder, exported, None)
-        record = conclude(config, plan, model, original, exported, self.seconds, ending, scoring, self.reporter)
+        facts = edited.facts if edited is not None else {}
+        work = Work(original, ancestors, self.seconds, ending, facts)
+        record = conclude(config, plan, model, exported, work, scoring, self.reporter)
         return UnlearnResult(folder, exported, record, original=str(model.source))
 
     @contextlib.contextmanager

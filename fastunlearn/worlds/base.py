@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,10 +68,18 @@ class World:
         known = "; ".join(f"{attribute}s: {', '.join(words)}" for attribute, words in self.vocabulary.items())
         raise UserError(f"the bundled model does not know the concept {concept!r}. It knows {known}.")
 
-    def anchor(self, concept: str) -> str:
-        """What the concept becomes unless the user says: the first other word of its kind."""
+    def anchor(self, concept: str, without: Collection[str] = ()) -> str:
+        """What the concept becomes unless the user says: the first other word of its kind that is not in ``without``.
+
+        Raises UserError where there is none.
+        """
         attribute, word = self.find(concept)
-        return next(other for other in self.vocabulary[attribute] if other != word)
+        taken = {word, *(other.strip().lower() for other in without)}
+        if left := [other for other in self.vocabulary[attribute] if other not in taken]:
+            return left[0]
+        raise UserError(
+            f"every {attribute} of the bundled model is to be forgotten: name an `--anchor` for {concept!r}."
+        )
 
     def prompts_to_train(self, concept: str) -> tuple[list[str], list[str]]:
         """(forget, retain) prompts of a concept.  Raises UserError for a word that the world lacks."""
