@@ -13,6 +13,7 @@ from ..methods import Method
 from ..methods.recipe import EMPTY, Concept, Defaults
 from ..models.base import Model
 from .config import MaskConfig, TrainConfig
+from .pictures import find_pictures
 
 AUTO = "auto"  # in place of retain prompts: those that are proposed
 _PROPOSED = 16  # of each kind, at most
@@ -43,7 +44,7 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
     if same:
         raise UserError(f"`--anchor` {anchor!r} leaves the forget prompt {same[0]!r} as it is. Name something else.")
     encode = lambda given: model.encode(given).of(given)  # noqa: E731 - a row for each prompt, repeats included
-    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode)
+    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, find_pictures)
 
 
 def _proposed(word: str, model: Model) -> list[str]:

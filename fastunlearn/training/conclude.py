@@ -126,7 +126,7 @@ def _run_record(
         trainable_parameters=plan.trainable_parameters,
         total_parameters=plan.total_parameters,
         rows=plan.bank.rows,
-        unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
+        unet_evaluations={"bank": plan.search_evaluations + plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
         seconds=dict(seconds),
         ending=ending,
     )

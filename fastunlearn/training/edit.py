@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -14,15 +15,21 @@ from .selection import Selection
 
 
 @torch.no_grad()
-def edit_weights(model: Model, edit: Edit, selection: Selection) -> tuple[dict[str, torch.Tensor], Selection]:
+def edit_weights(
+    model: Model,
+    edit: Edit,
+    selection: Selection,
+    gradient: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+) -> tuple[dict[str, torch.Tensor], Selection]:
     """The new values of the selected elements that the edit changes, (k,) float32 by parameter, and their selection.
 
-    The model keeps its weights.  Raises UserError where the edit gives anything but finite values of the parameters
-    that are selected.
+    ``gradient``: what the edit finds as :class:`Weights`'.  The model keeps its weights.  Raises UserError where the
+    edit gives anything but finite values of the parameters that are selected.
     """
     named = dict(model.denoiser.named_parameters())
     given = {name: named[name].detach().float() for name in selection.names}
-    new = edit.change(Weights(given, tuple(name for name in text_matrices(model) if name in given)))
+    weights = Weights(given, tuple(name for name in text_matrices(model) if name in given))
+    new = edit.change(weights if gradient is None else dataclasses.replace(weights, gradient=gradient))
     for name, values in new.items():
         if name not in given:
             raise UserError(f"the edit changes {name!r}, which is not selected. Use another `--trainable`.")
