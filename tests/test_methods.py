@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import types
+from pathlib import Path
 
 import pytest
 
@@ -12,16 +13,21 @@ from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edi
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
-NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "uce", "placebo", "identity")
+NAMES = (
+    *("esd", "ovw", "saddle", "salun", "neggrad", "uce", "concept-ablation", "ace", "erasediff", "scissorhands"),
+    *("selective-amnesia", "instance", "advanchor", "race", "advunlearn", "placebo", "placebo-noise", "identity"),
+)
 FAMILIES = ("shapes", "stable-diffusion")
 
 
 def concept(name, family="shapes", options=None, **settings):
     method = get_method(name)
     defaults = dataclasses.replace(method.defaults_for(family), **settings)
-    defaults = method.with_options(defaults, options or {})
+    pictures = {"images": "i", "surrogates": "s"} if name == "instance" else {}
+    defaults = method.with_options(defaults, pictures | (options or {}))
     anchors = {"a star": "a circle", "star": "circle"}
-    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults)
+    found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}}
+    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, **found)
 
 
 def recipe(name, **settings):
@@ -88,7 +94,17 @@ def test_which_methods_take_an_anchor():
         "salun": "needed",
         "neggrad": "none",
         "uce": "needed",
+        "concept-ablation": "needed",
+        "ace": "none",
+        "erasediff": "needed",
+        "scissorhands": "needed",
+        "selective-amnesia": "needed",
+        "instance": "none",
+        "advanchor": "needed",
+        "race": "none",
+        "advunlearn": "none",
         "placebo": "none",
+        "placebo-noise": "none",
         "identity": "none",
     }
 
@@ -164,7 +180,7 @@ def test_defaults_are_settings_that_a_user_could_give(name, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("setting", "owner"), [("negative_guidance", "esd"), ("kappa", "saddle"), ("ridge", "uce")])
+@pytest.mark.parametrize(("setting", "owner"), [("kappa", "saddle"), ("ridge", "uce"), ("share", "scissorhands")])
 def test_a_methods_own_option_belongs_to_it_alone(setting, owner, family):
     having = [m.name for m in all_methods().values() if hasattr(m.defaults_for(family).options, setting)]
     assert having == [owner]
@@ -176,8 +192,14 @@ def test_salun_alone_makes_a_mask_by_default(family):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_method_that_uses_retain_rows_asks_for_retain_prompts(name):
-    assert get_method(name).needs_retain == bool(rows_of(recipe(name), "retain"))
+def test_a_method_that_needs_retain_prompts_asks_for_them(name):
+    """And one that does not ask does without."""
+    method = get_method(name)
+    used = {row.condition for row in rows_of(recipe(name), "retain")}
+    if method.needs_retain:
+        assert used >= {"a ring", "a heart"}
+    else:
+        assert method.recipe(dataclasses.replace(concept(name), retain_prompts=())).rows or name == "identity"
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -46,8 +46,8 @@ def recipe(concept: Concept) -> Recipe:
     rows = []
     for n in range(pairs):
         c = concept.forget_prompts[n % len(concept.forget_prompts)]
-        places = range(n * width, (n + 1) * width)
-        anchors = [retain[place * len(retain) // (pairs * width)] for place in places]
+        spread = max(len(retain) / (pairs * width), 1) if width else 1
+        anchors = [retain[int(place * spread) % len(retain)] for place in range(n * width, (n + 1) * width)]
         away = mix((UNCONDITIONAL, 1 + eta), (c, -eta))
         towards = mix(
             (UNCONDITIONAL, 1 - eta), (c, eta), *((a, -w) for a in anchors), *((UNCONDITIONAL, w) for _ in anchors)
