@@ -90,3 +90,29 @@ def refused(cli):
         return answer.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Two folders of two pictures of the models' size, by the same names."""
+    import itertools
+
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    for seed, (kind, name) in enumerate(itertools.product(("images", "surrogates"), ("a", "b"))):
+        (root / kind).mkdir(exist_ok=True)
+        noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((64, 64), Image.Resampling.BILINEAR).save(root / kind / f"{name}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder of Stable Diffusion with a small UNet of random weights, and DDIM."""
+    from tiny_models import build, ddim, sd1
+
+    folder = tmp_path_factory.mktemp("tiny")
+    build(lambda: sd1(ddim())).save_pretrained(folder)
+    return str(folder)

@@ -26,6 +26,7 @@ TRAIN = (
     "1",
 )
 FORGET = ("train", "--output", "{new}", "--trajectories", "1", "--trajectory-steps", "2", "--steps", "1", "--forget")
+INSTANCE = (*TRAIN, "--method", "instance", "--set")
 EVALUATE = ("evaluate", "--original", "shapes", "--unlearned", "{run}", "--output", "{new}", "--device", "cpu")
 IMAGES = ("evaluate-images", "--original-images", "{before}", "--unlearned-images", "{after}", "--metric", "shapes")
 IMAGES = (*IMAGES, "--output", "{new}")
@@ -138,6 +139,21 @@ CONCEPTS = {
     "an unknown method": ([*TRAIN, "--method", "erase"], "unknown method 'erase'"),
     "an anchor that is the concept": ([*TRAIN, "--anchor", "STAR"], "leaves the forget prompt"),
     "an anchor for a method without": ([*TRAIN, "--method", "neggrad", "--anchor", "ring"], "takes no `--anchor`"),
+    "an option that the method lacks": ([*TRAIN, "--method", "ace", "--set", "kappa=1"], "has no option 'kappa'"),
+    "a share of 0": ([*TRAIN, "--method", "scissorhands", "--set", "share=0"], "`share` must be above 0"),
+    "a warm-up above 1": ([*TRAIN, "--method", "race", "--set", "warm_up=2"], "`warm_up` must be at most 1"),
+    "a target that is none": ([*TRAIN, "--method", "concept-ablation", "--set", "target=x"], "must be model or noise"),
+    "no pictures": ([*TRAIN, "--method", "instance"], "needs `--set images=FOLDER`"),
+    "a folder without pictures": ([*INSTANCE, "images={files}", "--set", "surrogates={before}"], "holds no image"),
+    "a picture without a surrogate": (
+        [*INSTANCE, "images={before}", "--set", "surrogates={images:missing}"],
+        "holds no surrogate named 1",
+    ),
+    "a picture of another size": (
+        [*INSTANCE, "images={images:size}", "--set", "surrogates={images:size}"],
+        "has 32 x 64 pixels and shapes generates 64 x 64",
+    ),
+    "a picture that was cut": ([*INSTANCE, "images={images:cut}", "--set", "surrogates={before}"], "cannot read"),
     "a selector of nothing": ([*TRAIN, "--trainable", "attn9"], "selects no parameter"),
     "an empty selector": ([*TRAIN, "--trainable", ","], "selects no parameter"),
     "a forget prompt that is kept": ([*TRAIN, "--retain-prompts", "a star;a ring"], "are also retain prompts"),
@@ -335,6 +351,11 @@ FOLDERS = {
     "a model that no path can be": ([*TRAIN, "--model", "a\0b"], "holds a zero byte"),
     "an output that no path can be": (["train", "--forget", "star", "--output", "a\0b"], "holds a zero byte"),
     "runs that no path can be": ([*COMPARE, "a\0b", "{evaluation}"], "holds a zero byte"),
+    "an adapter for a method that edits first": ([*TRAIN, "--method", "scissorhands", "--adapter", "lora"], "has not"),
+    "an adapter for a method that holds weights": (
+        [*TRAIN, "--method", "selective-amnesia", "--adapter", "lora"],
+        "holds each weight to where it started, which an adapter has not",
+    ),
     "resuming nothing": ([*TRAIN, "--resume"], "holds no run"),
     "resuming with other settings": ([*TRAIN[:4], "{run}", "--resume", "--seed", "7"], "seed"),
     "training into an evaluation": ([*TRAIN[:4], "{evaluation}", "--resume"], "output of `fastunlearn evaluate`"),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import types
+from pathlib import Path
 
 import pytest
 
@@ -12,17 +13,23 @@ from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edi
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
-NAMES = ("esd", "ovw", "saddle", "salun", "neggrad", "uce", "rece", "speed", "placebo", "identity")
+NAMES = (
+    *("esd", "ovw", "saddle", "salun", "neggrad", "uce", "rece", "speed", "concept-ablation", "ace", "erasediff"),
+    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn"),
+    *("placebo", "placebo-noise", "identity"),
+)
 FAMILIES = ("shapes", "stable-diffusion")
-OWNERS = [("negative_guidance", "esd"), ("kappa", "saddle"), ("attack_ridge", "rece"), ("null_below", "speed")]
+OWNERS = [("kappa", "saddle"), ("attack_ridge", "rece"), ("null_below", "speed"), ("share", "scissorhands")]
 
 
 def concept(name, family="shapes", options=None, **settings):
     method = get_method(name)
     defaults = dataclasses.replace(method.defaults_for(family), **settings)
-    defaults = method.with_options(defaults, options or {})
+    pictures = {"images": "i", "surrogates": "s"} if name == "instance" else {}
+    defaults = method.with_options(defaults, pictures | (options or {}))
     anchors = {"a star": "a circle", "star": "circle"}
-    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults)
+    found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}}
+    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, **found)
 
 
 def recipe(name, **settings):
@@ -91,7 +98,17 @@ def test_which_methods_take_an_anchor():
         "uce": "needed",
         "rece": "needed",
         "speed": "needed",
+        "concept-ablation": "needed",
+        "ace": "none",
+        "erasediff": "needed",
+        "scissorhands": "needed",
+        "selective-amnesia": "needed",
+        "instance": "none",
+        "advanchor": "needed",
+        "race": "none",
+        "advunlearn": "none",
         "placebo": "none",
+        "placebo-noise": "none",
         "identity": "none",
     }
 
@@ -179,8 +196,14 @@ def test_salun_alone_makes_a_mask_by_default(family):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_method_that_uses_retain_rows_asks_for_retain_prompts(name):
-    assert get_method(name).needs_retain == bool(rows_of(recipe(name), "retain"))
+def test_a_method_that_needs_retain_prompts_asks_for_them(name):
+    """And one that does not ask does without."""
+    method = get_method(name)
+    used = {row.condition for row in rows_of(recipe(name), "retain")}
+    if method.needs_retain:
+        assert used >= {"a ring", "a heart"}
+    else:
+        assert method.recipe(dataclasses.replace(concept(name), retain_prompts=())).rows or name == "identity"
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -86,22 +86,33 @@ def get_method(name: str) -> Method:
 
 
 def _registry() -> Registry[Method]:
-    from .controls import IDENTITY, PLACEBO
+    from .ace import ACE
+    from .advanchor import ADVANCHOR
+    from .advunlearn import ADVUNLEARN
+    from .concept_ablation import CONCEPT_ABLATION
+    from .controls import IDENTITY, PLACEBO, PLACEBO_NOISE
+    from .erasediff import ERASEDIFF
     from .esd import ESD
+    from .instance import INSTANCE
     from .neggrad import NEGGRAD
     from .ovw import OVW
+    from .race import RACE
     from .rece import RECE
     from .saddle import SADDLE
     from .salun import SALUN
+    from .scissorhands import SCISSORHANDS
+    from .selective_amnesia import SELECTIVE_AMNESIA
     from .speed import SPEED
     from .uce import UCE
 
-    methods = (ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, RECE, SPEED, PLACEBO, IDENTITY)
-    ours = {method.name: method for method in methods}
+    ours = (
+        *(ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, RECE, SPEED, CONCEPT_ABLATION, ACE, ERASEDIFF, SCISSORHANDS),
+        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, PLACEBO, PLACEBO_NOISE, IDENTITY),
+    )
     return registry(
         "method",
         "fastunlearn.methods",
-        ours,
+        {method.name: method for method in ours},
         lambda one: isinstance(one, Method),
         wanted="a fastunlearn.methods.Method",
         command="methods",

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from .rules import Rule
@@ -29,6 +31,16 @@ NEGATIVE = "\0negative"  # what the user has it lead away from instead; never a 
 NOISE = "\0noise"  # in a target: the noise itself
 
 
+def picture(name: str) -> str:
+    """What the picture ``name`` of a recipe's ``pictures`` is called where a row could name a prompt."""
+    return f"\0picture/{name}"
+
+
+def found(name: str) -> str:
+    """What an embedding that a :class:`Search` finds is called."""
+    return f"\0found/{name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One kind of training example; the bank makes it at every point of the trajectories it is given.
@@ -39,7 +51,12 @@ class Row:
     last latents with fresh noise, and the target what was added (or the velocity, where that is what the model
     predicts).
 
-    A prompt may be the name of one of the recipe's ``embeddings``.  ``weight`` multiplies the row's squared error.
+    A prompt may be the name of one of the recipe's ``embeddings``.  A :func:`picture` as the trajectory makes x_t from
+    that picture and fresh noise, and in a target it stands for the prediction that leads from x_t to it; there the
+    family's noise share s_t is in the denominator, which ``noise_power`` 2 takes out of the squared error again.
+
+    ``weight`` times ``s_t ** noise_power`` multiplies the row's squared error, s_t being the factor of the noise in
+    x_t: 1 at pure noise, nearly 0 at the image.
     ``timesteps`` keeps the points of a window of the trajectory, in shares of its points in the sampler's order: 0 is
     the first point, pure noise, and 1 the end, the image.  So (0.0, 0.2) are the first fifth, where the layout is made,
     whatever numbers the sampler gives to its timesteps.
@@ -51,6 +68,7 @@ class Row:
     target: Mapping[str, float]
     weight: float = 1.0
     timesteps: tuple[float, float] | None = None
+    noise_power: float = 0.0
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -61,8 +79,12 @@ class Row:
             raise ValueError(f"a row's target mix must sum to 1, got {total:g} from {dict(self.target)}.")
         if NOISE in self.target and len(self.target) > 1:
             raise ValueError(f"a row's target is noise or a mix of predictions, not both, got {dict(self.target)}.")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"a row's weight must be a finite number, got {self.weight}.")
+        pictures = [key for key in self.target if key.startswith(picture(""))]
+        if pictures and not self.trajectory.startswith(picture("")):
+            raise ValueError("a picture may be the target of rows of pictures alone.")
+        for name, value in (("weight", self.weight), ("noise_power", self.noise_power)):
+            if not math.isfinite(value):
+                raise ValueError(f"a row's {name} must be a finite number, got {value}.")
         if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
             raise ValueError(f"a row's timesteps are a window (first, last) within 0 and 1, got {self.timesteps}.")
 
@@ -87,23 +109,85 @@ def mix(*parts: tuple[str, float]) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """An embedding to be found before the rows are made: the states of the prompt ``start`` plus one offset d.
+
+    At points of the trajectories of ``concept``, with the frozen teacher T and ``n`` for ``neutral``, or 0 without,
+
+        mean( (T(start + d) - T(n)) * (T(concept) - T(n)) )
+
+    falls by Adam until it is below 0, or for ``steps`` steps.  The first position's states stay.
+    """
+
+    name: str
+    start: str
+    concept: str
+    neutral: str | None
+    steps: int
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """An attack inside every step: the forget rows' conditions get the offset that the student answers worst.
+
+    ``steps`` steps of projected sign descent, each of a quarter of the ``radius``, look for the offset of the text
+    states, at most ``radius`` times their root mean square in every number, with which the student comes nearest to
+    what the teacher predicts for the row's trajectory.  Not in the first ``warm_up`` share of the training.
+    """
+
+    steps: int
+    radius: float
+    warm_up: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a method trains on.  No rows means that nothing is trained.
 
     ``embeddings``: name -> the tensors that a prompt's encoding would be, by argument of the denoiser, without a batch
     dimension, e.g. ``{"encoder_hidden_states": (L, D)}``.  A row names them where it could name a prompt.
+    ``searches``: embeddings that are found first; a row names them by :func:`found`.
+    ``pictures``: name -> image file, of the model's size; a row names them by :func:`picture`.
+    ``start``: an edit of the weights that training starts from.  The rows are of the weights before it.
+    ``inner``: an attack inside every step.
+    ``elastic``: lambda of ``lambda * sum_i F_i (w_i - w0_i)^2``, added to every update's loss (elastic weight
+    consolidation).  w0 are the weights that training starts from and F_i the Fisher information of the retain rows,
+    whose targets must be noise: the mean over trajectories of ``(sum over all timesteps of the gradient)^2``.
     """
 
     rows: Sequence[Row]
     rule: Rule
     embeddings: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    searches: Sequence[Search] = ()
+    pictures: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    start: Edit | None = None
+    inner: Inner | None = None
+    elastic: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.elastic and any(row.role == "retain" and NOISE not in row.target for row in self.rows):
+            raise ValueError("the Fisher information is that of retain rows whose target is noise.")
+        if self.inner and any(row.role == "forget" and _has_no_teacher(row) for row in self.rows):
+            raise ValueError("an inner attack needs forget rows of prompts, whose target is no noise.")
 
     def prompts(self) -> list[str]:
         """Every prompt that must be encoded, each once, the unconditional first."""
         prompts = [UNCONDITIONAL]
         for row in self.rows:
             prompts += [row.trajectory, row.condition, *(key for key in row.target if key != NOISE)]
-        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.embeddings]
+        for search in self.searches:
+            prompts += [search.start, search.concept, *([search.neutral] if search.neutral is not None else [])]
+        others = {*self.embeddings, *map(picture, self.pictures), *(found(search.name) for search in self.searches)}
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in others]
+
+
+def _has_no_teacher(row: Row) -> bool:
+    return NOISE in row.target or row.trajectory.startswith(picture(""))
+
+
+def _no_gradient() -> Mapping[str, Tensor]:
+    raise RuntimeError("weights without a model have no gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +198,15 @@ class Weights:
     ``text``: the names of those that are the matrix W of a layer W c, or W c + b, on the text encoder's states c.
     ``before``: for those of them that are given f(c) instead, as where a norm comes first, f: (n, L, D) -> (n, L, D).
     ``facts``: numbers by name that the edit wants the record to state, such as a condition number; it adds to them.
+    ``gradient``: computes the gradient of the concept's denoising loss, ``|S(x_t, t, c) - noise|^2`` on its own
+    generations, name -> float32.
     """
 
     parameters: Mapping[str, Tensor]
     text: tuple[str, ...]
     before: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
     facts: dict[str, float] = dataclasses.field(default_factory=dict)
+    gradient: Callable[[], Mapping[str, Tensor]] = _no_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +220,10 @@ class Edit:
 
 
 def option(help: str, default: Any, **limits: float) -> Any:
-    """A field of a method's options.  ``limits``: ``above``, ``at_least``, ``at_most``, for numbers."""
+    """A field of a method's options.  ``limits``: ``above``, ``at_least``, ``at_most``, for numbers.
+
+    ``path=True``: it names a file or folder.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -159,6 +249,10 @@ class Defaults:
     stop_residual: float = 0.0
 
 
+def _no_pictures(folder: str) -> Mapping[str, Path]:
+    raise RuntimeError("a concept without a model reads no folder")
+
+
 def _no_encoder(prompts: Sequence[str]) -> Mapping[str, Tensor]:
     raise RuntimeError("a concept without a model cannot encode prompts")
 
@@ -170,6 +264,7 @@ class Concept:
     ``anchor`` takes the concept's place and ``anchors`` maps every forget prompt to the prompt with it; None and empty
     where the method needs no anchor and the user names none.  ``encode``: N prompts -> the denoiser's conditions, by
     argument, (N, ...) float32, for methods that compute with embeddings.  ``concepts``: what is to be forgotten.
+    ``pictures``: a folder -> its image files by name; raises UserError for one that holds none.
     """
 
     anchor: str | None
@@ -179,6 +274,7 @@ class Concept:
     settings: Defaults
     encode: Callable[[Sequence[str]], Mapping[str, Tensor]] = dataclasses.field(default=_no_encoder, compare=False)
     concepts: tuple[str, ...] = ()
+    pictures: Callable[[str], Mapping[str, Path]] = dataclasses.field(default=_no_pictures, compare=False)
 
     @property
     def options(self) -> Any:

@@ -32,13 +32,15 @@ class Update:
     """One step of the optimizer, on the weighted sum of the roles' mean losses.
 
     ``weights``: role -> its weight, a number or a () tensor.  Roles without rows are passed over.
-    ``against``: the same for a second gradient g, computed on rows of its own.  The step's gradient then loses its part
-    that points against g (gradient surgery), and ``along`` times g is added to it.
+    ``against``: the same for a second gradient g, computed on rows of its own.  To the step's gradient h is then added
+    what it lacks of g, ``max(rate - <h, g> / <g, g>, 0) g``, so that the step descends along g at ``rate`` times g's
+    own pace at least; with ``rate`` 0 it loses its part against g (gradient surgery).  ``along`` times g is added, too.
     """
 
     weights: Mapping[Role, Weight]
     against: Mapping[Role, Weight] = dataclasses.field(default_factory=dict)
     along: float = 0.0
+    rate: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,3 +146,21 @@ class Project(Rule):
 
     def updates(self, state: State) -> Sequence[Update]:
         return [Update({"forget": 1.0}, against={"retain": 1.0}, along=self.retain_weight)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bilevel(Rule):
+    """Keep, subject to having forgotten: the retain gradient, with as much of the forget gradient as is needed.
+
+        g = g_r + lambda g_f,   lambda = max(rate - <g_r, g_f> / <g_f, g_f>, 0)
+
+    The first-order bilevel step of Liu et al. 2022 (BOME, 2209.08709), in which the forget loss falls at ``rate`` times
+    the pace of its own descent at least, and the retain loss has the rest.
+    """
+
+    rate: float = 1.0
+    passes: ClassVar[int] = 2
+    projects: ClassVar[bool] = True
+
+    def updates(self, state: State) -> Sequence[Update]:
+        return [Update({"retain": 1.0}, against={"forget": 1.0}, rate=self.rate)]

@@ -390,6 +390,22 @@ class Model(ABC):
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return vae.decode(latents, return_dict=False)[0]
 
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 to latents (B, C, h, w) float32 on the device: :meth:`decode` read backwards.
+
+        The mean of the VAE's distribution, so the same each time.
+        """
+        vae = self.pipeline.vae
+        config = vae.config
+        encoded = vae.encode(pixels.to(self.device, vae.dtype) / 127.5 - 1, return_dict=False)[0]
+        latents = (encoded if torch.is_tensor(encoded) else encoded.mode()).float()
+        mean, spread = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and spread is not None:
+            mean, spread = (torch.as_tensor(v, dtype=latents.dtype, device=latents.device) for v in (mean, spread))
+            return (latents - mean.view(1, -1, 1, 1)) * config.scaling_factor / spread.view(1, -1, 1, 1)
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
 
 def _multiple(pixels: int, step: int) -> int:
     """The multiple of ``step`` that is next to ``pixels``, and not 0."""

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import UserError
-from ..methods.recipe import NOISE, ROLES, UNCONDITIONAL, Recipe, Role, Row
+from ..methods.recipe import NOISE, ROLES, UNCONDITIONAL, Recipe, Role, Row, picture
 from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
+from .pictures import encode_pictures, noise_share, prediction_towards
 
 _PURPOSE = "training"  # of the noise: what a model is evaluated on, it was not trained on
 
@@ -24,7 +25,8 @@ _PURPOSE = "training"  # of the noise: what a model is evaluated on, it was not 
 class Batch:
     """Rows for one student forward; all of length B but ``teacher_preds`` (K, P, C, H, W), the bank's own storage.
 
-    ``weights``: (B,) float32, of the rows' squared errors.
+    ``weights``: (B,) float32, of the rows' squared errors.  ``own``: (B,) int64, which of the K predictions is that of
+    the prompt of the row's trajectory.
     """
 
     latents: torch.Tensor
@@ -34,6 +36,7 @@ class Batch:
     row_index: torch.Tensor
     coefficients: torch.Tensor
     weights: torch.Tensor
+    own: torch.Tensor
     roles: tuple[tuple[Role, int], ...]
 
 
@@ -81,6 +84,7 @@ class Bank:
             row_index=index,
             coefficients=self.coefficients[index],
             weights=self.weights[index],
+            own=self.places[index, 1],
             roles=tuple(roles),
         )
 
@@ -135,10 +139,16 @@ class BankPlan:
 
     @property
     def unet_evaluations(self) -> int:
-        return sum(self.points * len(self.branch_prompts(row)) for row, _ in self.assignments)
+        names = (name for row, _ in self.assignments for name in self.branch_prompts(row))
+        return self.points * sum(name != NOISE and not name.startswith(picture("")) for name in names)
 
     def branch_prompts(self, row: Row) -> list[str]:
-        """Whose predictions a row's trajectory is sampled with: those that guide it, then the others in its target."""
+        """Whose predictions a row's trajectory is sampled with: those that guide it, then the others in its target.
+
+        Of a row of a picture, which nothing guides: those in its target, the noise and pictures among them.
+        """
+        if row.trajectory.startswith(picture("")):
+            return list(row.target)
         guiding = (*self.guided_from, row.trajectory)
         return [*guiding, *(key for key in row.target if key not in (*guiding, NOISE))]
 
@@ -173,8 +183,10 @@ def build_bank(
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
     A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once.  No
-    evaluation shares their noise, nor does another ``purpose``.  Raises UserError for predictions that are no numbers.
+    evaluation shares their noise, nor does another ``purpose``.  Rows of a picture need no sampler.  Raises UserError
+    for predictions that are no numbers, and for pictures that cannot be read or have another size.
     """
+    pictures = {picture(name): latents for name, latents in encode_pictures(model, recipe.pictures).items()}
     conditions = _encoded(model, recipe, plan.guided_from)
     # What a denoiser takes of the guidance, the student is told as the teacher was.
     guided = model.with_guidance(conditions.tensors, plan.guidance_scale)
@@ -193,29 +205,43 @@ def build_bank(
     for first, group in _groups(plan, micro_batch_size):
         kinds = [row for row, _ in group]
         seeds = [plan.seed * 1_000_003 + number for _, number in group]
-        noise = initial_noise([row.trajectory for row in kinds], seeds, shape, purpose)
-        prompts = [plan.branch_prompts(row) for row in kinds]
-        branches = [conditions.of(branch) for branch in zip(*prompts, strict=True)]
+        branches = [plan.branch_prompts(row) for row in kinds]
         rows = torch.arange(first * points, (first + len(group)) * points, device=model.device).view(len(group), points)
-        steps = plan.num_inference_steps
-        trajectory = sample(model, noise, branches, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
-        for number, point in enumerate(trajectory):
-            latents[rows[:, number]] = point.latents
-            timesteps[rows[:, number]] = point.timestep.float()
-            teacher_preds[: len(branches), rows[:, number]] = point.predictions
-        for place, (row, _) in enumerate(group):
-            if NOISE in row.target:
-                where, names = rows[place], [f"{row.trajectory}{NOISE}{number}" for number in range(points)]
-                noise = initial_noise(names, [seeds[place]] * points, shape, purpose).to(model.device)
-                latents[where], teacher_preds[0, where] = model.noised(
-                    point.next_latents[place], noise, timesteps[where]
-                )
-        for row, branch, where in zip(kinds, prompts, rows, strict=True):
+        ends: torch.Tensor | list[None] = [None] * len(group)
+        if kinds[0].trajectory not in pictures:
+            noise = initial_noise([row.trajectory for row in kinds], seeds, shape, purpose)
+            asked = [conditions.of(branch) for branch in zip(*branches, strict=True)]
+            steps = plan.num_inference_steps
+            trajectory = sample(model, noise, asked, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
+            for number, point in enumerate(trajectory):
+                latents[rows[:, number]] = point.latents
+                timesteps[rows[:, number]] = point.timestep.float()
+                teacher_preds[: len(asked), rows[:, number]] = point.predictions
+            ends = point.next_latents
+        for row, branch, where, seed, end in zip(kinds, branches, rows, seeds, ends, strict=True):
+            if row.trajectory in pictures or NOISE in row.target:
+                if row.trajectory in pictures:
+                    timesteps[where] = model.new_scheduler(plan.num_inference_steps).timesteps.float()
+                names = [f"{row.trajectory}{NOISE}{number}" for number in range(points)]
+                noise = initial_noise(names, [seed] * points, shape, purpose).to(model.device)
+                clean = pictures.get(row.trajectory, end)
+                latents[where], truth = model.noised(clean, noise, timesteps[where])
+                if NOISE in row.target:  # stands where the first prediction does in other rows
+                    teacher_preds[0, where] = truth
+            if row.trajectory in pictures:
+                x, t = latents[where], timesteps[where]
+                for number, name in enumerate(branch):
+                    if name in pictures:
+                        teacher_preds[number, where] = prediction_towards(model, pictures[name], x, t)
+                    elif name != NOISE:
+                        teacher_preds[number, where] = model.predict(x, t, conditions.of([name] * points))
             condition[where] = conditions.prompts.index(row.condition)
             coefficients[where, : len(branch)] = torch.tensor(_coefficients(row, branch), device=model.device)
             kept = [branch.index(name) if name in branch else -1 for name in (UNCONDITIONAL, row.trajectory)]
             places[where] = torch.tensor(kept, device=model.device)
             weights[where] = row.weight
+            if row.noise_power:
+                weights[where] *= noise_share(model, timesteps[where]) ** row.noise_power
             window = row.window(points)
             role_rows.setdefault(row.role, []).append(where[window.start : window.stop].cpu())
     if not (latents.isfinite().all() and teacher_preds.isfinite().all()):
@@ -248,13 +274,17 @@ def _coefficients(row: Row, names: list[str]) -> list[float]:
 
 
 def _groups(plan: BankPlan, size: int) -> list[tuple[int, Sequence[tuple[Row, int]]]]:
-    """Runs of at most ``size`` trajectories with equally many branches, each with its first trajectory's place."""
+    """Runs of at most ``size`` trajectories that are made alike, each with its first trajectory's place."""
+
+    def kind(place: int) -> tuple[bool, int]:
+        row = assignments[place][0]
+        return row.trajectory.startswith(picture("")), len(plan.branch_prompts(row))
+
     groups: list[tuple[int, Sequence[tuple[Row, int]]]] = []
     assignments, start = plan.assignments, 0
     while start < len(assignments):
-        width = len(plan.branch_prompts(assignments[start][0]))
         end = start
-        while end < min(start + size, len(assignments)) and len(plan.branch_prompts(assignments[end][0])) == width:
+        while end < min(start + size, len(assignments)) and kind(end) == kind(start):
             end += 1
         groups.append((start, assignments[start:end]))
         start = end

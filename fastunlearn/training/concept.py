@@ -14,6 +14,7 @@ from ..methods import Method
 from ..methods.recipe import EMPTY, Concept, Defaults
 from ..models.base import Model
 from .config import MaskConfig, TrainConfig
+from .pictures import find_pictures
 
 AUTO = "auto"  # in place of retain prompts: those that are proposed
 _PROPOSED = 16  # of each kind, at most
@@ -45,7 +46,7 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
     if anchor is None and len(words) == 1 and becomes and named[0].anchor is None:
         anchor = becomes[words[0]][0]
     encode = lambda given: model.encode(given).of(given)  # noqa: E731 - a row for each prompt, repeats included
-    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, tuple(words))
+    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, tuple(words), find_pictures)
 
 
 def _proposed(words: Sequence[str], model: Model) -> list[str]:

@@ -135,7 +135,7 @@ def _run_record(config: TrainConfig, plan: TrainPlan, model: Model, hashes: dict
         trainable_parameters=plan.trainable_parameters,
         total_parameters=plan.total_parameters,
         rows=plan.bank.rows,
-        unet_evaluations={"bank": plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
+        unet_evaluations={"bank": plan.search_evaluations + plan.bank.unet_evaluations, "loop": plan.loop_evaluations},
         seconds=dict(work.seconds),
         ending=work.ending,
         edit=dict(work.facts),

@@ -28,16 +28,22 @@ class Edited:
 
 
 @torch.no_grad()
-def edit_weights(model: Model, edit: Edit, selection: Selection) -> Edited:
+def edit_weights(
+    model: Model,
+    edit: Edit,
+    selection: Selection,
+    gradient: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+) -> Edited:
     """Run the edit.
 
-    Raises UserError where it gives anything but finite values of the parameters that are selected.
+    ``gradient``: what the edit finds as :class:`Weights`'.  Raises UserError where it gives anything but finite values
+    of the parameters that are selected.
     """
     named = dict(model.denoiser.named_parameters())
     given = {name: named[name].detach().float() for name in selection.names}
     layers = {name: before for name, before in text_layers(model).items() if name in given}
     weights = Weights(given, tuple(layers), {name: before for name, before in layers.items() if before is not None})
-    new = edit.change(weights)
+    new = edit.change(weights if gradient is None else dataclasses.replace(weights, gradient=gradient))
     for name, values in new.items():
         if name not in given:
             raise UserError(f"the edit changes {name!r}, which is not selected. Use another `--trainable`.")

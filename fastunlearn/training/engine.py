@@ -10,6 +10,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,10 +30,13 @@ ClipScope = Literal["selected", "all"]
 class Engine(ABC):
     """What the trainer and the exports need of an engine, whichever it is.
 
-    ``can_project``: whether it has :meth:`set_aside`.
+    ``can_project``: whether it has :meth:`set_aside`; ``can_hold``: whether it has :meth:`hold`.  ``measured``: what
+    the last step has measured beside the norm, () tensors on the device.
     """
 
     can_project: ClassVar[bool] = False
+    can_hold: ClassVar[bool] = False
+    measured: Mapping[str, torch.Tensor] = MappingProxyType({})
     module: nn.Module
     selection: Selection
     optimizer: MaskedAdamW
@@ -67,13 +71,20 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027 - may have nothing to do
         """Give back what the engine holds."""
 
-    def set_aside(self, along: float) -> None:
+    def set_aside(self, along: float, rate: float = 0.0) -> None:
         """Keep the gradient so far as the one that the next step must not point against.
 
-        The next :meth:`step` is along its own gradient without the part against this one, plus ``along`` times this
-        one.
+        The next :meth:`step` is along its own gradient h plus ``max(rate - <h, g> / <g, g>, 0) + along`` times this
+        one, g.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot project gradients")
+
+    def hold(self, curvature: Mapping[str, torch.Tensor]) -> None:
+        """Hold the weights to what they are now: each step's loss gets ``sum_i f_i (w_i - w0_i)^2`` added to it.
+
+        ``curvature``: parameter -> f, of its shape, float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot hold weights")
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the rate of the next steps to ``factor`` times the one the engine was made with."""
@@ -117,6 +128,7 @@ class TorchEngine(Engine):
     """
 
     can_project = True
+    can_hold = True
 
     def __init__(
         self,
@@ -134,7 +146,8 @@ class TorchEngine(Engine):
         self.module = module.requires_grad_(False)
         self.selection = selection
         self.parameters: dict[str, torch.Tensor] = {n: parameters[n].requires_grad_(True) for n in selection.names}
-        self._aside: tuple[dict[torch.Tensor, torch.Tensor], float] | None = None
+        self._aside: tuple[dict[torch.Tensor, torch.Tensor], float, float] | None = None
+        self._held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # weight, f, w0
         self.learning_rate, self.max_grad_norm, self.mixed_precision = learning_rate, max_grad_norm, mixed_precision
         self.clip_scope, self.accumulation = clip_scope, accumulation
         masks = {
@@ -151,11 +164,16 @@ class TorchEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         (loss if self.accumulation == 1 else loss / self.accumulation).backward()
 
-    def set_aside(self, along: float) -> None:
-        self._aside = {p: p.grad for p in self.parameters.values() if p.grad is not None}, along
+    def set_aside(self, along: float, rate: float = 0.0) -> None:
+        self._aside = {p: p.grad for p in self.parameters.values() if p.grad is not None}, along, rate
         self.optimizer.zero_grad(set_to_none=True)
 
+    def hold(self, curvature: Mapping[str, torch.Tensor]) -> None:
+        parameters = self.parameters.items()
+        self._held = [(p, curvature[name].to(p), p.detach().clone()) for name, p in parameters]
+
     def step(self) -> torch.Tensor:
+        self.measured = {"held": self._pull()} if self._held else {}
         if self._aside is not None:
             return self._projected_step(*self._aside)
         factor, norm = self.optimizer.clip_factor(self.max_grad_norm)
@@ -166,8 +184,18 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _projected_step(self, other: dict[torch.Tensor, torch.Tensor], along: float) -> torch.Tensor:
-        """A step along g + c h, h being ``other``: c takes the part against h out of g, and adds ``along`` times h."""
+    @torch.no_grad()
+    def _pull(self) -> torch.Tensor:
+        """Add the gradient of ``sum f (w - w0)^2``; the sum, () float32."""
+        total = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        for parameter, curvature, start in self._held:
+            force = curvature * (parameter - start)
+            total += (force * (parameter - start)).sum()
+            parameter.grad = 2 * force if parameter.grad is None else parameter.grad.add_(force, alpha=2)
+        return total
+
+    def _projected_step(self, other: dict[torch.Tensor, torch.Tensor], along: float, rate: float) -> torch.Tensor:
+        """A step along g + c h, h being ``other``: c brings g to ``rate`` along h, and adds ``along`` times h."""
         parameters = [p for p in self.parameters.values() if p.grad is not None or p in other]
         grads, others = [], []
         for parameter in parameters:
@@ -176,7 +204,10 @@ class TorchEngine(Engine):
             grads.append(parameter.grad)
             others.append(other.setdefault(parameter, torch.zeros_like(parameter)))
         dots = gradient_dots(grads, others, grad_masks=[self.optimizer.grad_mask(p) for p in parameters])
-        coefficient = projection_coefficient(dots) + along
+        # What is missing of `rate` times h is what is against h of g - rate h.
+        lacking = projection_coefficient(torch.stack([dots[0], dots[1] - rate * dots[2], dots[2]]))
+        coefficient = lacking + along
+        self.measured = {**self.measured, "coefficient": coefficient}
         if self.clip_scope == "all" and self.selection.bits:
             dots = gradient_dots(grads, others)
         norm = (dots[0] + 2 * coefficient * dots[1] + coefficient.square() * dots[2]).clamp(min=0).sqrt()

@@ -19,6 +19,7 @@ from .engine_deepspeed import DeepSpeedEngine
 from .evidence import Evidence
 from .export import exported_to
 from .plan import TrainPlan
+from .saliency import fisher_information
 from .selection import Selection
 from .trainer import Schedule, Trainer
 
@@ -37,6 +38,7 @@ def fit(
     assert not isinstance(plan.recipe, Edit)
     torch.manual_seed(config.seed)
     settings = plan.settings
+    curvature = _curvature(model, plan, bank, selection, config)
     engine = _engine(model, plan, selection, config)
     schedule = Schedule(
         steps=settings.steps,
@@ -47,7 +49,9 @@ def fit(
         lr_scheduler=settings.lr_scheduler,
     )
     try:
-        trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder, evidence)
+        if curvature:
+            engine.hold(curvature)
+        trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder, evidence, plan.recipe.inner)
         if config.resume:
             trainer.resume()
         trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
@@ -59,6 +63,24 @@ def fit(
         raise
     engine.close()
     return trainer.ending()
+
+
+def _curvature(
+    model: Model, plan: TrainPlan, bank: Bank, selection: Selection, config: TrainConfig
+) -> dict[str, torch.Tensor]:
+    """How hard each weight is held to where training starts; empty where none is."""
+    assert not isinstance(plan.recipe, Edit)
+    if not plan.recipe.elastic:
+        return {}
+    fisher = fisher_information(
+        model,
+        bank,
+        selection.names,
+        points=plan.bank.points,
+        micro_batch_size=plan.settings.micro_batch_size,
+        mixed_precision=config.mixed_precision,
+    )
+    return {name: plan.recipe.elastic * values for name, values in fisher.items()}
 
 
 def _engine(model: Model, plan: TrainPlan, selection: Selection, config: TrainConfig) -> Engine:

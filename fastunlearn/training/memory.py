@@ -35,11 +35,13 @@ def estimate_memory(
     other_parts: int,
     activations: int,
     bank: int,
+    held: bool = False,
 ) -> MemoryEstimate:
     """Counts of elements to bytes, as a training's engine keeps them.
 
     ``total``: of the denoiser; ``trainable``: of the tensors that train; ``selected``: of these that may change;
-    ``other_parts``: of text encoder, VAE and so on.  ``activations`` and ``bank`` are bytes.
+    ``other_parts``: of text encoder, VAE and so on.  ``activations`` and ``bank`` are bytes.  ``held``:
+    whether the weights are held to where they started.
     """
     zero = (deepspeed or {}).get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -58,6 +60,7 @@ def estimate_memory(
     (host if on_host else device)["optimizer"] = masters + states
     if zero.get("offload_param", {}).get("device") == "cpu":
         host["weights"] = device.pop("weights")
+    device |= {"held weights": 8 * trainable if held else 0}
     device |= {"activations": activations, "bank": bank, "other parts": 4 * other_parts}
     return MemoryEstimate({k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v})
 

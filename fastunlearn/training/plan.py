@@ -30,6 +30,7 @@ from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
 from .low_rank import AdapterPlan
 from .memory import MemoryEstimate, estimate_memory, measure_activations
+from .pictures import check_pictures
 from .selection import GROUPS, Selection, load_mask, select_parameters
 
 
@@ -57,6 +58,8 @@ class TrainPlan:
     trainable_parameters: int
     total_parameters: int
     bank: BankPlan
+    search_trajectories: int  # of each embedding that is found first
+    search_evaluations: int
     loop_forwards: int
     seconds_per_evaluation: float
     evidence: EvidencePlan | None  # None where the training ends by its steps alone
@@ -101,6 +104,8 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     concept = make_concept(config, method, model, settings)
     recipe = method.recipe(concept)
     _check_engine(config, method, recipe, settings)
+    if isinstance(recipe, Recipe):
+        check_pictures(model, recipe.pictures)
     is_edit = isinstance(recipe, Edit)
     rows = Recipe([], Sum()) if isinstance(recipe, Edit) else recipe
     if config.trajectories is None:
@@ -137,7 +142,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     evidence = None
     if rows.rows and settings.steps and settings.stop_residual:
         measured = held_out_concept(config, method, model, concept)
-        held = rows if measured is concept else method.recipe(measured)
+        held = rows if measured is concept or rows.searches else method.recipe(measured)
         assert isinstance(held, Recipe)
         evidence = plan_evidence(
             model,
@@ -149,9 +154,17 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         )
         if evidence is None and config.stop_residual:
             raise UserError(f"the method {method.name} has no target to reach. Leave `--stop-residual` out.")
+    search_trajectories = -(-settings.trajectories // 8)
+    rows_per_step = settings.micro_batch_size * accumulation
+    loop_forwards = settings.steps * rows.rule.passes * rows_per_step
+    if rows.inner:
+        share = len({row.role for row in rows.rows})
+        attacked = settings.steps - math.ceil(rows.inner.warm_up * settings.steps)
+        loop_forwards += attacked * rows.inner.steps * -(-rows_per_step // share)
     memory = None
     if config.dry_run and not is_edit:
-        memory = _estimate(config, model, selection, trainable, bank, settings, world, deepspeed)
+        is_held = bool(rows.elastic)
+        memory = _estimate(config, model, selection, trainable, bank, settings, world, deepspeed, is_held)
     return TrainPlan(
         method=method,
         settings=settings,
@@ -168,12 +181,22 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         trainable_parameters=trainable,
         total_parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
         bank=bank,
-        loop_forwards=settings.steps * rows.rule.passes * settings.micro_batch_size * accumulation,
+        search_trajectories=search_trajectories,
+        search_evaluations=_search_evaluations(rows, bank, search_trajectories, settings.micro_batch_size),
+        loop_forwards=loop_forwards,
         seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
         pooled=tuple(pooled_inputs(model, concept.forget_prompts[0])) if is_edit else (),
+    )
+
+
+def _search_evaluations(recipe: Recipe, bank: BankPlan, trajectories: int, micro_batch_size: int) -> int:
+    """What the searches cost at most: their trajectories, then forwards with a backward."""
+    return sum(
+        bank.points * trajectories * (2 + (search.neutral is not None)) + 3 * search.steps * micro_batch_size
+        for search in recipe.searches
     )
 
 
@@ -183,7 +206,7 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
     It makes the same run from any working folder.
     """
     settings = dataclasses.asdict(plan.settings)
-    settings |= {"anchor": plan.concept.anchor, "options": settings["options"] or {}}
+    settings |= {"anchor": plan.concept.anchor, "options": _options(plan.settings.options)}
     settings |= {"dry_run": False, "resume": False, "overwrite": False}
     if plan.adapter is not None:
         settings |= {"rank": plan.adapter.adapter.rank, "lora_alpha": plan.adapter.adapter.alpha}
@@ -200,12 +223,20 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
     return dataclasses.replace(config, **settings)
 
 
+def _options(options: Any) -> dict[str, Any]:
+    """A method's options as they are saved: paths whole."""
+    fields = dataclasses.fields(options) if options is not None else ()
+    values = {field.name: getattr(options, field.name) for field in fields}
+    paths = [field.name for field in fields if field.metadata.get("path") and values[field.name]]
+    return values | {name: str(Path(values[name]).expanduser().resolve()) for name in paths}
+
+
 def _prompts_of(concept: Concept, recipe: Recipe | Edit, bank: BankPlan | None = None) -> set[str]:
     """The prompts of a method; with ``bank``, those that have a trajectory in it."""
     if isinstance(recipe, Edit):
         return {*concept.forget_prompts, *concept.anchors.values(), *concept.retain_prompts}
     rows = recipe.rows if bank is None else [row for row, _ in bank.assignments]
-    return set(Recipe(rows, recipe.rule, recipe.embeddings).prompts())
+    return set(dataclasses.replace(recipe, rows=rows).prompts())
 
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
@@ -231,6 +262,14 @@ def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, se
             )
         if settings.steps:
             raise UserError(f"the method {method.name} computes its weights in no steps. Leave `--steps` out.")
+    elif config.adapter is not None and (recipe.start is not None or recipe.elastic):
+        what = "holds each weight to where it started" if recipe.elastic else "edits whole weights before it trains"
+        raise UserError(f"the method {method.name} {what}, which an adapter has not. Leave `--adapter` out.")
+    elif config.deepspeed is not None and (recipe.elastic or recipe.inner):
+        what = "holds each weight to where it started" if recipe.elastic else "attacks the student in every step"
+        raise UserError(
+            f"the method {method.name} {what}, which is not possible with DeepSpeed. Leave `--deepspeed` out."
+        )
     elif recipe.rule.projects and config.deepspeed is not None and not DeepSpeedEngine.can_project:
         raise UserError(
             f"the method {method.name} projects gradients on each other, which is not possible with DeepSpeed. Leave "
@@ -247,6 +286,7 @@ def _estimate(
     settings: Defaults,
     world: World,
     deepspeed: Mapping[str, Any] | None,
+    is_held: bool,
 ) -> MemoryEstimate:
     in_bf16 = deepspeed is not None and deepspeed.get("bf16", {}).get("enabled", False)
     precision = "bf16" if in_bf16 else config.mixed_precision
@@ -261,6 +301,7 @@ def _estimate(
         other_parts=sum(p.numel() for part in parts if part is not model.denoiser for p in part.parameters()),
         activations=settings.micro_batch_size * measure_activations(model, selection.names, precision),
         bank=bank.rows * (1 + bank.branches) * math.prod(model.latent_shape) * 4,
+        held=is_held,
     )
 
 
@@ -281,7 +322,7 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     """What a training will do, in words, before its first step."""
     settings, concept = plan.settings, plan.concept
     share = plan.trainable_parameters / plan.total_parameters
-    total = plan.bank.unet_evaluations + plan.loop_evaluations
+    total = plan.search_evaluations + plan.bank.unet_evaluations + plan.loop_evaluations
     total += plan.evidence.unet_evaluations if plan.evidence else 0
     lines = [f"method      {plan.method.name}: {plan.method.summary}"]
     if len(concept.concepts) > 1:
@@ -289,8 +330,9 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     lines.append(f"forget      {_some(concept.forget_prompts)}{_left_out(plan, 'forget')}")
     if concept.anchors:
         lines.append(f"becomes     {_some(list(concept.anchors.values()))}")
-    is_edit = isinstance(plan.recipe, Edit)
-    if concept.retain_prompts and (is_edit or any(row.role == "retain" for row, _ in plan.bank.assignments)):
+    if concept.retain_prompts and (
+        isinstance(plan.recipe, Edit) or any(row.role == "retain" for row, _ in plan.bank.assignments)
+    ):
         lines.append(f"keep        {_some(concept.retain_prompts)}{_left_out(plan, 'retain')}")
     finder = concepts.Finder(concept.concepts)
     if torn := [prompt for prompt in concept.retain_prompts if finder.named(prompt)]:
@@ -308,13 +350,19 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
         *(plan.adapter.lines(plan.method.name) if plan.adapter else []),
     ]
-    if is_edit:
+    if isinstance(plan.recipe, Edit):
         lines.append("edit        in closed form: no rows, no steps")
         if plan.pooled:
             lines.append(
                 f"untouched   what reads the pooled text ({', '.join(plan.pooled)}): edits change what reads states"
             )
         return lines
+    if plan.recipe.start is not None:
+        lines.append("start       weights edited in closed form, then trained")
+    if plan.recipe.searches:
+        lines.append(
+            f"search      {len(plan.recipe.searches)} embeddings, at most {plan.search_evaluations:,} UNet evaluations"
+        )
     windows = f" ({plan.bank.trained_rows:,} in their windows)" if plan.bank.trained_rows < plan.bank.rows else ""
     at_most = "at most " if plan.evidence is not None else ""
     lines += [

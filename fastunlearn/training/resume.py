@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_line
+from ..methods.recipe import Edit
 from .config import TrainConfig
+from .pictures import digests
 from .plan import TrainPlan, resolved
 
 KEY = "run-key.json"
@@ -37,6 +39,7 @@ def run_key(config: TrainConfig, plan: TrainPlan, model_hash: str) -> dict[str, 
         "forget": list(plan.concept.forget_prompts),
         "anchors": dict(plan.concept.anchors),
         "retain": list(plan.concept.retain_prompts),
+        "pictures": {} if isinstance(plan.recipe, Edit) else digests(plan.recipe.pictures),
         "mask": plan.selection.digest() if config.mask else None,
         "settings": {name: value for name, value in settings.items() if name not in _FREE | _BY_CONTENT},
     }
@@ -64,6 +67,8 @@ def check_same_run(key: dict[str, Any], folder: Path) -> None:
     for prompt, then in before["anchors"].items():
         if (now := key["anchors"].get(prompt)) != then:
             raise _different(folder, f"the anchor of {prompt!r}", then, now)
+    if before.get("pictures", {}) != key["pictures"]:
+        raise UserError(f"`--resume`: the run in {folder} has other pictures. Give the same, or another `--output`.")
     if before["mask"] != key["mask"]:
         raise UserError(f"`--resume`: the run in {folder} has another mask. Give the same, or another `--output`.")
     for name, now in key["settings"].items():

@@ -90,18 +90,18 @@ def make_mask(
     the largest magnitudes are selected over all parameters together (Fan et al. 2024; ``generate_mask.py``).  A
     function of model, prompts, ``names`` and settings alone.  ``granularity``: element, sector (8 neighbours) or row.
     """
-    rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
-    recipe = Recipe(rows, Sum())
-    plan = plan_bank(
+    totals = concept_gradient(
         model,
-        recipe,
+        forget_prompts,
+        names,
+        guidance=SALIENCY_GUIDANCE,
         trajectories=trajectories,
         num_inference_steps=num_inference_steps,
-        guidance_scale=trajectory_guidance_scale,
+        trajectory_guidance_scale=trajectory_guidance_scale,
+        micro_batch_size=micro_batch_size,
         seed=seed,
+        mixed_precision=mixed_precision,
     )
-    bank = build_bank(model, recipe, plan)
-    totals = _concept_saliency(model, bank, names, micro_batch_size, mixed_precision)
     bits = saliency_mask(list(totals.values()), density, granularity=granularity)
     selection = Selection.of(
         model.denoiser,
@@ -114,25 +114,91 @@ def make_mask(
     return selection
 
 
-def _concept_saliency(
-    model: Model, bank: Bank, names: Sequence[str], micro_batch_size: int, mixed_precision: str
+@torch.enable_grad()
+def concept_gradient(
+    model: Model,
+    forget_prompts: Sequence[str],
+    names: Sequence[str],
+    *,
+    guidance: float,
+    trajectories: int,
+    num_inference_steps: int,
+    trajectory_guidance_scale: float,
+    micro_batch_size: int,
+    seed: int,
+    mixed_precision: str = "no",
 ) -> dict[str, torch.Tensor]:
-    """name -> the summed gradient of the guided denoising loss over all rows of the bank, float32."""
-    named = dict(model.denoiser.named_parameters())
-    parameters = {name: named[name].requires_grad_(True) for name in names}
+    """name -> the gradient of ``|(1 + w) S(c) - w S("") - noise|^2``, w = ``guidance``, over all forget rows, float32.
+
+    Signs and all: the mean over the rows.  With a guidance of 0 it is the concept's usual training loss.
+    """
+    rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
+    recipe = Recipe(rows, Sum())
+    plan = plan_bank(
+        model,
+        recipe,
+        trajectories=trajectories,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=trajectory_guidance_scale,
+        seed=seed,
+    )
+    bank = build_bank(model, recipe, plan)
+    parameters = _parameters(model, names)
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     try:
-        for rows in torch.arange(len(bank), device=model.device).split(micro_batch_size):
-            conditional = bank.conditions.rows(bank.condition[rows])
-            unconditional = bank.conditions.of([UNCONDITIONAL] * len(rows))
-            conditions = {key: torch.cat([unconditional[key], conditional[key]]) for key in conditional}
+        for index in torch.arange(len(bank), device=model.device).split(micro_batch_size):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-                both = model.predict(bank.latents[rows].repeat(2, 1, 1, 1), bank.timesteps[rows].repeat(2), conditions)
-            without, with_concept = both.chunk(2)
-            guided = torch.lerp(without, with_concept, 1 + SALIENCY_GUIDANCE)
-            loss = (guided - bank.teacher_preds[0, rows]).square().mean() * (len(rows) / len(bank))
+                predicted = _guided(model, bank, index, guidance)
+            loss = (predicted - bank.teacher_preds[0, index]).square().mean() * (len(index) / len(bank))
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             accumulate_saliency_(list(totals.values()), list(gradients), mode="signed")
     finally:
         model.denoiser.requires_grad_(False)
     return totals
+
+
+def fisher_information(
+    model: Model, bank: Bank, names: Sequence[str], *, points: int, micro_batch_size: int, mixed_precision: str = "no"
+) -> dict[str, torch.Tensor]:
+    """name -> the diagonal of the Fisher information of the retain rows' images, float32.
+
+    The likelihood of an image is estimated by its denoising loss summed over all the timesteps T of the model's
+    training, and that sum by ``points`` of them: F is the mean over images of ``(T / points * sum_t gradient_t)^2``
+    (Heng & Soh 2023, equation 6), the gradients of one image being summed before they are squared.
+    """
+    parameters = _parameters(model, names)
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    images = bank.role_rows["retain"].to(model.device).view(-1, points)
+    all_timesteps = model.pipeline.scheduler.config.num_train_timesteps
+    try:
+        for rows in images:
+            sums = {name: torch.zeros_like(total) for name, total in totals.items()}
+            for index in rows.split(micro_batch_size):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+                    predicted = _guided(model, bank, index, 0.0)
+                losses = (predicted - bank.teacher_preds[0, index]).square().mean(dim=(1, 2, 3))
+                gradients = torch.autograd.grad(losses.sum() * (all_timesteps / points), list(parameters.values()))
+                accumulate_saliency_(list(sums.values()), list(gradients), mode="signed")
+            for name, total in totals.items():
+                total += sums[name].square() / len(images)
+    finally:
+        model.denoiser.requires_grad_(False)
+    return totals
+
+
+def _parameters(model: Model, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """These parameters of the denoiser, made to take gradients."""
+    named = dict(model.denoiser.named_parameters())
+    return {name: named[name].requires_grad_(True) for name in names}
+
+
+def _guided(model: Model, bank: Bank, index: torch.Tensor, guidance: float) -> torch.Tensor:
+    """The denoiser's answer for rows of the bank, (B, C, H, W), guided where ``guidance`` is not 0."""
+    conditions = bank.conditions.rows(bank.condition[index])
+    if not guidance:
+        return model.predict(bank.latents[index], bank.timesteps[index], conditions)
+    unconditional = bank.conditions.of([UNCONDITIONAL] * len(index))
+    both = {key: torch.cat([unconditional[key], conditions[key]]) for key in conditions}
+    predicted = model.predict(bank.latents[index].repeat(2, 1, 1, 1), bank.timesteps[index].repeat(2), both)
+    without, with_concept = predicted.chunk(2)
+    return torch.lerp(without, with_concept, 1 + guidance)

@@ -17,10 +17,11 @@ from fastunlearn_kernels import noise_pred_loss
 
 from ..errors import UserError
 from ..files.atomic import remove_folder, remove_temporaries, write_text
-from ..methods.recipe import ROLES, Role
+from ..methods.recipe import ROLES, Inner, Role
 from ..methods.rules import Rule
 from ..models.base import Model
 from ..schema import Ending
+from .adversary import attacked
 from .bank import Bank
 from .engine import Engine
 from .evidence import Evidence
@@ -57,7 +58,9 @@ class Trainer:
         schedule: Schedule,
         folder: Path,
         evidence: Evidence | None = None,
+        inner: Inner | None = None,
     ) -> None:
+        self.inner = inner
         self.model, self.bank, self.rule, self.engine, self.schedule = model, bank, rule, engine, schedule
         self.evidence = evidence
         self.checkpoints = folder / "checkpoints"
@@ -143,11 +146,12 @@ class Trainer:
             passes = []
             if against := self._present(update.against):
                 passes.append((update.along, *self._accumulate(against)))
-                self.engine.set_aside(update.along)
+                self.engine.set_aside(update.along, update.rate)
             if not (weights := self._present(update.weights)):
                 continue
             passes.append((1.0, *self._accumulate(weights)))
             metrics["grad_norm"] = self.engine.step()
+            metrics |= self.engine.measured
             for share, counts, sums in passes:
                 loss, *row_sums = self.engine.world.sum(sums)
                 metrics["loss"] = metrics.get("loss", 0.0) + share * loss
@@ -207,8 +211,12 @@ class Trainer:
         world, parts = self.engine.world, self._parts
         part = micro * world.size + world.rank
         batch = self.bank.batch(list(counts.items()), self.step, self.schedule.seed, part=part, parts=parts)
+        conditions = batch.conditions
+        if self.inner is not None and self.step >= self.inner.warm_up * self.schedule.steps:
+            seeds = (self.schedule.seed, self.step, part, parts)
+            conditions = attacked(self.model, self.engine, batch, self.inner, seeds)
         with self.engine.autocast():
-            noise_pred = self.model.predict(batch.latents, batch.timesteps, batch.conditions, self.engine.module)
+            noise_pred = self.model.predict(batch.latents, batch.timesteps, conditions, self.engine.module)
         # Each role's loss is a mean over all its rows, whatever its share of this batch; the engine means over parts.
         scale = len(batch.timesteps) * parts
         weights = torch.cat([(role_weights[role] * scale / counts[role]).expand(n) for role, n in batch.roles])

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import to_yaml
 from ..distributed import World, device_of, join, take_share_of_cores, world_of_environment
 from ..errors import UserError
@@ -19,13 +21,14 @@ from ..files.atomic import write_json, write_text
 from ..files.run_folder import check_output, claimed, own, prepare_output
 from ..files.weights import pipeline_files
 from ..methods import get_method
-from ..methods.recipe import Edit
+from ..methods.recipe import Edit, Recipe
 from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
 from ..progress import Reporter
+from .adversary import SearchBudget, with_found
 from .ancestors import ancestors_of
-from .bank import build_bank
+from .bank import Bank, build_bank
 from .conclude import Scoring, Work, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
@@ -36,7 +39,7 @@ from .inputs import config_of, kept_folder, named_source
 from .plan import TrainPlan, plan_lines, plan_training, resolved
 from .result import UnlearnResult
 from .resume import KEY, check_same_run, check_settings, run_key
-from .saliency import make_mask
+from .saliency import concept_gradient, make_mask
 from .selection import Selection, load_mask, save_mask
 
 
@@ -119,12 +122,11 @@ class _Run:
         bank, evidence, edited = None, None, None
         if isinstance(plan.recipe, Edit):
             with self._stage("edit"):
-                edited = edit_weights(model, plan.recipe, selection)
+                edited = edit_weights(model, plan.recipe, selection, lambda: self._gradient(plan, model))
             self.reporter.edited(edited.facts)
         else:
-            with self._stage("bank"):
-                bank = build_bank(model, plan.recipe, plan.bank)
-                evidence = Evidence(model, plan.evidence) if plan.evidence else None
+            bank, evidence = self._bank(plan.recipe, plan, model)
+            self._start(plan.recipe, plan, model, selection)
         self._begin(plan, model, selection, key)
         exported = exported_to(config, folder)
         ending = None
@@ -152,6 +154,47 @@ class _Run:
         yield
         self.seconds[f"{name}_s"] = round(time.monotonic() - started, 3)
 
+    def _bank(self, recipe: Recipe, plan: TrainPlan, model: Model) -> tuple[Bank, Evidence | None]:
+        """The rows, and those that are held out, after what must be found for them."""
+        config, held = self.config, plan.evidence
+        if recipe.searches:
+            budget = SearchBudget(
+                trajectories=plan.search_trajectories,
+                num_inference_steps=config.trajectory_steps,
+                guidance_scale=config.trajectory_guidance_scale,
+                micro_batch_size=plan.settings.micro_batch_size,
+                seed=config.seed,
+            )
+            with self._stage("search"):
+                recipe = with_found(model, recipe, budget)
+            if held is not None:
+                found = dataclasses.replace(held.recipe, embeddings=recipe.embeddings, searches=())
+                held = dataclasses.replace(held, recipe=found)
+        with self._stage("bank"):
+            return build_bank(model, recipe, plan.bank), Evidence(model, held) if held else None
+
+    def _start(self, recipe: Recipe, plan: TrainPlan, model: Model, selection: Selection) -> None:
+        """Edit the weights that training starts from.  A function of the model, so the same for a run that resumes."""
+        if recipe.start is None:
+            return
+        with self._stage("edit"):
+            start = edit_weights(model, recipe.start, selection, lambda: self._gradient(plan, model))
+            put_weights(model, start.values, start.selection, dict.fromkeys(start.values, torch.float32))
+
+    def _gradient(self, plan: TrainPlan, model: Model) -> Mapping[str, torch.Tensor]:
+        names = plan.selection.names
+        return concept_gradient(model, plan.concept.forget_prompts, names, guidance=0.0, **self._gradient_budget(plan))
+
+    def _gradient_budget(self, plan: TrainPlan) -> dict[str, Any]:
+        return {
+            "trajectories": plan.settings.trajectories,
+            "num_inference_steps": self.config.trajectory_steps,
+            "trajectory_guidance_scale": self.config.trajectory_guidance_scale,
+            "micro_batch_size": plan.settings.micro_batch_size,
+            "seed": self.config.seed,
+            "mixed_precision": self.config.mixed_precision,
+        }
+
     def _selection(self, plan: TrainPlan, model: Model) -> Selection:
         """What may change: as planned, or of it what a saliency mask selects, the one of a run that is resumed."""
         config, settings = self.config, plan.settings
@@ -167,12 +210,7 @@ class _Run:
                 plan.selection.names,
                 density=settings.mask_density,
                 granularity=config.mask_granularity,
-                trajectories=settings.trajectories,
-                num_inference_steps=config.trajectory_steps,
-                trajectory_guidance_scale=config.trajectory_guidance_scale,
-                micro_batch_size=settings.micro_batch_size,
-                seed=config.seed,
-                mixed_precision=config.mixed_precision,
+                **self._gradient_budget(plan),
             )
 
     def _begin(self, plan: TrainPlan, model: Model, selection: Selection, key: Mapping[str, Any]) -> None:

@@ -1,0 +1,108 @@
+"""Attacks that are part of a method: an embedding found before training, an offset found in every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import UserError
+from ..methods.recipe import Inner, Recipe, Row, Search, found
+from ..methods.rules import Sum
+from ..models.base import Model, Tensors
+from .bank import Batch, build_bank, plan_bank
+from .engine import Engine
+
+STATES = "encoder_hidden_states"
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchBudget:
+    """What a search may cost: trajectories of the concept, their steps and guidance, rows per step, and the seed."""
+
+    trajectories: int
+    num_inference_steps: int
+    guidance_scale: float
+    micro_batch_size: int
+    seed: int
+
+
+def with_found(model: Model, recipe: Recipe, budget: SearchBudget) -> Recipe:
+    """The recipe with the embeddings that its searches have found."""
+    embeddings = {found(search.name): _found(model, search, budget) for search in recipe.searches}
+    return dataclasses.replace(recipe, embeddings={**recipe.embeddings, **embeddings}, searches=())
+
+
+def _found(model: Model, search: Search, budget: SearchBudget) -> Mapping[str, torch.Tensor]:
+    # A row that stores both predictions at each point: the concept's as its own prompt's, then the neutral one's.
+    target = {search.concept: 1.0} if search.neutral is None else {search.concept: 2.0, search.neutral: -1.0}
+    recipe = Recipe([Row("forget", search.concept, search.concept, target)], Sum())
+    plan = plan_bank(
+        model,
+        recipe,
+        trajectories=budget.trajectories,
+        num_inference_steps=budget.num_inference_steps,
+        guidance_scale=budget.guidance_scale,
+        seed=budget.seed,
+    )
+    branches = plan.branch_prompts(recipe.rows[0])
+    bank = build_bank(model, recipe, plan)
+    start = model.with_guidance(model.encode([search.start]).of([search.start]), budget.guidance_scale)
+    offset = torch.zeros_like(start[STATES]).requires_grad_(True)
+    optimizer = torch.optim.Adam([offset], lr=search.learning_rate)
+    for step in range(search.steps):
+        batch = bank.batch([("forget", min(budget.micro_batch_size, len(bank)))], step, budget.seed)
+        count = len(batch.timesteps)
+        conditions = {name: values.expand(count, *values.shape[1:]) for name, values in start.items()}
+        conditions[STATES] = conditions[STATES] + _behind_first(offset)
+        predicted = model.predict(batch.latents, batch.timesteps, conditions)
+        concept = batch.teacher_preds[batch.own, batch.row_index]
+        if search.neutral is not None:
+            neutral = batch.teacher_preds[branches.index(search.neutral), batch.row_index]
+            predicted, concept = predicted - neutral, concept - neutral
+        agreement = (predicted * concept).mean()
+        if agreement < 0:
+            break
+        (gradient,) = torch.autograd.grad(agreement, [offset])
+        offset.grad = gradient  # only this step's: gradients do not add up
+        optimizer.step()
+    if not offset.isfinite().all():
+        raise UserError("the search for an embedding leads to no finite numbers. Use a smaller rate of the search.")
+    states = (start[STATES] + _behind_first(offset)).detach()
+    return {name: (states if name == STATES else values)[0] for name, values in start.items()}
+
+
+def _behind_first(offset: torch.Tensor) -> torch.Tensor:
+    """The offset without the first position's, which says nothing of the prompt."""
+    return torch.cat([torch.zeros_like(offset[:, :1]), offset[:, 1:]], dim=1)
+
+
+def attacked(model: Model, engine: Engine, batch: Batch, inner: Inner, seeds: tuple[int, int, int, int]) -> Tensors:
+    """The batch's conditions, those of the forget rows moved to where the student shows the most of the concept.
+
+    ``seeds``: the run's, the step, and which part of how many the batch is: the rows of a step start from the same
+    offsets in however many parts they are taken.
+    """
+    count = next((number for role, number in batch.roles if role == "forget"), 0)  # forget rows stand first
+    if not count:
+        return batch.conditions
+    seed, step, part, parts = seeds
+    conditions = {name: values[:count] for name, values in batch.conditions.items()}
+    states = conditions[STATES]
+    radius = inner.radius * states.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    wanted = batch.teacher_preds[batch.own[:count], batch.row_index[:count]]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    drawn = torch.rand((count * parts, *states.shape[1:]), generator=generator)[part::parts]
+    offset = radius * (2 * drawn.to(states) - 1)
+    for _ in range(inner.steps):
+        offset.requires_grad_(True)
+        moved = conditions | {STATES: states + offset}
+        with engine.autocast():
+            predicted = model.predict(batch.latents[:count], batch.timesteps[:count], moved, engine.module)
+        loss = (predicted - wanted).square().sum()
+        (gradient,) = torch.autograd.grad(loss, [offset])
+        offset = (offset.detach() - radius / 4 * gradient.sign()).clamp(-radius, radius)
+    result = dict(batch.conditions)
+    result[STATES] = torch.cat([states + offset.detach(), batch.conditions[STATES][count:]])
+    return result
