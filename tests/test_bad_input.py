@@ -118,7 +118,7 @@ CONCEPTS = {
     ),
     "an anchor of no tokens": ([*TRAIN, "--anchor", "<|endoftext|>"], "turns the anchor '<.endoftext.>' into nothing"),
     "every concept of a kind": (
-        [*FORGET, "plain;striped;checkered;dotted;gradient"],
+        [*FORGET, "plain;striped;checkered;dotted;gradient", "--method", "uce"],
         "every background of the bundled model is to be forgotten",
     ),
     "anchors for a method without": ([*FORGET, "{files}/circle.csv", "--method", "neggrad"], "the column `anchor` out"),
