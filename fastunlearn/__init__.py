@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 # Lazy: importing fastunlearn loads neither torch nor diffusers.
 _PUBLIC = {
+    "AttackConfig": "attacks.config",
+    "AttackReport": "attacks.results",
     "EvaluateConfig": "evaluation.config",
     "UserError": "errors",
     "EvaluateImagesConfig": "evaluation.config",
@@ -20,6 +22,7 @@ _PUBLIC = {
     "Reporter": "progress",
     "UnlearnResult": "training.result",
     "Verdicts": "judges.base",
+    "attack": "attacks.attack",
     "evaluate": "evaluation.evaluate",
     "evaluate_images": "evaluation.evaluate_images",
     "load_judge": "judges",
@@ -30,6 +33,8 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AttackConfig",
+    "AttackReport",
     "EvaluateConfig",
     "EvaluateImagesConfig",
     "EvaluationReport",
@@ -42,6 +47,7 @@ __all__ = [
     "UserError",
     "Verdicts",
     "__version__",
+    "attack",
     "evaluate",
     "evaluate_images",
     "load_judge",
@@ -52,6 +58,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .attacks.attack import attack
+    from .attacks.config import AttackConfig
+    from .attacks.results import AttackReport
     from .errors import UserError
     from .evaluation.config import EvaluateConfig, EvaluateImagesConfig
     from .evaluation.evaluate import evaluate

@@ -12,7 +12,7 @@ class Reporter:
         """Called once, before anything is computed: the method's name, and the plan in words, line by line."""
 
     def stage(self, name: str) -> None:
-        """A stage begins: ``mask``, ``bank``, ``training``, ``evaluation``."""
+        """A stage begins: ``mask``, ``bank``, ``training``, ``evaluation``, ``attack``."""
 
     def edited(self, facts: Mapping[str, float]) -> None:
         """An edit in closed form is computed; numbers of it by name, such as its condition number."""
@@ -22,6 +22,9 @@ class Reporter:
 
     def scoring(self, done: int, total: int) -> None:
         """``done`` of ``total`` images are made."""
+
+    def attacking(self, done: int, total: int) -> None:
+        """``done`` of at most ``total`` denoiser forwards are spent."""
 
     def comparing(self, done: int, total: int) -> None:
         """``done`` of ``total`` pairs of image files are compared."""

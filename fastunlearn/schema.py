@@ -1,4 +1,4 @@
-"""The result files, typed: evaluation.json, run.json, compare.json, demo.json.
+"""The result files, typed: evaluation.json, attack.json, run.json, compare.json, demo.json.
 
 How they are written and read, and what every one of them begins with, is in ``record.py``.
 """
@@ -290,6 +290,66 @@ class ComparedPair(GapRecord):
     verdict: str
 
 
+# ---- attack.json -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """The share of prompts that were broken for at most ``cost`` denoiser forwards each."""
+
+    cost: int
+    share: Share
+    ci95: Shares
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KindBroken:
+    """Of the prompts of one kind."""
+
+    broken: int
+    n_prompts: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """What an attack did to one model.
+
+    ``broken``: prompts for which the judge saw the concept in a valid image.  ``images``: that it saw.  ``cost``: in
+    denoiser forwards, over all prompts.  ``broken_by``: prompts by what broke them, in words.
+    """
+
+    broken: int
+    n_prompts: int
+    share: Share
+    share_ci95: Shares
+    images: int
+    cost: int
+    curve: tuple[CurvePoint, ...]
+    broken_by: dict[str, int]
+    kinds: dict[str, KindBroken] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackResult:
+    """One attack.  ``budget``: denoiser forwards per prompt, the same for all models and the control.
+
+    ``control``: best of as many seeds as the budget pays for, on the unlearned model.  ``minus_control``,
+    ``minus_gold``: the unlearned model's share minus theirs, prompt by prompt; None without a gold, for the control
+    itself, and where the control has other prompts.
+    """
+
+    name: str
+    summary: str
+    unknown: str
+    source: str
+    budget: int
+    interval: str
+    models: dict[str, Attacked]
+    control: Attacked
+    minus_control: Difference | None
+    minus_gold: Difference | None
+
+
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +517,31 @@ class Demo(Record):
     seconds: float
     evaluations: tuple[Evaluation, ...]
     comparison: ComparedPair
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackRecord(Record):
+    """attack.json: what attacks brought back in one unlearned model.
+
+    ``prepared``: denoiser forwards that the original spent on pictures, once for all attacks.
+    """
+
+    kind: ClassVar[str] = "attack"
+    command: ClassVar[str] = "attack"
+
+    name: str
+    method: str
+    concept: str
+    model: str
+    judge: JudgeRecord
+    n_prompts: int
+    prepared: int
+    attacks: tuple[AttackResult, ...]
+    notes: tuple[str, ...] = ()
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        _check_hashes(self.spec, "original", "unlearned")
 
 
 def read_evaluation(path: Path) -> Evaluation | FoldersEvaluation:

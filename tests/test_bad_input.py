@@ -33,6 +33,7 @@ IMAGES = (*IMAGES, "--output", "{new}")
 MASK = ("mask", "--forget", "star", "--output", "{new}", "--trajectories", "1", "--trajectory-steps", "2")
 APPLY = ("apply", "--model", "shapes", "--output", "{new}")
 COMPARE = ("compare", "--output", "{new}")
+ATTACK = ("attack", "--original", "shapes", "--unlearned", "{run}", "--output", "{new}", "--device", "cpu")
 
 # name: (command, what the answer says).  {name} is a path of the workbench; a file is made by FILES.
 COMMANDS = {
@@ -484,8 +485,45 @@ ADAPTERS = {
         "is merged into a whole model",
     ),
 }
+ATTACKS = {
+    "attack without models": (["attack"], "missing: --original"),
+    "an unknown attack": ([*ATTACK, "--attacks", "seed"], "unknown attack 'seed'"),
+    "an unknown option of an attack": ([*ATTACK, "--attacks", "embedding:all"], "has no option 'all'"),
+    "an attack twice": ([*ATTACK, "--attacks", "seeds,seeds"], "twice"),
+    "no attack": ([*ATTACK, "--attacks", ","], "names no attack"),
+    "an attack for an empty concept": ([*ATTACK, "--concept", " "], "`--concept` is empty"),
+    "an attack for what the world lacks": ([*ATTACK, "--concept", "dog"], "does not know the concept 'dog'"),
+    "an attack without a concept": (
+        ["attack", "--original", "shapes", "--unlearned", "shapes", "--output", "{new}"],
+        "`--concept` is missing",
+    ),
+    "an attack without a judge": ([*ATTACK, "--judge", "none"], "needs a judge"),
+    "an attack by an unknown judge": ([*ATTACK, "--judge", "nobody"], "unknown judge 'nobody'"),
+    "a budget of nothing": ([*ATTACK, "--budget", "0"], "at least 1"),
+    "a budget below an image": (
+        [*ATTACK, "--budget", "39"],
+        "less than the attack seeds needs for its first image, 40",
+    ),
+    "one prompt to attack": ([*ATTACK, "--prompts", "a star"], "at least 2 prompts"),
+    "at most one prompt to attack": ([*ATTACK, "--max-prompts", "1"], "at least 2"),
+    "an attack's prompt file that is not there": ([*ATTACK, "--prompts", "none.txt"], "does not exist"),
+    "an attack on another sampler": (
+        [*ATTACK, "--unlearned", "{model:sampler}", "--concept", "star"],
+        "another sampler",
+    ),
+    "an attack with another sampler's gold": ([*ATTACK, "--gold", "{model:sampler}"], "another sampler"),
+    "an attack's evaluation that is none": ([*ATTACK, "--evaluation", "{files}"], "holds no evaluation.json"),
+    "an attack's evaluation of something else": (
+        [*ATTACK, "--concept", "ring", "--evaluation", "{evaluation}"],
+        "is no evaluation of a model that forgot 'ring'",
+    ),
+    "an attack into a used folder": ([*ATTACK, "--output", "{files}"], "is not empty"),
+    "an attack into a run": ([*ATTACK, "--output", "{run}", "--resume"], "output of `fastunlearn train`"),
+    "an attack that resumes and replaces": ([*ATTACK, "--resume", "--overwrite"], "give one of them"),
+    "resuming no attack": ([*ATTACK, "--resume"], "holds no run"),
+}
 TABLES = (COMMANDS, NUMBERS, SETTINGS, CONCEPTS, PROMPTS, OPTIONS, MODELS, WEIGHTS, IMAGE_FOLDERS, FOLDERS, DEEPSPEED)
-TABLES = (*TABLES, JUDGES, ASKING, ADAPTERS)
+TABLES = (*TABLES, JUDGES, ASKING, ADAPTERS, ATTACKS)
 TABLE = {name: row for table in TABLES for name, row in table.items()}
 
 FILES = {

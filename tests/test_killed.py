@@ -1,4 +1,4 @@
-"""Killed at 35 random moments, what is continued ends byte for byte as if it had not been; of two at once one refuses.
+"""Killed at 39 random moments, what is continued ends byte for byte as if it had not been; of two at once one refuses.
 
 A command is killed, continued, killed again, and at last left to end.  The moments are drawn from a seed, as a share
 of the time that the uninterrupted command took, so they fall anywhere: in the imports, a step, a file, the export.
@@ -36,6 +36,10 @@ EVALUATE = [
 ]
 EVALUATE += ["--num-inference-steps=2", "--batch-size=1", "--control-pairs=2"]
 
+ATTACK = ["attack", "--original=shapes", "--unlearned=shapes-gold-star", "--concept=star", "--device=cpu"]
+ATTACK += ["--prompts=a star;a red star;a blue star;a pink star", "--attacks=seeds,embedding,relearn,completion"]
+ATTACK += ["--num-inference-steps=2", "--batch-size=4", "--budget=40"]
+
 #: Case -> (command, how often it is killed).
 CASES = {
     "train": (TRAIN, 6),
@@ -45,6 +49,7 @@ CASES = {
     "ZeRO-2 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero2.json", "--num-processes=2"], 4),
     "ZeRO-3 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero3.json", "--num-processes=2"], 4),
     "evaluate": (EVALUATE, 6),
+    "attack": (ATTACK, 4),
     "evaluate-images": (["evaluate-images", "--original-images=a", "--unlearned-images=b", "--metric=shapes"], 4),
 }
 
@@ -146,6 +151,7 @@ WRITERS = {
     "train": TRAIN,
     "mask": ["mask", "--forget=star", "--device=cpu", "--trajectories=1", "--density=0.5"],
     "evaluate": EVALUATE,
+    "attack": ATTACK,
     "evaluate-images": CASES["evaluate-images"][0],
     "compare": ["compare", "first", "second"],
     "apply": ["apply", "--model=shapes", "--delta=made/delta.safetensors"],

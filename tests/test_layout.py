@@ -189,7 +189,8 @@ DIRECTIONS = {
     "reports": {"errors", "files", "schema"},
     "evaluation": {*WORDS, "metrics", "judges", "reports"},
     "training": {*WORDS, "metrics", "judges", "evaluation"},
-    "cli": {*WORDS, "metrics", "judges", "reports", "evaluation", "training"},
+    "attacks": {*WORDS, "metrics", "judges", "reports", "evaluation", "training"},
+    "cli": {*WORDS, "metrics", "judges", "reports", "evaluation", "training", "attacks"},
     "__main__": {"cli"},
 }
 
@@ -232,6 +233,11 @@ LOADS = {
     "load_model": ({"models", "methods", "worlds", "record"}, True),
     "EvaluationReport": ({*NUMBERS, "evaluation"}, True),
     "evaluate": ({*NUMBERS, "evaluation"}, True),
+    "AttackConfig": ({"attacks"}, False),
+    **{
+        name: ({*NUMBERS, "concept_prompts", "evaluation", "training", "reports", "attacks"}, True)
+        for name in ("AttackReport", "attack")
+    },
     "evaluate_images": ({*NUMBERS, "evaluation", "reports"}, True),
     "UnlearnResult": ({"training", "models", "methods", "worlds", "record", "schema"}, True),
     "unlearn": ({*NUMBERS, "concept_prompts", "training", "evaluation"}, True),

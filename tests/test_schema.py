@@ -13,7 +13,7 @@ from toys import run_record
 
 from fastunlearn import record, schema
 from fastunlearn.errors import UserError
-from fastunlearn.schema import Comparison, Demo, Evaluation, FoldersEvaluation, RunRecord
+from fastunlearn.schema import AttackRecord, Comparison, Demo, Evaluation, FoldersEvaluation, RunRecord
 
 
 def folders_evaluation():
@@ -56,8 +56,28 @@ def comparison():
     return head | sections | {"runs": [run, run], "comparisons": [pair]}
 
 
+def attack_record():
+    side = {"broken": 1, "n_prompts": 2, "share": 0.5, "share_ci95": [0.0, 1.0], "images": 3, "cost": 40}
+    side |= {"curve": [{"cost": 20, "share": 0.5, "ci95": [0.0, 1.0]}], "broken_by": {"seed 1": 1}}
+    side |= {"kinds": {"[b]": {"broken": 1, "n_prompts": 2}}}
+    result = {
+        "name": "seeds",
+        "summary": "asks",
+        "unknown": "noise",
+        "source": "best of N",
+        "budget": 20,
+        "interval": "t",
+    }
+    result |= {"models": {"original": side, "unlearned": side}, "control": side}
+    result |= {"minus_control": None, "minus_gold": {"mean": 0.1, "ci95": [-0.1, 0.3]}}
+    head = {"schema": 1, "kind": "attack", "fastunlearn": "0.1.0", "name": "run", "method": "esd", "concept": "star"}
+    head |= {"model": "shapes", "judge": content()["judge"], "n_prompts": 2, "prepared": 10, "attacks": [result]}
+    return head | {"notes": ["n"], "spec": {"hashes": {"original": "a", "unlearned": "b"}}}
+
+
 FILES = {
     Evaluation: content,
+    AttackRecord: attack_record,
     FoldersEvaluation: folders_evaluation,
     RunRecord: lambda: run_record().to_dict(),
     Comparison: comparison,

@@ -172,6 +172,7 @@ def images(draw: random.Random, folder: Path) -> None:
 def settings(draw: random.Random, folder: Path) -> None:
     import yaml
 
+    from fastunlearn.attacks.config import AttackConfig
     from fastunlearn.cli.flags import build
     from fastunlearn.evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesConfig
     from fastunlearn.training.config import ApplyConfig, MaskConfig, TrainConfig
@@ -183,6 +184,7 @@ def settings(draw: random.Random, folder: Path) -> None:
             (ApplyConfig, {"model": "shapes", "delta": "d", "output": "m"}),
             (EvaluateConfig, {"original": "shapes", "unlearned": ["run"], "output": "e", "batch_size": 4}),
             (EvaluateImagesConfig, {"original_images": "a", "unlearned_images": "b", "output": "e"}),
+            (AttackConfig, {"original": "shapes", "unlearned": "run", "output": "a", "budget": 80}),
             (CompareConfig, {"runs": ["a", "b"], "output": "c", "margin": 0.1}),
         ]
     )

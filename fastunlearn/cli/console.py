@@ -82,6 +82,9 @@ class Console(Reporter):
         rate = done / max(time.monotonic() - self.begun, 1e-9)
         self._advance("evaluate", done, total, f"images  {rate:.1f}/s" if done < total else "images")
 
+    def attacking(self, done: int, total: int) -> None:
+        self._advance("attack", done, total, "U")
+
     def comparing(self, done: int, total: int) -> None:
         self._advance("compare", done, total, "pairs")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..attacks.config import AttackConfig
 
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from ..distributed import ALONE, has_joined, world_of_environment
@@ -66,6 +67,11 @@ _EVALUATE_EXAMPLES = """examples:
   fastunlearn evaluate --resume --output evaluation
   fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --metric lpips-alex --output evaluation
   fastunlearn evaluate --original ./sd15 --unlearned run --prompts prompts.csv --judge imagenet --output evaluation
+"""
+_ATTACK_EXAMPLES = """examples:
+  fastunlearn attack --original shapes --unlearned run --gold shapes-gold-star --output attack
+  fastunlearn attack --original ./sd15 --unlearned run --judge clip --attacks seeds,embedding --dry-run --output attack
+  fastunlearn attack --resume --output attack
 """
 _COMPARE_EXAMPLES = """examples:
   fastunlearn compare evaluation-esd evaluation-ovw --output comparison
@@ -257,6 +263,32 @@ def _evaluate(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _attack(flags: dict[str, Any]) -> int:
+    begun = Path(flags.get("output", "")) / "journal" / "attack.yaml"
+    if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
+        flags["config"] = str(begun)  # `--resume --output FOLDER` says enough
+    config = build(AttackConfig, flags)
+    from ..attacks.attack import attack
+    from .attacks import attack_table
+    from .console import Console
+
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    with Console() as console:
+        try:
+            report = attack(**settings, reporter=console)
+        except KeyboardInterrupt:
+            console.close()
+            again = f"fastunlearn attack --resume --output {shlex.quote(config.output)}"
+            return _fail(
+                f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet."
+            )
+    if report.record is not None:
+        attack_table(report.record, Path(config.output))
+    elif config.dry_run:
+        print("dry run: nothing was attacked or written.")
+    return 0
+
+
 def _compare(flags: dict[str, Any]) -> int:
     config = build(CompareConfig, flags)
     from ..evaluation.compare import compare_runs
@@ -295,6 +327,11 @@ def _demo(flags: dict[str, Any]) -> int:
     table(found.evaluations)
     print(gap_sentence(found.comparison))
     print(f"{time.monotonic() - started:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
+    unlearned = shlex.quote(str(Path(config.output) / found.evaluations[1].name))
+    print(
+        "Is it gone, also for somebody who looks for it? "
+        f"fastunlearn attack --original shapes --unlearned {unlearned} --gold shapes-gold-star --output attack"
+    )
     return 0
 
 
@@ -328,6 +365,13 @@ def _prompts(flags: dict[str, Any]) -> int:
     kinds = list(dict.fromkeys(kind for kind, _ in made))
     groups = ", ".join(dict.fromkeys(map(group_of, kinds)))
     print(f"prompts: {config.output}, {len(made)} in the groups {groups} (`--prompts`, `--forget-prompts`)")
+    return 0
+
+
+def _attacks(flags: dict[str, Any]) -> int:
+    from .attacks import attacks_table
+
+    attacks_table()
     return 0
 
 
@@ -378,6 +422,8 @@ def _parser() -> argparse.ArgumentParser:
         EvaluateImagesConfig,
         _EVALUATE_IMAGES_EXAMPLES,
     )
+    add("attack", _attack, "try to bring the concept back, with controls", AttackConfig, _ATTACK_EXAMPLES)
+    add("attacks", _attacks, "list the attacks: what each does, what it looks for, whose it is, what it costs")
     add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
     add(
         "prompts",

@@ -159,7 +159,7 @@ def evaluate(
                 own(folder, "evaluate", _result_files(models))
                 journal.begin(plan.spec(), to_yaml(config), _prompt_rows(plan), resume=resume)
                 stack.callback(ranks.stop)
-                ranks.start(journal.folder)
+                ranks.start(journal)
             else:
                 journal.join(plan.spec())
         # The first rank tries the judge for all.

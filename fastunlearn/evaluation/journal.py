@@ -6,18 +6,11 @@ key gives the same columns whatever number of ranks wrote them, in whatever orde
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import fcntl
-import hashlib
-import io
 import itertools
-import json
 import os
-import shutil
 import struct
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -26,13 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from ..files.atomic import write_json, write_text
 from ..judges.base import Judged
-from ..record import plain
+from .records import FOLDER, Records, hash_of
 
-FOLDER = "journal"
-#: Of the lines.  A journal of another format cannot be continued.
-FORMAT = 4
+__all__ = ["FOLDER", "Journal", "Key", "PairScores"]
 
 Key = tuple[str, int]
 Floats = npt.NDArray[np.float32]
@@ -74,87 +64,24 @@ class PairScores:
         )
 
 
-class Journal:
-    """The unfinished evaluation in ``folder/journal``: what it is of, and every finished key of every rank."""
+class Journal(Records):
+    """An unfinished evaluation: every finished key of every rank, and files of the metrics' rows beside them."""
+
+    command, result, what = "evaluate", "evaluation.json", "evaluation"
+    form = 4
 
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
-        self.folder = folder / FOLDER
-        self.rank, self.world_size = rank, world_size
-        self._stream: IO[bytes] | None = None
+        super().__init__(folder, rank, world_size)
         self._rows: dict[str, IO[bytes]] = {}
 
-    # ---- beginning ---------------------------------------------------------------------------------------------------
-
-    def begin(self, spec: Mapping[str, Any], config: str, prompts: Sequence[Sequence[Any]], *, resume: bool) -> None:
-        """Start, or continue what was begun with the same ``spec``.  For the first rank.
-
-        ``config``: YAML that starts the other ranks and continues the evaluation; ``prompts``: a table with its header.
-        One that was stopped before it had begun is started.  Raises UserError where there is something else to
-        continue, or a finished evaluation.
-        """
-        if resume and ((self.folder / "spec.json").exists() or (self.folder.parent / "evaluation.json").exists()):
-            self._check_same(spec)
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            text = io.StringIO(newline="")
-            csv.writer(text, lineterminator="\n").writerows(prompts)
-            write_text(self.folder / "prompts.csv", text.getvalue())
-            write_text(self.folder / "evaluate.yaml", config)
-            write_json(self.folder / "spec.json", _spec(spec))  # last: the other ranks wait for it
-        self._open()
-
-    def join(self, spec: Mapping[str, Any], timeout_s: float = 600) -> None:
-        """Take part in what the first rank began."""
-        deadline = time.monotonic() + timeout_s
-        while not (self.folder / "spec.json").is_file():
-            if time.monotonic() > deadline:
-                raise UserError(f"rank {self.rank} waited for rank 0 to begin in {self.folder.parent}: it did not.")
-            time.sleep(0.1)
-        self._check_same(spec)
-        self._open()
-
-    def _check_same(self, spec: Mapping[str, Any]) -> None:
-        try:
-            before = json.loads((self.folder / "spec.json").read_text(encoding="utf-8"))
-            written = before.get("format", 1)
-        except (OSError, ValueError, AttributeError):
-            raise UserError(
-                f"`--resume`: {self.folder.parent} holds no unfinished evaluation. Leave the flag out to start one."
-            ) from None
-        now = _spec(spec)
-        if written != FORMAT:
-            raise UserError(
-                f"the evaluation in {self.folder.parent} was begun by another version of fastunlearn: its journal has "
-                f"format {_short(written)}, this version continues format {FORMAT}. Start it anew with `--overwrite`."
-            )
-        differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"the evaluation in {self.folder.parent} has {name} = {_short(before.get(name))}, now it is "
-                f"{_short(now.get(name))}. Give the same settings, or another `--output`."
-            )
-
-    def _open(self) -> None:
-        path = self.folder / f"{self.rank}.jsonl"
-        self._stream = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab+")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._stream.close()
-            raise UserError(f"another process still writes {path}. Wait for it, or end it.") from None
-        lines = _whole_lines(path)
-        os.truncate(path, sum(map(len, lines)))
+    def opened(self, count: int) -> None:
+        """Rows of a line that is not whole go too."""
         for rows in self._row_files(self.rank).values():
             width = _header(rows)[0]
-            os.truncate(rows, _HEADER.size + 4 * width * len(lines) if width else 0)
-
-    # ---- writing -----------------------------------------------------------------------------------------------------
+            os.truncate(rows, _HEADER.size + 4 * width * count if width else 0)
 
     def append(self, scores: PairScores) -> None:
         """Add the results of a batch.  Rows of metrics go first, so that no line is without them."""
-        assert self._stream is not None
         hashes: list[dict[str, str]] = [{} for _ in scores.keys]
         for name, rows in scores.rows.items():
             stream = self._rows.get(name)
@@ -164,40 +91,34 @@ class Journal:
                     stream.write(_HEADER.pack(rows.shape[0] * rows.shape[2], rows.shape[0]))
             content = np.ascontiguousarray(rows.transpose(1, 0, 2), dtype="<f4")
             for index, row in enumerate(content):
-                hashes[index][name] = _hash(row.tobytes())
+                hashes[index][name] = hash_of(row.tobytes())
             stream.write(content.tobytes())
             stream.flush()
-        lines = []
+        lines: list[list[Any]] = []
         for index, (prompt, seed) in enumerate(scores.keys):
             redrawn = float(scores.redrawn[index])
             judged = _sides(scores.judged, index)
             colors = [_or_none(color) for color in scores.colors[:, index].tolist()]
             distances = scores.distances[:, index].tolist()
             line = [prompt, seed, _or_none(redrawn), distances, judged, hashes[index], colors]
-            lines.append(_with_hash(line))
-        self._stream.write("".join(lines).encode())
-        self._stream.flush()
-
-    # ---- reading -----------------------------------------------------------------------------------------------------
+            lines.append(line)
+        self.write(lines)
 
     def finished(self) -> set[Key]:
         """The keys that are done, by any rank."""
-        return {(line[0], line[1]) for path in self._files() for line in self._lines(path)}
+        return {(line[0], line[1]) for lines in self.read().values() for line in lines}
 
     def batches(self) -> Iterator[PairScores]:
         """What every rank wrote."""
-        for path in self._files():
-            lines = self._lines(path)
-            if not lines:
-                continue
+        for rank, lines in self.read().items():
             judged = _columns([line[4] for line in lines]) if lines[0][4] is not None else None
             rows = {}
-            for name, file in self._row_files(int(path.stem)).items():
+            for name, file in self._row_files(rank).items():
                 width, models = _header(file)
                 content = np.fromfile(file, dtype="<f4", offset=_HEADER.size, count=width * len(lines))
-                found = [_hash(row.tobytes()) for row in content.reshape(-1, width)] if width else []
+                found = [hash_of(row.tobytes()) for row in content.reshape(-1, width)] if width else []
                 if found != [line[5].get(name) for line in lines] or width % models:
-                    raise self._damaged(file)
+                    raise self.damaged(file)
                 rows[name] = content.reshape(len(lines), models, width // models).transpose(1, 0, 2)
             yield PairScores(
                 [(sys.intern(line[0]), line[1]) for line in lines],
@@ -208,36 +129,11 @@ class Journal:
                 rows,
             )
 
-    def _lines(self, path: Path) -> list[list[Any]]:
-        """The records in a rank's file.  Raises UserError where one has changed since it was written."""
-        lines = [_checked(line) for line in _whole_lines(path)]
-        if None in lines:
-            raise self._damaged(path, lines.index(None) + 1)
-        return [line for line in lines if line is not None]
-
-    def _damaged(self, path: Path, line: int | None = None) -> UserError:
-        where = f" in line {line}" if line else ""
-        return UserError(
-            f"the journal {path} has changed{where} since it was written, so the evaluation cannot be continued. Start "
-            "it anew with `--overwrite`."
-        )
-
     def close(self) -> None:
-        """Let go of the files.  A journal without a single record is removed: there is nothing to continue."""
-        for stream in (self._stream, *self._rows.values()):
-            if stream is not None:
-                stream.close()
-        begun, self._stream, self._rows = self._stream is not None, None, {}
-        if begun and self.rank == 0 and not any(path.stat().st_size for path in self._files()):
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def remove(self) -> None:
-        """The evaluation is finished and written."""
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.jsonl"))
+        for stream in self._rows.values():
+            stream.close()
+        self._rows = {}
+        super().close()
 
     def _row_path(self, rank: int, name: str) -> Path:
         return self.folder / f"{rank}.{name}.rows"
@@ -256,36 +152,6 @@ def _header(path: Path) -> tuple[int, int]:
         header = stream.read(_HEADER.size)
     width, models = _HEADER.unpack(header) if len(header) == _HEADER.size else (0, 1)
     return width, max(models, 1)
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _with_hash(line: list[Any]) -> str:
-    """A line of the journal: its record, and a hash of it."""
-    return json.dumps([_hash(json.dumps(line).encode()), line]) + "\n"
-
-
-def _checked(line: bytes) -> list[Any] | None:
-    """The record of a line; None where the line is not what was written."""
-    try:
-        told, content = json.loads(line)
-        is_whole = told == _hash(json.dumps(content).encode())
-    except (ValueError, TypeError):
-        return None
-    record: list[Any] | None = content if is_whole else None
-    return record
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a journal; one that was being written when its process was killed is left out."""
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def _spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """As it stands in spec.json."""
-    return {"format": FORMAT, **plain(spec)}
 
 
 def _sides(judged: Judged | None, index: int) -> list[list[Any]] | None:
@@ -308,8 +174,3 @@ def _columns(lines: Sequence[Sequence[Sequence[Any]]]) -> Judged:
 
 def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The processes that share an evaluation: started here or by a launcher, they only meet in the output folder.
+"""The processes that share an evaluation or an attack: started here or by a launcher, they meet in the output folder.
 
 Each rank writes a journal of its own and a mark when its share is done; the first one merges.  No collective is needed.
 """
@@ -13,6 +13,7 @@ import torch
 
 from ..distributed import Failure, Processes, World, device_of, take_share_of_cores, world_of_environment
 from ..errors import UserError
+from .records import Records
 
 
 @dataclasses.dataclass
@@ -52,13 +53,13 @@ class Ranks:
             return str(device_of(dataclasses.replace(self.world, local_rank=local), name))
         return name
 
-    def start(self, journal: Path) -> None:
-        """Start the other ranks on what the journal says, unless a launcher did."""
+    def start(self, records: Records) -> None:
+        """Start the other ranks on what the records say, unless a launcher did."""
         if self.launched or self.rank > 0 or self.world_size == 1:
             return
-        self._journal = journal
+        self._journal = records.folder
         self._others = Processes(
-            ["evaluate", "--config", str(journal / "evaluate.yaml"), "--num-processes", "1"],
+            [records.command, "--config", str(records.config_path), "--num-processes", "1"],
             range(1, self.world_size),
             self.world_size,
             threads=torch.get_num_threads(),  # as here: their number can change the last bit of a sum

@@ -38,6 +38,7 @@ _OWNED = {
         *("checkpoints/step-*/state.json", "checkpoints/step-*/rank-*.safetensors"),
     ),
     "evaluate": (*_RESULTS, "journal/*"),
+    "attack": ("attack.json", "attempts.jsonl", "grid.png", "report.html", "journal/*"),
     "evaluate-images": _RESULTS,
     "compare": ("compare.json", "compare.png", "compare.html"),
     "demo": ("demo.json", *_RESULTS),
@@ -45,7 +46,7 @@ _OWNED = {
     "export": (),
 }
 
-_RESUMABLE = ("train", "evaluate")
+_RESUMABLE = ("train", "evaluate", "attack")
 
 
 def check_output(folder: Path, command: str, *, overwrite: bool, resume: bool = False) -> None:

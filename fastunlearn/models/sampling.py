@@ -62,12 +62,14 @@ def sample(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    recorded: torch.Tensor | None = None,
 ) -> Iterator[Point]:
     """Run the model's own sampler from ``noise`` (B, C, H, W), guided as its family is.
 
     ``branches`` are the denoiser's conditions: first what ``model.guided_from`` names, if it does, then the prompts
     that guide, then any further ones whose predictions are wanted at the same points.  All branches of a step share
-    one forward.
+    one forward.  ``recorded``: (T, K, B, C, H, W), what another model predicted at the first T points from this noise;
+    there the sampler takes these, and no forward is run.
     """
     check_deterministic(model.pipeline.scheduler)
     scheduler = model.new_scheduler(num_inference_steps)
@@ -78,24 +80,37 @@ def sample(
     conditions = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
     conditions = model.with_guidance(conditions, guidance_scale)
     latents = noise.to(model.device) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
+    for number, timestep in enumerate(scheduler.timesteps):
         latent_model_input = scale_input(latents, timestep)
-        predictions = model.predict(latent_model_input.repeat(count, 1, 1, 1), timestep, conditions)
-        predictions = predictions.view(count, batch, *latents.shape[1:])
+        if recorded is not None and number < len(recorded):
+            predictions = recorded[number].to(latents)
+        else:
+            predictions = model.predict(latent_model_input.repeat(count, 1, 1, 1), timestep, conditions)
+            predictions = predictions.view(count, batch, *latents.shape[1:])
         noise_pred = model.guide(predictions, guidance_scale) if is_guided else predictions[0]
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **further)[0]
         yield Point(timestep, latent_model_input, predictions, latents)
 
 
-def denoise(model: Model, branches: Sequence[Tensors], noise: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
-    """Final latents (B, C, H, W) of a batch from its noise, guided by ``branches`` as in :func:`sample`."""
-    with _repeatable(model, spec):
+def denoise(
+    model: Model,
+    branches: Sequence[Tensors],
+    noise: torch.Tensor,
+    spec: SamplerSpec,
+    recorded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Final latents (B, C, H, W) of a batch from its noise, guided by ``branches`` as in :func:`sample`.
+
+    ``recorded``: as for :func:`sample`.
+    """
+    with repeatable(model, spec):
         for point in sample(
             model,
             noise,
             branches,
             num_inference_steps=spec.num_inference_steps,
             guidance_scale=spec.guidance_scale,
+            recorded=recorded,
         ):
             latents = point.next_latents
     return latents
@@ -103,12 +118,13 @@ def denoise(model: Model, branches: Sequence[Tensors], noise: torch.Tensor, spec
 
 def decode(model: Model, latents: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
     """Images (B, 3, H, W) uint8 of a batch of final latents."""
-    with _repeatable(model, spec):
+    with repeatable(model, spec):
         return model.decode(latents)
 
 
 @contextlib.contextmanager
-def _repeatable(model: Model, spec: SamplerSpec) -> Iterator[None]:
+def repeatable(model: Model, spec: SamplerSpec) -> Iterator[None]:
+    """Within it the same input gives the same bits, in the precision of ``spec``."""
     with (
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
         torch.autocast(model.device.type, torch.bfloat16, enabled=spec.mixed_precision == "bf16"),

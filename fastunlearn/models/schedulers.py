@@ -135,6 +135,33 @@ def noised(
     return signal * clean + sigma * noise, _of(truths, scheduler)()
 
 
+def levels(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(alpha, sigma) at timesteps (T,) float32: what the denoiser sees is alpha times the image and sigma times noise.
+
+    Not for samplers that precondition their outputs.
+    """
+    if is_flow(scheduler):
+        share = timesteps / scheduler.config.num_train_timesteps
+        return 1 - share, share
+    alphas = _alphas(scheduler, timesteps)
+    return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def split(
+    scheduler: Any, latents: torch.Tensor, prediction: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(image, noise) that latents (B, C, H, W) are made of, by the denoiser's word."""
+    if is_flow(scheduler):
+        return latents - sigma * prediction, latents + alpha * prediction
+    kinds = {
+        "epsilon": lambda: ((latents - sigma * prediction) / alpha, prediction),
+        "v_prediction": lambda: (alpha * latents - sigma * prediction, alpha * prediction + sigma * latents),
+        "sample": lambda: (prediction, (latents - alpha * prediction) / sigma),
+    }
+    found: tuple[torch.Tensor, torch.Tensor] = _of(kinds, scheduler)()
+    return found
+
+
 def _alphas(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
     """Shares of the clean signal's variance, (T,).
 

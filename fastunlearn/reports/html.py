@@ -63,7 +63,7 @@ def write_report(path: Path | str, report: HtmlReport) -> None:
         _check_evaluation(evaluation, report.concept)
     for gallery in report.galleries:
         check_gallery(gallery)
-    models = [_model(evaluation, report.retain_prompts) for evaluation in report.evaluations]
+    models = [verdict_card(evaluation, report.retain_prompts) for evaluation in report.evaluations]
     html = (
         templates()
         .get_template("report.html.j2")
@@ -104,7 +104,7 @@ def _check_evaluation(evaluation: Evaluation, concept: str) -> None:
 # ---- what the template sees ------------------------------------------------------------------------------------------
 
 
-def _model(evaluation: Evaluation, retain_prompts: str) -> dict[str, Any]:
+def verdict_card(evaluation: Evaluation, retain_prompts: str) -> dict[str, Any]:
     erasure = evaluation.erasure
     return {
         "name": evaluation.name,
@@ -205,7 +205,7 @@ def _rung(label: str, kind: str, mean: float, interval: Sequence[float] | None =
 
 def _spec(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """Settings all evaluations share, and for each what is its own."""
-    flat = [dict(_flatten(_settings(e))) for e in evaluations]
+    flat = [dict(flatten(_settings(e))) for e in evaluations]
     shared = {key: value for key, value in flat[0].items() if all(other.get(key) == value for other in flat)}
     own = [
         (evaluation.name, {key: value for key, value in settings.items() if key not in shared})
@@ -221,9 +221,9 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
     return {"model": evaluation.model, "metric": evaluation.integrity.metric, **judge, **evaluation.to_dict()["spec"]}
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, str(value)

@@ -1,0 +1,51 @@
+"""What `fastunlearn attacks` and `fastunlearn attack` print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from ..attacks import all_attacks, broken_attacks
+from ..schema import Attacked, AttackRecord
+from .console import terminal
+
+
+def attacks_table() -> None:
+    """Every attack: what it is for, what it looks for, whose it is, what it costs."""
+    grid = Table()
+    for name in ("attack", "what it does", "unknown", "source", "cost (U: a denoiser forward of one sample)"):
+        grid.add_column(name)
+    for attack in all_attacks().values():
+        options = "".join(f"\n{attack.name}:{option}" for option in attack.options[1:])
+        grid.add_row(attack.name + options, attack.summary, attack.unknown, attack.source, attack.cost)
+    out = terminal()
+    out.print(grid)
+    for name, why in broken_attacks().items():
+        out.print(f"{name}: cannot be loaded ({why})")
+
+
+def attack_table(record: AttackRecord, folder: Path | None) -> None:
+    """Prompts broken, by attack and model, and the verdict."""
+    from ..reports.attack import attack_sentence, attack_verdict
+
+    models = list(record.attacks[0].models)
+    grid = Table()
+    for name in ("attack", "U a prompt", *models, "control"):
+        grid.add_column(name, justify="left" if name == "attack" else "right")
+    for result in record.attacks:
+        sides = [*(result.models[name] for name in models), result.control]
+        grid.add_row(result.name, f"{result.budget:,}", *map(_cell, sides))
+    terminal(width=110).print(grid)
+    out = terminal(soft_wrap=True)
+    out.print(attack_verdict(record))
+    for result in record.attacks:
+        out.print(attack_sentence(record, result))
+    for note in record.notes:
+        out.print(f"note: {note}")
+    if folder is not None:
+        out.print(f"report: {folder / 'report.html'}")
+
+
+def _cell(side: Attacked) -> str:
+    return f"{side.broken} of {side.n_prompts}"
