@@ -47,9 +47,8 @@ def recipe(concept: Concept) -> Recipe:
         raise UserError(f"the window from {options.window_start} to {options.window_end} is empty. Let it end later.")
     images, surrogates = concept.pictures(options.picture_folder), concept.pictures(options.surrogate_folder)
     if missing := [name for name in images if name not in surrogates]:
-        raise UserError(
-            f"{options.surrogate_folder} holds no surrogate named {missing[0]} ({len(missing)} of {len(images)} lack one)."
-        )
+        lacking = f"{len(missing)} of {len(images)} pictures have none"
+        raise UserError(f"{options.surrogate_folder} holds no surrogate named {missing[0]}; {lacking}. Add it.")
     rows = []
     for name in images:
         shown, wanted = picture(f"image/{name}"), picture(f"surrogate/{name}")
