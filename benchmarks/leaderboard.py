@@ -37,6 +37,15 @@ CHOSEN_ON = ("star", "triangle", "cross", "crescent", "green", "striped")
 FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone
 
 
+def _runnable() -> list[str]:
+    """The methods that change something and need nothing but a concept: no folder of pictures."""
+
+    def needs_files(kind: type | None) -> bool:
+        return kind is not None and any(field.metadata.get("path") for field in dataclasses.fields(kind))
+
+    return [name for name, method in all_methods().items() if name != "identity" and not needs_files(method.options)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -50,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     world = get_world(args.world)
     assert world is not None
-    methods = args.methods.split(",") if args.methods else [name for name in all_methods() if name != "identity"]
+    methods = args.methods.split(",") if args.methods else _runnable()
     words = [word for of_kind in world.vocabulary.values() for word in of_kind]
     concepts = args.concepts.split(",") if args.concepts else words
     seeds = [int(seed) for seed in args.seeds.split(",")]

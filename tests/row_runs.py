@@ -22,10 +22,11 @@ ROW_METHODS = (*ROW_METHODS, "race", "advunlearn", "placebo-noise")
 
 def own_options(method, folders):
     if method == "instance":
-        return {"images": str(folders / "images"), "surrogates": str(folders / "surrogates")}
-    return {"race": {"attack_steps": 2, "warm_up": 0.0}, "advunlearn": {"attack_steps": 2, "warm_up": 0.0}}.get(
-        method, {"advanchor": {"search_steps": 2, "search_rate": 0.01}}.get(method, {})
-    )
+        return {"picture_folder": str(folders / "images"), "surrogate_folder": str(folders / "surrogates")}
+    return {
+        "race": {"attack_steps": 2, "attack_warm_up": 0.0},
+        "advunlearn": {"attack_steps": 2, "attack_warm_up": 0.0},
+    }.get(method, {"advanchor": {"search_steps": 2, "search_rate": 0.01}}.get(method, {}))
 
 
 def planned(model, method, options=(), **settings):
@@ -58,7 +59,7 @@ class Run:
         self.engine.optimizer.step = self._look
         schedule = Schedule(1, BATCH, 0, 1, 0)
         self.trainer = Trainer(
-            self.model, self.bank, self.recipe.rule, self.engine, schedule, Path(), self.recipe.inner
+            self.model, self.bank, self.recipe.rule, self.engine, schedule, Path(), inner=self.recipe.inner
         )
 
     def move(self, amount):

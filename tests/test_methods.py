@@ -19,13 +19,13 @@ NAMES = (
     *("placebo", "placebo-noise", "identity"),
 )
 FAMILIES = ("shapes", "stable-diffusion")
-OWNERS = [("kappa", "saddle"), ("attack_ridge", "rece"), ("null_below", "speed"), ("share", "scissorhands")]
+OWNERS = [("kappa", "saddle"), ("attack_ridge", "rece"), ("null_below", "speed"), ("redrawn_share", "scissorhands")]
 
 
 def concept(name, family="shapes", options=None, **settings):
     method = get_method(name)
     defaults = dataclasses.replace(method.defaults_for(family), **settings)
-    pictures = {"images": "i", "surrogates": "s"} if name == "instance" else {}
+    pictures = {"picture_folder": "i", "surrogate_folder": "s"} if name == "instance" else {}
     defaults = method.with_options(defaults, pictures | (options or {}))
     anchors = {"a star": "a circle", "star": "circle"}
     found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}}

@@ -49,15 +49,15 @@ def distilled(run):
     return error
 
 
-@pytest.mark.parametrize("target", ["model", "noise"])
-def test_the_gradient_of_concept_ablation(target, tiny):
-    run = Run(tiny, "concept-ablation", {"target": target, "prior_weight": 0.5})
+@pytest.mark.parametrize("noise_based", [False, True])
+def test_the_gradient_of_concept_ablation(noise_based, tiny):
+    run = Run(tiny, "concept-ablation", {"noise_based": noise_based, "prior_weight": 0.5})
     p, anchors = run.plain, run.plan.concept.anchors
 
     def forget(row, number, k):
         c, a = row.condition, anchors[row.condition]
         assert row.trajectory == a, "the anchor's images, the concept's caption"
-        if target == "model":
+        if not noise_based:
             x, t = p.point(a, number, k)
             return 1.0, p.s(x, t, c) - p.t(x, t, a)
         x, t, noise = p.noised_image(a, number, k)
@@ -97,7 +97,7 @@ def test_the_gradient_of_ace(tiny):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 5.0])
 def test_the_gradient_of_erasediff_is_the_bilevel_step(rate, tiny):
-    run = Run(tiny, "erasediff", {"rate": rate})
+    run = Run(tiny, "erasediff", {"forget_rate": rate})
     rows = run.rows(("retain",)), run.rows(("forget",))
     keep = run.plain.gradient(run.mean(rows[0]["retain"], denoised(run)), run.names)
     forget = run.plain.gradient(run.mean(rows[1]["forget"], relabelled(run)), run.names)
@@ -260,7 +260,7 @@ def test_why_the_retain_gradient_of_ovw_is_less_exact(tiny):
 
 def test_the_attack_is_sign_descent_on_the_student_of_the_moment(tiny):
     """Not on the original: a public re-implementation of RACE loads the erased model and drops it."""
-    run = Run(tiny, "race", {"attack_steps": 3, "radius": 0.1, "warm_up": 0.0})
+    run = Run(tiny, "race", {"attack_steps": 3, "attack_radius": 0.1, "attack_warm_up": 0.0})
     batch = run.bank.batch([("forget", BATCH)], 0, 0)
     inner = run.recipe.inner
     ours = adversary.attacked(run.model, run.engine, batch, inner, (0, 0, 0, 1))["encoder_hidden_states"]
@@ -290,7 +290,7 @@ def test_the_attack_is_sign_descent_on_the_student_of_the_moment(tiny):
 
 
 def test_an_attack_begins_behind_its_warm_up_and_leaves_retain_rows_alone(tiny, monkeypatch):
-    run = Run(tiny, "advunlearn", {"attack_steps": 1, "warm_up": 0.5}, steps=4)
+    run = Run(tiny, "advunlearn", {"attack_steps": 1, "attack_warm_up": 0.5}, steps=4)
     run.trainer.schedule = dataclasses.replace(run.trainer.schedule, steps=4)
     seen = []
 
@@ -311,7 +311,7 @@ def test_an_attack_begins_behind_its_warm_up_and_leaves_retain_rows_alone(tiny, 
 
 
 def test_an_attack_does_not_depend_on_how_a_step_is_divided(tiny):
-    run = Run(tiny, "race", {"attack_steps": 1, "warm_up": 0.0})
+    run = Run(tiny, "race", {"attack_steps": 1, "attack_warm_up": 0.0})
     whole = run.bank.batch([("forget", BATCH)], 0, 0)
     states = adversary.attacked(run.model, run.engine, whole, run.recipe.inner, (0, 3, 0, 1))["encoder_hidden_states"]
     for part in range(2):

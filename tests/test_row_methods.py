@@ -69,7 +69,7 @@ def test_images_are_encoded_as_they_are_decoded(make, folders):
 
 
 def test_rows_of_a_picture_ask_the_teacher_nothing(tiny, folders):
-    run = Run(tiny, "instance", own_options("instance", folders) | {"first": 0.4}, trajectories=4)
+    run = Run(tiny, "instance", own_options("instance", folders) | {"window_start": 0.4}, trajectories=4)
     retain = [row for row, _ in run.plan.bank.assignments if row.role == "retain"]
     assert run.plan.bank.unet_evaluations == len(retain) * STEPS * 2
     places = run.bank.role_rows["forget"].view(-1, 1)
@@ -89,7 +89,7 @@ def told(name, options=None, **settings):
 
 def recipe(name, options=None, **settings):
     if name == "instance":
-        options = {"images": "i", "surrogates": "s"} | (options or {})
+        options = {"picture_folder": "i", "surrogate_folder": "s"} | (options or {})
     return get_method(name).recipe(told(name, options, **settings))
 
 
@@ -105,11 +105,11 @@ def test_every_target_of_every_row_sums_to_one_and_says_where_it_is_from(method)
 
 def test_the_rules_are_these():
     assert recipe("concept-ablation").rule == Sum(0.0)
-    assert recipe("erasediff", {"rate": 2.0}).rule == Bilevel(2.0)
+    assert recipe("erasediff", {"forget_rate": 2.0}).rule == Bilevel(2.0)
     assert recipe("erasediff", {"constant_weight": "0.1"}).rule == Sum(1.0, forget_weight=0.1)
     assert recipe("instance", retain_weight=3.0).rule == Project(3.0)
     assert recipe("ace", {"prior_weight": 0.25}).rule == Sum(0.25, forget_weight=0.75)
-    assert recipe("race", {"radius": 0.2}).inner == Inner(10, 0.2, 0.5)
+    assert recipe("race", {"attack_radius": 0.2}).inner == Inner(10, 0.2, 0.5)
 
 
 def test_leco_is_esd_by_another_name():
@@ -125,8 +125,8 @@ def test_leco_is_esd_by_another_name():
 
 def test_the_noise_variant_of_concept_ablation_does_not_ask_for_the_anchor(tiny):
     """The authors' code computes T(a) there and throws it away."""
-    for target in ("model", "noise"):
-        _, plan = planned(load_model(tiny, "cpu"), "concept-ablation", {"target": target})
+    for noise_based in (False, True):
+        _, plan = planned(load_model(tiny, "cpu"), "concept-ablation", {"noise_based": noise_based})
         assert plan.bank.unet_evaluations == 2 * 2 * STEPS, "two trajectories, guided by two predictions"
 
 
@@ -163,7 +163,7 @@ def test_a_picture_is_the_target_of_pictures_alone():
 
 def test_scissorhands_draws_the_most_sensitive_share_anew(tiny):
     model = load_model(tiny, "cpu")
-    _, plan = planned(model, "scissorhands", {"share": 0.05}, trainable="all")
+    _, plan = planned(model, "scissorhands", {"redrawn_share": 0.05}, trainable="all")
     names = plan.selection.names
     prompts, budget = plan.concept.forget_prompts, {"trajectories": 2, "num_inference_steps": STEPS}
     budget |= {"trajectory_guidance_scale": 3.0, "micro_batch_size": BATCH, "seed": 0}
@@ -200,7 +200,7 @@ def test_scissorhands_draws_the_most_sensitive_share_anew(tiny):
 
 def test_an_edit_before_rows_keeps_to_a_mask_and_rows_are_of_the_weights_before(tmp_path, tiny):
     model = load_model(tiny, "cpu")
-    _, plan = planned(model, "scissorhands", {"share": 1.0}, trainable="attn2.to_k")
+    _, plan = planned(model, "scissorhands", {"redrawn_share": 1.0}, trainable="attn2.to_k")
     bits = {n: torch.arange(s.numel()).view(s) % 2 == 0 for n, s in plan.selection.shapes.items()}
     masked = Selection.of(model.denoiser, list(bits), {n: pack_bits(b) for n, b in bits.items()})
     gradient = {name: torch.ones(shape) for name, shape in masked.shapes.items()}
@@ -253,7 +253,7 @@ def test_every_method_trains_flow_models(method, family, folders, flow_folders):
     engine = TorchEngine(model.denoiser, plan.selection, learning_rate=1e-3)
     if curvature:
         engine.hold(curvature)
-    trainer = Trainer(model, bank, recipe.rule, engine, Schedule(2, 2, 0, 10, 0), Path(), recipe.inner)
+    trainer = Trainer(model, bank, recipe.rule, engine, Schedule(2, 2, 0, 10, 0), Path(), inner=recipe.inner)
     for _ in range(2):
         metrics = trainer._train_step()
         trainer.step += 1
@@ -311,13 +311,19 @@ def test_deepspeed_is_refused_what_it_cannot_do(method, words, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "needs `--set images=FOLDER`"),
-        ({"images": "none", "surrogates": "{surrogates}"}, "none is no folder"),
-        ({"images": "{empty}", "surrogates": "{surrogates}"}, "holds no image"),
-        ({"images": "{images}", "surrogates": "{one}"}, "no surrogate named b"),
-        ({"images": "{large}", "surrogates": "{large}"}, "has 32 x 64 pixels and .* generates 64 x 64"),
-        ({"images": "{images}", "surrogates": "{surrogates}", "first": 0.6, "last": 0.5}, "window .* is empty"),
-        ({"images": "{images}", "surrogates": "{surrogates}", "first": 0.95}, "holds none of a trajectory's"),
+        ({}, "needs `--set picture_folder=FOLDER`"),
+        ({"picture_folder": "none", "surrogate_folder": "{surrogates}"}, "none is no folder"),
+        ({"picture_folder": "{empty}", "surrogate_folder": "{surrogates}"}, "holds no image"),
+        ({"picture_folder": "{images}", "surrogate_folder": "{one}"}, "no surrogate named b"),
+        ({"picture_folder": "{large}", "surrogate_folder": "{large}"}, "has 32 x 64 pixels and .* generates 64 x 64"),
+        (
+            {"picture_folder": "{images}", "surrogate_folder": "{surrogates}", "window_start": 0.6, "window_end": 0.5},
+            "window .* is empty",
+        ),
+        (
+            {"picture_folder": "{images}", "surrogate_folder": "{surrogates}", "window_start": 0.95},
+            "holds none of a trajectory's",
+        ),
     ],
 )
 def test_pictures_that_do_not_serve_are_refused_in_one_line(options, words, tiny, folders, tmp_path):
@@ -337,10 +343,16 @@ def test_the_paths_of_options_are_saved_whole(tiny, folders, tmp_path, monkeypat
     monkeypatch.chdir(folders)
     given = {"forget_prompts": FORGET, "retain_prompts": RETAIN, "trainable": "attn2.to_k"} | SHORT
     result = unlearn(
-        tiny, "star", "instance", output=tmp_path / "run", images="images", surrogates="surrogates", **given
+        tiny,
+        "star",
+        "instance",
+        output=tmp_path / "run",
+        picture_folder="images",
+        surrogate_folder="surrogates",
+        **given,
     )
     saved = (result.folder / "config.yaml").read_text()
-    assert f"images: {folders / 'images'}" in saved
+    assert f"picture_folder: {folders / 'images'}" in saved
 
 
 def test_all_of_them_are_listed():

@@ -7,7 +7,7 @@ one, n:
     d:       mean( (T(x_t, c + d) - T(x_t, n)) * (T(x_t, c) - T(x_t, n)) ) falls until it is below 0
     weights: |S(x_t, t, c) - T(x_t, t, c + d)|^2 + retain_weight |S(x_t, t, n) - T(x_t, t, n)|^2
 
-at points of the concept's own trajectories.  ``relative`` false leaves n out of the first line, which is their
+at points of the concept's own trajectories.  ``relative_search`` false leaves n out of the first line, which is their
 L_adv1.
 
 Differs from the authors' code: one offset serves all points of a concept's prompt, found first (their second order of
@@ -31,14 +31,14 @@ from .rules import Sum
 class Options:
     search_steps: int = option("the most steps of the search for an offset", 30, at_least=0)
     search_rate: float = option("Adam's rate in that search", 1e-4, above=0)
-    relative: bool = option("whether the neutral prediction is taken off both (L_adv2), or not (L_adv1)", True)
+    relative_search: bool = option("whether the neutral prediction is taken off both (L_adv2), or not (L_adv1)", True)
 
 
 def recipe(concept: Concept) -> Recipe:
     options = concept.options
     rows, searches = [], []
     for c, n in concept.anchors.items():
-        neutral = n if options.relative else None
+        neutral = n if options.relative_search else None
         searches.append(Search(c, c, c, neutral, options.search_steps, options.search_rate))
         rows.append(Row("forget", c, c, {found(c): 1.0}))
         rows.append(Row("retain", c, n, {n: 1.0}))

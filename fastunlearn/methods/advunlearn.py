@@ -6,10 +6,10 @@ ESD's target under attack, and the prompts to keep beside it:
     d = argmin |S(x_t, t, c + d) - T(x_t, t, c)|^2
 
 Differs from the authors' code: theirs trains the text encoder, and attacks by a token put before the prompt, 30 steps
-of Adam at 1e-3; here the denoiser trains and the attack is an offset of the text states, at most ``radius``, by sign
-descent of as many steps.  x_t is a point of the frozen teacher's trajectories from the bank, where theirs samples one
-from noise for each step of the attack (about 2000 UNet evaluations a training step).  The first ``warm_up`` share of
-the steps has no attack (theirs: 200 of 1000).
+of Adam at 1e-3; here the denoiser trains and the attack is an offset of the text states, at most ``attack_radius``,
+by sign descent of as many steps.  x_t is a point of the frozen teacher's trajectories from the bank, where theirs
+samples one from noise for each step of the attack (about 2000 UNet evaluations a training step).  The first
+``attack_warm_up`` share of the steps has no attack (theirs: 200 of 1000).
 
 Defaults for Stable Diffusion: the authors' weights and steps; untried on a denoiser.
 """
@@ -27,15 +27,15 @@ from .rules import Sum
 class Options:
     negative_guidance: float = option("eta: how far the prediction is guided away from the concept", 1.0)
     attack_steps: int = option("steps of the attack in each training step", 30, at_least=0)
-    radius: float = option("the largest offset, in units of the states' root mean square", 0.1, at_least=0)
-    warm_up: float = option("share of the steps that are not attacked", 0.2, at_least=0, at_most=1)
+    attack_radius: float = option("the largest offset, in units of the states' root mean square", 0.1, at_least=0)
+    attack_warm_up: float = option("share of the steps that are not attacked", 0.2, at_least=0, at_most=1)
 
 
 def recipe(concept: Concept) -> Recipe:
     options, eta = concept.options, concept.options.negative_guidance
     rows = [Row("forget", c, c, mix((UNCONDITIONAL, 1 + eta), (c, -eta))) for c in concept.forget_prompts]
     rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
-    inner = Inner(options.attack_steps, options.radius, options.warm_up)
+    inner = Inner(options.attack_steps, options.attack_radius, options.attack_warm_up)
     return Recipe(rows, Sum(concept.settings.retain_weight), inner=inner)
 
 

@@ -2,8 +2,8 @@
 
 On images of the anchor a ("a grumpy cat" becomes "a cat") the student, asked for the concept c, learns what
 
-- ``target`` model: the anchor is answered with, ``|S(x_t, t, c) - T(x_t, t, a)|^2``;
-- ``target`` noise: they were made of, ``|S(x_t, t, c) - noise|^2``: usual training under another caption.
+- the anchor is answered with, ``|S(x_t, t, c) - T(x_t, t, a)|^2``;
+- with ``noise_based``, they were made of, ``|S(x_t, t, c) - noise|^2``: usual training under another caption.
 
 ``prior_weight`` adds the usual training loss of the anchor on the same images.
 
@@ -18,7 +18,6 @@ Defaults for Stable Diffusion: the authors' 100 steps of batch 4 on 2 GPUs at 2e
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from . import Method
 from .recipe import NOISE, Concept, Defaults, Recipe, Row, option
@@ -27,7 +26,7 @@ from .rules import Sum
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    target: Literal["model", "noise"] = option("what the student learns on the anchor's images", "model")
+    noise_based: bool = option("learn the noise of the anchor's images, not the prediction for the anchor", False)
     prior_weight: float = option("weight of the anchor's own training loss; 0: without", 0.0, at_least=0)
 
 
@@ -35,7 +34,7 @@ def recipe(concept: Concept) -> Recipe:
     options = concept.options
     rows = []
     for c, a in concept.anchors.items():
-        rows.append(Row("forget", a, c, {NOISE if options.target == "noise" else a: 1.0}))
+        rows.append(Row("forget", a, c, {NOISE if options.noise_based else a: 1.0}))
     if options.prior_weight:
         rows += [Row("retain", a, a, {NOISE: 1.0}) for a in dict.fromkeys(concept.anchors.values())]
     return Recipe(rows, Sum(options.prior_weight))
@@ -50,7 +49,7 @@ CONCEPT_ABLATION = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(40, 1e-3, 16, 16, "cross-attention-kv", "linear"),
+        "shapes": Defaults(160, 1e-3, 16, 16, "cross-attention-kv", "linear", stop_residual=0.08),
         "stable-diffusion": Defaults(100, 1.6e-5, 8, 32, "cross-attention-kv"),
     },
 )

@@ -7,10 +7,10 @@ with it:
 
     s_t^2 |S(x_t, t, c) - n|^2        with surgery: its gradient loses the part against that of |S(x_t, t, r) - T(r)|^2
 
-The weight s_t^2 takes 1 / s_t out of the error, which else grows without bound near the image.  ``first`` and
-``last`` keep a window of the sampler's points: near pure noise x_t is no longer this picture, and the rows only fight
-what is kept.  What is kept are the teacher's predictions for the retain prompts and for the pictures' own prompts, on
-its own generations.
+The weight s_t^2 takes 1 / s_t out of the error, which else grows without bound near the image.  ``window_start`` and
+``window_end`` keep a window of the sampler's points: near pure noise x_t is no longer this picture, and the rows only
+fight what is kept.  What is kept are the teacher's predictions for the retain prompts and for the pictures' own
+prompts, on its own generations.
 
 The paper's full text was not at hand: the target and what it is for are known, the weights' form, the window and
 which surgery are ours (Yu et al. 2020, 2001.06782).  Its surrogates come from an editor of images; here they are
@@ -31,28 +31,29 @@ from .rules import Project
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    images: str = option("folder of the pictures to forget, of the model's size", "", path=True)
-    surrogates: str = option("folder of what each becomes, by the same names", "", path=True)
-    first: float = option("where the window of the sampler's points begins; 0: pure noise", 0.0, at_least=0, at_most=1)
-    last: float = option("where it ends; 1: the image", 1.0, at_least=0, at_most=1)
+    picture_folder: str = option("folder of the pictures to forget, of the model's size", "", path=True)
+    surrogate_folder: str = option("folder of what each becomes, by the same names", "", path=True)
+    window_start: float = option(
+        "where the window of the sampler's points begins; 0: pure noise", 0.0, at_least=0, at_most=1
+    )
+    window_end: float = option("where it ends; 1: the image", 1.0, at_least=0, at_most=1)
 
 
 def recipe(concept: Concept) -> Recipe:
     options = concept.options
-    if not options.images or not options.surrogates:
-        raise UserError("the method instance needs `--set images=FOLDER` and `--set surrogates=FOLDER`.")
-    if not options.first < options.last:
-        raise UserError(f"the window from `first` {options.first} to `last` {options.last} is empty.")
-    images, surrogates = concept.pictures(options.images), concept.pictures(options.surrogates)
+    if not options.picture_folder or not options.surrogate_folder:
+        raise UserError("the method instance needs `--set picture_folder=FOLDER` and `--set surrogate_folder=FOLDER`.")
+    if not options.window_start < options.window_end:
+        raise UserError(f"the window from {options.window_start} to {options.window_end} is empty. Let it end later.")
+    images, surrogates = concept.pictures(options.picture_folder), concept.pictures(options.surrogate_folder)
     if missing := [name for name in images if name not in surrogates]:
-        raise UserError(
-            f"{options.surrogates} holds no surrogate named {missing[0]} ({len(missing)} of {len(images)} are missing)."
-        )
+        lacking = f"{len(missing)} of {len(images)} pictures have none"
+        raise UserError(f"{options.surrogate_folder} holds no surrogate named {missing[0]}; {lacking}. Add it.")
     rows = []
     for name in images:
         shown, wanted = picture(f"image/{name}"), picture(f"surrogate/{name}")
         for c in concept.forget_prompts:
-            window = (options.first, options.last)
+            window = (options.window_start, options.window_end)
             rows.append(Row("forget", shown, c, {wanted: 1.0}, timesteps=window, noise_power=2))
     rows += [Row("retain", r, r, {r: 1.0}) for r in (*concept.forget_prompts, *concept.retain_prompts)]
     pictures = {f"image/{name}": path for name, path in images.items()}

@@ -1,17 +1,17 @@
 """Scissorhands (Wu and Harandi, ECCV 2024, arXiv 2401.06187): cut the weights that the concept hangs on, then mend.
 
-First the ``share`` of all trainable weights w whose connection sensitivity ``|g w|`` is largest, g being the gradient
-of the concept's denoising loss, is drawn anew where it lies in a layer named ``within``: truncated normal of
-deviation 0.02, biases 0.  Then the student, asked for the concept, learns the teacher's prediction for the anchor,
-with weight ``forget_weight``, and on images to keep the noise:
+First the ``redrawn_share`` of all trainable weights w whose connection sensitivity ``|g w|`` is largest, g being the
+gradient of the concept's denoising loss, is drawn anew where it lies in a layer named ``redrawn_within``: truncated
+normal of deviation 0.02, biases 0.  Then the student, asked for the concept, learns the teacher's prediction for the
+anchor, with weight ``forget_weight``, and on images to keep the noise:
 
     forget_weight * |S(x_t, t, c) - T(x_t, t, a)|^2 + |S(x_t, t, r) - noise|^2
 
 Differs from the authors' code (as UnlearnCanvas has it): g is the mean over all the concept's rows, theirs is of the
 first batch alone; rows are the frozen teacher's generations and T the frozen teacher, theirs images of a data set and
 the student of the moment, *after* the cut; their loop reads the first batch of images in every step.  Where no
-trainable weight lies in ``within``, all of them may be drawn anew.  Their projection of gradients, which is off by
-default, is not built.
+trainable weight lies in ``redrawn_within``, all of them may be drawn anew.  Their projection of gradients, which is
+off by default, is not built.
 
 Defaults for Stable Diffusion: the authors' share, rate, batch and weight; steps in place of their 2 epochs.
 """
@@ -34,8 +34,8 @@ DEVIATION = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    share: float = option("share of the weights that are drawn anew, at most", 0.01, above=0, at_most=1)
-    within: str = option("a part of the names of the layers in which they are", "attn2")
+    redrawn_share: float = option("share of the weights that are drawn anew, at most", 0.01, above=0, at_most=1)
+    redrawn_within: str = option("a part of the names of the layers in which they are", "attn2")
     forget_weight: float = option("weight of the concept's rows", 0.1, at_least=0)
 
 
@@ -53,8 +53,8 @@ def cut(weights: Weights, options: Options) -> Mapping[str, Tensor]:
 
     gradient = weights.gradient()
     scores = {name: (gradient[name] * values).abs() for name, values in weights.parameters.items()}
-    threshold = _threshold(list(scores.values()), options.share)
-    inside = [name for name in scores if f".{options.within}." in f".{name}."] or list(scores)
+    threshold = _threshold(list(scores.values()), options.redrawn_share)
+    inside = [name for name in scores if f".{options.redrawn_within}." in f".{name}."] or list(scores)
     generator = torch.Generator().manual_seed(0)
     new = {}
     for name in inside:
@@ -67,7 +67,7 @@ def cut(weights: Weights, options: Options) -> Mapping[str, Tensor]:
 
 
 def _threshold(scores: list[Tensor], share: float) -> float:
-    """A value that a ``share`` of all scores reaches, by bisection, so that nothing is sorted or copied."""
+    """A value that a ``redrawn_share`` of all scores reaches, by bisection, so that nothing is sorted or copied."""
     wanted = share * sum(values.numel() for values in scores)
     low, high = 0.0, max(float(values.max()) for values in scores)
     for _ in range(64):
