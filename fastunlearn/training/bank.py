@@ -17,6 +17,7 @@ from ..methods.recipe import NOISE, ROLES, UNCONDITIONAL, Recipe, Role, Row
 from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
 
+BATCH_SIZE = 64  # trajectories
 _PURPOSE = "training"  # of the noise: what a model is evaluated on, it was not trained on
 
 
@@ -168,14 +169,15 @@ def plan_bank(
 
 @torch.no_grad()
 def build_bank(
-    model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int = 64, purpose: str = _PURPOSE
+    model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int | None = None, purpose: str = _PURPOSE
 ) -> Bank:
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
-    A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once.  No
-    evaluation shares their noise, nor does another ``purpose``.  Raises UserError for predictions that are no numbers.
+    A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once, and
+    as many prompts are encoded: 64 of both, if nothing is said; another number may change the last bit.  No evaluation
+    shares their noise, nor does another ``purpose``.  Raises UserError for predictions that are no numbers.
     """
-    conditions = _encoded(model, recipe, plan.guided_from)
+    conditions = _encoded(model, recipe, plan.guided_from, micro_batch_size)
     # What a denoiser takes of the guidance, the student is told as the teacher was.
     guided = model.with_guidance(conditions.tensors, plan.guidance_scale)
     conditions = dataclasses.replace(conditions, tensors=guided)
@@ -190,7 +192,7 @@ def build_bank(
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
     role_rows: dict[Role, list[torch.Tensor]] = {}
 
-    for first, group in _groups(plan, micro_batch_size):
+    for first, group in _groups(plan, micro_batch_size or BATCH_SIZE):
         kinds = [row for row, _ in group]
         seeds = [plan.seed * 1_000_003 + number for _, number in group]
         noise = initial_noise([row.trajectory for row in kinds], seeds, shape, purpose)
@@ -227,9 +229,9 @@ def build_bank(
     return Bank(latents, timesteps, teacher_preds, coefficients, weights, places, condition, conditions, indexed)
 
 
-def _encoded(model: Model, recipe: Recipe, guided_from: Sequence[str]) -> Conditions:
+def _encoded(model: Model, recipe: Recipe, guided_from: Sequence[str], batch_size: int | None) -> Conditions:
     """The recipe's prompts, encoded, with what guides beside them, and its named embeddings behind them."""
-    conditions = model.encode([*recipe.prompts(), *guided_from])
+    conditions = model.encode([*recipe.prompts(), *guided_from], batch_size)
     for name, embedding in recipe.embeddings.items():
         if embedding.keys() != conditions.tensors.keys():
             raise ValueError(f"the embedding {name!r} must have {sorted(conditions.tensors)}, got {sorted(embedding)}.")

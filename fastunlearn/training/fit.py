@@ -37,6 +37,7 @@ def fit(
     assert not isinstance(plan.recipe, Edit)
     torch.manual_seed(config.seed)
     settings = plan.settings
+    model.hold_denoiser()
     engine = _engine(model, plan, selection, config)
     schedule = Schedule(
         steps=settings.steps,

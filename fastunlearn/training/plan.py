@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,12 @@ from ..methods import Method
 from ..methods.recipe import UNCONDITIONAL, Concept, Defaults, Edit, Recipe, Role
 from ..methods.rules import Sum
 from ..models.base import Model
+from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
+from ..models.sketch import Blueprint, is_sketch
 from ..worlds import get_world, world_with_model
 from .bank import BankPlan, plan_bank
+from .budget import Budget, memory_lines, plan_memory
 from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
 from .deepspeed_config import read_deepspeed
@@ -28,7 +30,7 @@ from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
 from .low_rank import AdapterPlan
-from .memory import MemoryEstimate, estimate_memory, measure_activations
+from .memory import Workload
 from .selection import GROUPS, Selection, load_mask, select_parameters
 
 
@@ -52,12 +54,12 @@ class TrainPlan:
     world: World
     deepspeed: Mapping[str, Any] | None  # the checked configuration
     accumulation: int
-    memory: MemoryEstimate | None  # only for a dry run, which it is for
+    memory: Budget | None  # only for a dry run, which it is for
     trainable_parameters: int
     total_parameters: int
     bank: BankPlan
     loop_forwards: int
-    seconds_per_evaluation: float
+    seconds_per_evaluation: float | None  # None for a model without weights, and for an edit
     evidence: EvidencePlan | None  # None where the training ends by its steps alone
     cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
     left_out: tuple[str, ...]  # files that hold the denoiser a second time and are not read
@@ -94,6 +96,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
             default_micro_batch_size=settings.micro_batch_size,
         )
         check_deepspeed(deepspeed, model.device)
+        _check_placement(config, deepspeed)
         accumulation = deepspeed["gradient_accumulation_steps"]
         settings = dataclasses.replace(settings, micro_batch_size=deepspeed["train_micro_batch_size_per_gpu"])
     concept = make_concept(config, method, model, settings)
@@ -117,6 +120,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         settings = dataclasses.replace(settings, mask_density=None)
     elif settings.mask_density is not None:
         trainable = round(settings.mask_density * trainable)
+    model.settle_denoiser(() if low_rank else selection.names)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
     check_export(model, selection)
     check_deterministic(model.pipeline.scheduler)
     settings = dataclasses.replace(settings, steps=settings.steps if rows.rows else 0)
@@ -148,8 +154,11 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         if evidence is None and config.stop_residual:
             raise UserError(f"the method {method.name} has no target to reach. Leave `--stop-residual` out.")
     memory = None
-    if config.dry_run and not is_edit:
-        memory = _estimate(config, model, selection, trainable, bank, settings, world, deepspeed)
+    if config.dry_run:
+        device = resolve_device(config.device) if is_sketch(model) else model.device
+        work = _workload(config, device, selection, trainable, recipe, bank, evidence, settings, world, deepspeed)
+        work = dataclasses.replace(work, rank=low_rank.adapter.rank if low_rank else None)
+        memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
     return TrainPlan(
         method=method,
         settings=settings,
@@ -167,7 +176,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         total_parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
         bank=bank,
         loop_forwards=settings.steps * rows.rule.passes * settings.micro_batch_size * accumulation,
-        seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
+        seconds_per_evaluation=(
+            None if is_edit or is_sketch(model) else _time_evaluation(model, settings.micro_batch_size)
+        ),
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
@@ -214,6 +225,21 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     return method.with_options(dataclasses.replace(defaults, **chosen), config.options)
 
 
+def _check_placement(config: TrainConfig, deepspeed: Mapping[str, Any]) -> None:
+    """UserError where DeepSpeed's file and our flags both say where weights lie, or disagree on their type."""
+    zero = deepspeed["zero_optimization"]
+    own = [name for name in ("offload_param", "offload_optimizer") if zero.get(name, {}).get("device") == "cpu"]
+    if config.offload and own:
+        raise UserError(
+            f"`--offload` and `{own[0]}` of {config.deepspeed} both move weights to the host and back. Give one."
+        )
+    if config.weights_dtype == "bf16" and not deepspeed.get("bf16", {}).get("enabled"):
+        raise UserError(
+            f'`--weights-dtype bf16` with DeepSpeed needs `"bf16": {{"enabled": true}}` in {config.deepspeed}: '
+            "else DeepSpeed makes the weights float32 again."
+        )
+
+
 def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, settings: Defaults) -> None:
     """UserError for settings that the method's kind has no use for, and for a rule that the engine cannot do."""
     if isinstance(recipe, Edit):
@@ -234,29 +260,45 @@ def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, se
         )
 
 
-def _estimate(
+def _workload(
     config: TrainConfig,
-    model: Model,
+    device: torch.device,
     selection: Selection,
     selected: int,
+    recipe: Recipe | Edit,
     bank: BankPlan,
+    evidence: EvidencePlan | None,
     settings: Defaults,
     world: World,
     deepspeed: Mapping[str, Any] | None,
-) -> MemoryEstimate:
-    in_bf16 = deepspeed is not None and deepspeed.get("bf16", {}).get("enabled", False)
-    precision = "bf16" if in_bf16 else config.mixed_precision
-    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    return estimate_memory(
-        total=sum(parameter.numel() for parameter in model.denoiser.parameters()),
-        trainable=selected if config.adapter else sum(shape.numel() for shape in selection.shapes.values()),
+) -> Workload:
+    rule = None if isinstance(recipe, Edit) else recipe.rule
+    on_gpu = device.type == "cuda" or config.device_memory_gib is not None  # there is one, or one is planned for
+    used = len(recipe.prompts()) if isinstance(recipe, Recipe) else 2
+    if evidence is not None:
+        used += len(evidence.recipe.prompts())
+    return Workload(
+        trained=tuple(selection.names),
         selected=selected,
         is_masked=bool(selection.bits) or settings.mask_density is not None,
+        makes_mask=settings.mask_density is not None,
+        is_edit=rule is None,
+        micro_batch_size=settings.micro_batch_size,
+        bank_batch_size=config.bank_batch_size,
+        trajectories=len(bank.assignments),
+        branches=bank.branches,
+        rows=bank.rows + (evidence.bank.rows if evidence is not None else 0),
+        prompts=used,
+        gradients=2 if rule is not None and rule.projects else 1,
+        mixed_precision=config.mixed_precision,
+        weights_dtype=config.weights_dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+        offload=config.offload and on_gpu,
+        overlaps=on_gpu,
+        evaluation_batch_size=config.evaluation_batch_size,
+        decode_batch_size=config.decode_batch_size,
         world_size=world.size,
         deepspeed=deepspeed,
-        other_parts=sum(p.numel() for part in parts if part is not model.denoiser for p in part.parameters()),
-        activations=settings.micro_batch_size * measure_activations(model, selection.names, precision),
-        bank=bank.rows * (1 + bank.branches) * math.prod(model.latent_shape) * 4,
     )
 
 
@@ -301,8 +343,9 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
         *(plan.adapter.lines(plan.method.name) if plan.adapter else []),
     ]
+    memory = memory_lines(plan.memory) if plan.memory is not None else []
     if is_edit:
-        return [*lines, "edit        in closed form: no rows, no steps"]
+        return [*lines, "edit        in closed form: no rows, no steps", *memory]
     windows = f" ({plan.bank.trained_rows:,} in their windows)" if plan.bank.trained_rows < plan.bank.rows else ""
     at_most = "at most " if plan.evidence is not None else ""
     lines += [
@@ -315,21 +358,11 @@ def plan_lines(plan: TrainPlan) -> list[str]:
             f"ends        once {plan.evidence.until:.0%} of the concept is left on {plan.evidence.rows} held-out rows, "
             f"looked at every {plan.evidence.every} steps"
         )
-    if plan.memory is not None:
-        lines.append(f"memory      {_memory(plan.memory.device, 'a process')}")
-        if plan.memory.host:
-            lines.append(f"            {_memory(plan.memory.host, 'on the host')}")
-    return [*lines, f"estimate    {_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"]
-
-
-def _memory(parts: Mapping[str, int], index: str) -> str:
-    """The sum of bytes, and what it is made of, the largest first."""
-    named = ", ".join(f"{name} {_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
-    return f"about {_bytes(sum(parts.values()))} {index}: {named}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    if plan.seconds_per_evaluation is None:
+        timed = "none: the weights do not fit the memory that this machine has left, so no forward was timed"
+    else:
+        timed = f"{_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"
+    return [*lines, *memory, f"estimate    {timed}"]
 
 
 def _mask_line(plan: TrainPlan) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import to_yaml
 from ..distributed import World, device_of, join, take_share_of_cores, world_of_environment
 from ..errors import UserError
@@ -23,8 +25,10 @@ from ..methods.recipe import Edit
 from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
+from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..progress import Reporter
 from .bank import build_bank
+from .budget import sketch_of_large
 from .conclude import Scoring, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
@@ -73,6 +77,8 @@ def unlearn(
         take_share_of_cores(world)
         if config.dry_run and config.num_processes is not None:
             world = World(size=config.num_processes)  # planned, not started
+        if config.device_memory_gib is not None and not config.dry_run:
+            raise UserError("`--device-memory-gib` is what `--dry-run` plans for: give both.")
         if world.size > 1 and config.deepspeed is None:
             raise UserError(f"{world.size} processes need `--deepspeed FILE`, which says how they divide the work.")
         if world.is_main:
@@ -99,14 +105,14 @@ class _Run:
         method = get_method(config.method)
         if config.resume:
             check_settings(config, folder)
-        options = ModelOptions.of(config)
-        if self.source != config.model:  # a folder that was made of it
-            options = dataclasses.replace(options, parts=None)
-        model = load_model(self.source, device_of(self.world, config.device), options)
+        device = device_of(self.world, config.device)
+        model = self._model(device)
         model.name = self.name
         plan = plan_training(config, method, model, self.world)
         scoring = Scoring.of(config, model)  # fails early or not at all
         self.reporter.plan(method.name, plan_lines(plan))
+        if config.offload and device.type == "cpu" and config.device_memory_gib is None:
+            self.reporter.note(NOTHING_TO_OFFLOAD)
         if config.dry_run:
             return UnlearnResult(folder, None, None)
         original = model.hash_files()
@@ -120,8 +126,9 @@ class _Run:
                 edited = edit_weights(model, plan.recipe, selection)
         else:
             with self._stage("bank"):
-                bank = build_bank(model, plan.recipe, plan.bank)
-                evidence = Evidence(model, plan.evidence) if plan.evidence else None
+                batch = config.bank_batch_size
+                bank = build_bank(model, plan.recipe, plan.bank, micro_batch_size=batch)
+                evidence = Evidence(model, plan.evidence, batch) if plan.evidence else None
         self._begin(plan, model, selection, key)
         exported = exported_to(config, folder)
         ending = None
@@ -135,10 +142,22 @@ class _Run:
                 selection = plan.adapter.begin(model, seed=config.seed, **about)
             with self._stage("training"):
                 ending = fit(model, plan, bank, evidence, selection, config, folder, self.reporter)
+        bank = evidence = None
+        model.discard()
         if not self.world.is_main:
             return UnlearnResult(folder, exported, None)
         record = conclude(config, plan, model, original, exported, self.seconds, ending, scoring, self.reporter)
         return UnlearnResult(folder, exported, record, original=str(model.source))
+
+    def _model(self, device: torch.device) -> Model:
+        config = self.config
+        options = ModelOptions.of(config)
+        if self.source != config.model:  # a folder that was made of it
+            options = dataclasses.replace(options, parts=None)
+        if config.dry_run and (sketch := sketch_of_large(self.source, options, config.weights_dtype)):
+            return sketch
+        placement = Placement.of(config.weights_dtype, device, offload=config.offload)
+        return load_model(self.source, device, options, placement=placement)
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -166,6 +185,7 @@ class _Run:
                 num_inference_steps=config.trajectory_steps,
                 trajectory_guidance_scale=config.trajectory_guidance_scale,
                 micro_batch_size=settings.micro_batch_size,
+                bank_batch_size=config.bank_batch_size,
                 seed=config.seed,
                 mixed_precision=config.mixed_precision,
             )
