@@ -26,7 +26,7 @@ from . import schedulers
 from .adapters import Adapter
 from .attention import set_attention
 from .options import ModelOptions
-from .placement import Placement, networks
+from .placement import Placed, Placement, networks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,7 +76,7 @@ def matches(name: str, pattern: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-class Model(ABC):
+class Model(Placed, ABC):
     """A pipeline on a device: ``encode`` prompts, ``predict``, ``decode`` latents.
 
     ``denoiser`` is the network that unlearning changes.  ``source`` is the folder that the weights were read from, of
@@ -201,40 +201,6 @@ class Model(ABC):
     def defaults_key(self) -> str:
         """Whose defaults a method takes: the bundled world's, else the family's."""
         return self.world.name if self.world else self.family
-
-    def settle_denoiser(self, trained: Sequence[str] = ()) -> None:
-        """Say, before the denoiser is used, which of its parameters train; a lean one has rounded the others then."""
-        self.placement.settle_denoiser(self.denoiser, self.device, trained)
-        self.denoiser.requires_grad_(False)
-
-    def hold_denoiser(self) -> None:
-        """Bring the denoiser to the device, where networks take turns: an engine works where the weights are."""
-        if self.placement.shelf:
-            self.placement.shelf.hold(self.denoiser)
-
-    def checkpoint_gradients(self) -> None:
-        """Let the denoiser compute its activations again in the backward instead of keeping them; same bits, slower."""
-        if not getattr(self.denoiser, "_supports_gradient_checkpointing", False):
-            raise UserError(
-                f"`--gradient-checkpointing`: the {type(self.denoiser).__name__} of {self.name} cannot do that. Leave "
-                "it out."
-            )
-        self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-
-    def discard(self) -> None:
-        """Let go of every network, whose memory is needed for others; name, source and device stay."""
-        for name, part in self.pipeline.components.items():
-            if isinstance(part, nn.Module):
-                setattr(self.pipeline, name, None)
-        del self.denoiser
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what the denoiser takes: float32, but where an engine keeps all its weights in bfloat16."""
-        dtypes = (parameter.dtype for parameter in self.denoiser.parameters())
-        if self.placement.is_lean:  # a few of them are float32
-            return torch.float32 if torch.float32 in dtypes else torch.bfloat16
-        return next(dtypes)
 
     @property
     def sample_size(self) -> Any:

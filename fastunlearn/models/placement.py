@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from ..errors import UserError
 
 WeightsDtype = Literal["fp32", "bf16"]
 NOTHING_TO_OFFLOAD = "`--offload` changes nothing here: on the CPU every network is where it would wait."
@@ -73,6 +75,50 @@ class Placement:
         network.to(_HOST if self.shelf else device, dtype)
         if shelf := self.shelf:
             network.register_forward_pre_hook(lambda module, inputs: shelf.hold(module))
+
+
+class Placed:
+    """What a model does with the places and types of its networks."""
+
+    pipeline: Any
+    name: str
+    device: torch.device
+    denoiser: nn.Module
+    placement: Placement
+
+    def settle_denoiser(self, trained: Sequence[str] = ()) -> None:
+        """Say, before the denoiser is used, which of its parameters train; a lean one has rounded the others then."""
+        self.placement.settle_denoiser(self.denoiser, self.device, trained)
+        self.denoiser.requires_grad_(False)
+
+    def hold_denoiser(self) -> None:
+        """Bring the denoiser to the device, where networks take turns: an engine works where the weights are."""
+        if self.placement.shelf:
+            self.placement.shelf.hold(self.denoiser)
+
+    def checkpoint_gradients(self) -> None:
+        """Let the denoiser compute its activations again in the backward instead of keeping them; same bits, slower."""
+        if not getattr(self.denoiser, "_supports_gradient_checkpointing", False):
+            raise UserError(
+                f"`--gradient-checkpointing`: the {type(self.denoiser).__name__} of {self.name} cannot do that. Leave "
+                "it out."
+            )
+        self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def discard(self) -> None:
+        """Let go of every network, whose memory is needed for others; name, source and device stay."""
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module):
+                setattr(self.pipeline, name, None)
+        del self.denoiser
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the denoiser takes: float32, but where an engine keeps all its weights in bfloat16."""
+        dtypes = (parameter.dtype for parameter in self.denoiser.parameters())
+        if self.placement.is_lean:  # a few of them are float32
+            return torch.float32 if torch.float32 in dtypes else torch.bfloat16
+        return next(dtypes)
 
 
 def networks(pipeline: Any) -> list[nn.Module]:
