@@ -47,6 +47,7 @@ results: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks/bench_kernels.py --benchmark-enable --benchmark-json .benchmarks/kernels.json
 	$(BIN)/python benchmarks/report_kernels.py collect .benchmarks/kernels.json
 	$(BIN)/python benchmarks/bench_cpu.py --deepspeed --output benchmarks/results/native_cpu.json
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/coverage.py --output benchmarks/results/coverage.json
 	$(BIN)/python benchmarks/metrics_miss.py --output benchmarks/results/metrics_miss.json --figure docs/metrics_miss.png
 	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json --evaluation-speed .benchmarks/evaluation.json \

@@ -218,3 +218,8 @@ def above(config: Any, low: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not low < value <= LARGEST:
             raise UserError(f"`--{name.replace('_', '-')}` must be a number above {low:g}, got {value:g}.")
+
+
+def check_weights_dtype(weights_dtype: str, mixed_precision: str) -> None:
+    if weights_dtype == "bf16" and mixed_precision != "bf16":
+        raise UserError("`--weights-dtype bf16` is for networks that run in bfloat16. Add `--mixed-precision bf16`.")

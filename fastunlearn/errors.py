@@ -49,8 +49,8 @@ def explain(error: BaseException) -> str:
         return "the disk is full: what was being written was removed again. Free some space and run the command again."
     if is_out_of_memory(error):
         return (
-            "out of memory: use a smaller batch (`--micro-batch-size`, `--batch-size`), fewer `--trajectories`, or a "
-            f"larger machine ({one_line(error)[:160]})."
+            "out of memory: `train --dry-run` says which flag makes each phase fit; for an evaluation use a smaller "
+            f"`--batch-size`, `--decode-batch-size` or `--offload` ({one_line(error)[:160]})."
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"

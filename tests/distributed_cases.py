@@ -19,6 +19,7 @@ from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.engine_deepspeed import DeepSpeedEngine
 from fastunlearn.training.export import overlay
 from fastunlearn.training.selection import Selection
+from fastunlearn.training.shares import bytes_sent
 
 NAMES = ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias"]
 LR, DECAY, STEPS, ROWS = 1e-2, 0.1, 4, 8
@@ -226,8 +227,52 @@ def check_export(folder, world):
     return record
 
 
+#: Collective of torch -> which of its tensors is whole, and how often a ring sends it.
+SENT = {"all_reduce": (0, 2), "all_gather_into_tensor": (0, 1), "reduce_scatter_tensor": (1, 1)}
+OTHERS = ("all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all_single", "gather", "scatter")
+seen = []  # (collective, sizes of its tensors)
+
+
+def spy_on_collectives():
+    """Note what is asked of torch's collectives; before DeepSpeed is imported, which keeps some of them."""
+    for collective in (*SENT, *OTHERS):
+        genuine = getattr(torch.distributed, collective)
+
+        def spy(*tensors, collective=collective, genuine=genuine, **options):
+            given = (*tensors, *options.values())
+            seen.append((collective, [one.numel() for one in given if isinstance(one, torch.Tensor)]))
+            return genuine(*tensors, **options)
+
+        setattr(torch.distributed, collective, spy)
+
+
+def check_wire(folder, name, world):
+    """What the collectives of a step send, and what is counted."""
+    zeroed = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    kept = CASES[name]
+    if name.endswith("3"):  # else it keeps this small module whole
+        CASES[name] = {"zero_optimization": kept["zero_optimization"] | zeroed}
+    engine = deepspeed_engine(folder, name, world, bits=None, clip=1e9)
+    CASES[name] = kept
+    train(engine, 0, 2)
+    seen.clear()
+    train(engine, 2, 3)
+    asked = list(seen)
+    total = sum(p.numel() for p in Net().parameters())
+    trainable = sum(p.numel() for n, p in Net().named_parameters() if n in NAMES)
+    stage = {"zero_optimization": {"stage": int(name[-1])}}
+    counted = bytes_sent(total=total, trainable=trainable, world_size=world.size, deepspeed=stage)
+    sent = 0
+    for collective, sizes in asked:
+        which, often = SENT[collective]  # another one would be a surprise
+        sent += 4 * often * sizes[which] * (world.size - 1) / world.size
+    engine.close()
+    return {"name": name, "sent": sent, "counted": counted}
+
+
 def main(folder):
     torch.set_num_threads(1)
+    spy_on_collectives()
     world = world_of_environment()
     join(world, torch.device("cpu"))
     engine_deepspeed.leave = lambda: None  # one process group for all engines
@@ -243,8 +288,10 @@ def main(folder):
     resumed = [check_resume(folder, name, other, world, bits) for name, other in stages]
     resumed.append(check_resume(folder, "bf16 zero 2", "bf16 zero 3", world, bits))
     exported = check_export(folder, world)
+    wire = [check_wire(folder, f"zero {stage}", world) for stage in range(4)]
     if world.is_main:
         records = {"cases": [dataclasses.asdict(c) for c in cases], "resumed": resumed, "exported": exported}
+        records["wire"] = wire
         (folder / "records.json").write_text(json.dumps(records))
     leave()
 

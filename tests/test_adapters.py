@@ -29,7 +29,8 @@ from fastunlearn.models.loras import _believed
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.training.config import ExportConfig
 from fastunlearn.training.formats import export_run
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 
 slow = pytest.mark.slow
 LONG_TAIL = {"sana", "lumina2", "auraflow", "sd2 zero SNR", "qwen-image", "z-image"}

@@ -71,6 +71,17 @@ NUMBERS = {
     "no seeds": ([*EVALUATE, "--seeds-per-prompt", "0"], "at least 1"),
     "a cache of no size": ([*EVALUATE, "--cache", "{new}c", "--cache-limit-gib", "0"], "above 0"),
     "no decoders": ([*IMAGES, "--num-workers", "0"], "at least 1"),
+    "no trajectory per forward": ([*TRAIN, "--bank-batch-size", "0"], "`--bank-batch-size` must be at least 1"),
+    "no trajectory per forward of a mask": ([*MASK, "--bank-batch-size", "0"], "must be at least 1"),
+    "no image per decoding": ([*TRAIN, "--decode-batch-size", "0"], "`--decode-batch-size` must be at least 1"),
+    "no image per decoding of an evaluation": ([*EVALUATE, "--decode-batch-size", "-2"], "must be at least 1"),
+    "no image per forward after training": ([*TRAIN, "--evaluation-batch-size", "0"], "must be at least 1"),
+    "a device of no memory": ([*TRAIN, "--dry-run", "--device-memory-gib", "0"], "must be a number above 0"),
+    "a device of nan memory": ([*TRAIN, "--dry-run", "--device-memory-gib", "nan"], "must be a number above 0"),
+    "a planned device and no plan": ([*TRAIN, "--device-memory-gib", "24"], "give both"),
+    "an unknown type of weights": ([*TRAIN, "--weights-dtype", "int8"], "invalid choice: 'int8'"),
+    "bfloat16 weights in float32 networks": ([*TRAIN, "--weights-dtype", "bf16"], "Add `--mixed-precision bf16`"),
+    "the same in an evaluation": ([*EVALUATE, "--weights-dtype", "bf16"], "Add `--mixed-precision bf16`"),
     "an unknown precision": ([*TRAIN, "--mixed-precision", "fp8"], "invalid choice: 'fp8'"),
     "an unknown device": ([*TRAIN, "--device", "tpu"], "invalid choice: 'tpu'"),
     "an unknown schedule": ([*TRAIN, "--lr-scheduler", "cosine"], "invalid choice: 'cosine'"),
@@ -394,6 +405,14 @@ DEEPSPEED = {
     "an unknown key": ([*TRAIN, "--deepspeed", "{files}/ds-unknown.json"], "unknown key 'zero_optimisation'"),
     "a stage that is none": ([*TRAIN, "--deepspeed", "{files}/ds-stage.json"], "must be 0, 1, 2 or 3, got 4"),
     "batch sizes that disagree": ([*TRAIN, "--deepspeed", "{files}/ds-batch.json"], "the batch sizes disagree"),
+    "two offloads": (
+        [*TRAIN, "--offload", "--deepspeed", "{files}/ds-offload.json"],
+        "`--offload` and `offload_optimizer` of .* Give one",
+    ),
+    "bfloat16 weights that DeepSpeed makes float32": (
+        [*TRAIN, "--mixed-precision", "bf16", "--weights-dtype", "bf16", "--deepspeed", "{files}/ds-empty.json"],
+        'with DeepSpeed needs `"bf16": {"enabled": true}`',
+    ),
     "fp16": ([*TRAIN, "--deepspeed", "{files}/ds-fp16.json"], "fp16 with its loss scaling is not supported"),
 }
 JUDGES = {
@@ -575,6 +594,8 @@ FILES = {
     "ds-unknown.json": '{"zero_optimisation": {}}',
     "ds-stage.json": '{"zero_optimization": {"stage": 4}}',
     "ds-batch.json": '{"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}',
+    "ds-offload.json": '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+    "ds-empty.json": "{}",
     "ds-fp16.json": '{"fp16": {"enabled": true}}',
 }
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -41,6 +41,10 @@ TRAIN_NUMBERS = {
     "max_grad_norm": ((0.0, 1e-6, 100.0), (-1.0, NAN, INF)),
     "trajectory_guidance_scale": ((0.0, 1.0), (-0.5, NAN, INF)),
     "weight_decay": ((0.0, 0.1), (-0.1, NAN, INF)),
+    "bank_batch_size": ((1,), (0, -1, 10**30)),
+    "evaluation_batch_size": ((1,), (0, -1, 10**30)),
+    "decode_batch_size": ((1,), (0, -1, 10**30)),
+    "device_memory_gib": ((0.5, 24.0), (0.0, -1.0, NAN, INF)),
     "retain_weight": ((0.0, 5.0), (-1.0, NAN, INF)),
     "stop_residual": ((0.0, 0.5), (-0.1, 1.0, NAN, INF)),
 }
@@ -50,6 +54,7 @@ EVALUATE_NUMBERS = {
     "num_inference_steps": ((1,), (0,)),
     "guidance_scale": ((0.0, 1.0), (-1.0, NAN, INF)),
     "control_pairs": ((1,), (0,)),
+    "decode_batch_size": ((1,), (0, -2)),
     "cache_limit_gib": ((0.1,), (0.0, NAN, INF)),
     "num_processes": ((1,), (0,)),
 }
@@ -59,6 +64,7 @@ MASK_NUMBERS = {
     "trajectory_steps": ((1,), (0,)),
     "trajectory_guidance_scale": ((0.0,), (-0.1, NAN)),
     "micro_batch_size": ((1,), (0,)),
+    "bank_batch_size": ((1,), (0,)),
     "seed": ((0,), (-1,)),
 }
 NUMBERS = [(TrainConfig, *item) for item in TRAIN_NUMBERS.items()]

@@ -79,6 +79,13 @@ def test_an_export_is_the_original_with_the_trained_elements(records):
     assert all(records["exported"].values())
 
 
+def test_what_is_sent_for_a_step_is_what_is_counted(records):
+    """Up to padding and one number, the norm: what DeepSpeed asks of torch's collectives in every stage."""
+    assert [case["name"] for case in records["wire"]] == ["zero 0", "zero 1", "zero 2", "zero 3"]
+    for case in records["wire"]:
+        assert case["sent"] == pytest.approx(case["counted"], rel=0.05), case
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

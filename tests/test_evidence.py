@@ -14,7 +14,8 @@ from fastunlearn.schema import Ending, RunRecord
 from fastunlearn.training.bank import build_bank
 from fastunlearn.training.concept import make_concept
 from fastunlearn.training.evidence import Evidence
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.trainer import Trainer
 from fastunlearn.training.unlearn import unlearn
 

@@ -40,7 +40,8 @@ from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.training.bank import build_bank, plan_bank
 from fastunlearn.training.edit import pooled_inputs, text_layers, text_matrices
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.selection import select_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # KDPM2 and numpy

@@ -26,7 +26,7 @@ from fastunlearn.training.bank import build_bank
 from fastunlearn.training.edit import edit_weights, put_weights
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.pictures import encode_pictures, noise_share, prediction_towards
-from fastunlearn.training.plan import plan_lines
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.selection import Selection
 from fastunlearn.training.trainer import Schedule, Trainer
 

@@ -16,7 +16,8 @@ from fastunlearn.training.bank import build_bank
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.engine import Engine, TorchEngine
 from fastunlearn.training.engine_deepspeed import DeepSpeedEngine
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.selection import Selection
 from fastunlearn.training.trainer import Schedule, Trainer
 

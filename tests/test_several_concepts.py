@@ -21,7 +21,8 @@ from fastunlearn.prompts import PromptGroups, is_forget
 from fastunlearn.schema import Ancestor, Evaluation, RunRecord
 from fastunlearn.training.concept import make_concept
 from fastunlearn.training.config import TrainConfig
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.worlds.shapes import SHAPES_WORLD
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -20,7 +20,8 @@ from fastunlearn.training.bank import build_bank
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.export import overlay
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.selection import select_parameters
 from fastunlearn.training.trainer import Interrupted, Schedule, Trainer
 from fastunlearn.training.unlearn import unlearn

@@ -15,7 +15,8 @@ from fastunlearn.methods.recipe import Concept, Weights
 from fastunlearn.training.config import ApplyConfig, TrainConfig
 from fastunlearn.training.edit import edit_weights, text_matrices
 from fastunlearn.training.export import apply
-from fastunlearn.training.plan import plan_lines, plan_training
+from fastunlearn.training.plan import plan_training
+from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.selection import Selection, save_mask, select_parameters
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..config import above, at_least, expand_home, setting
+from ..config import above, at_least, check_weights_dtype, expand_home, setting
 from ..errors import UserError
 from ..models.options import ModelOptions, check_guided, check_precision
 
@@ -51,6 +51,11 @@ class EvaluateConfig(ModelOptions):
     num_inference_steps: int = setting("sampler steps", 20)
     guidance_scale: float = setting("classifier-free guidance; 0 or 1: none", 3.0)
     mixed_precision: Literal["no", "bf16"] = setting("of both models", "no")
+    weights_dtype: Literal["fp32", "bf16"] = setting(
+        "bf16 keeps the weights of both in bfloat16, with `--mixed-precision bf16`", "fp32"
+    )
+    decode_batch_size: int | None = setting("images per forward of the VAE; default: all of a batch", None)
+    offload: bool = setting("networks that idle wait on the host: one at a time is on the GPU", False)
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     control_pairs: int = setting("pairs on which the numeric controls are measured", 8)
     cache: str | None = setting("folder that keeps the original's images for the next evaluation", None, path=True)
@@ -63,7 +68,9 @@ class EvaluateConfig(ModelOptions):
         expand_home(self)
         super().__post_init__()
         at_least(self, 1, "seeds_per_prompt", "batch_size", "num_inference_steps", "control_pairs", "num_processes")
+        at_least(self, 1, "decode_batch_size")
         at_least(self, 0, "guidance_scale")
+        check_weights_dtype(self.weights_dtype, self.mixed_precision)
         above(self, 0, "cache_limit_gib")
         check_guided(self.negative_prompt, self.guidance_scale, "guidance_scale")
         check_precision(self.attention, self.mixed_precision == "bf16", "add `--mixed-precision bf16`")

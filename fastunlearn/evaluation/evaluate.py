@@ -15,6 +15,8 @@ from ..judges import Judge
 from ..metrics.base import Metric, load_metrics
 from ..metrics.distances import Distance
 from ..models.options import ModelOptions
+from ..models.placement import NOTHING_TO_OFFLOAD, Placement
+from ..models.runtime import resolve_device
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..worlds import get_world, world_with_model
@@ -62,6 +64,9 @@ def evaluate(
     num_inference_steps: int = 20,
     guidance_scale: float = 3.0,
     mixed_precision: Literal["no", "bf16"] = "no",
+    weights_dtype: Literal["fp32", "bf16"] = "fp32",
+    decode_batch_size: int | None = None,
+    offload: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     control_pairs: int = CONTROL_PAIRS,
     cache: str | Path | None = None,
@@ -119,19 +124,16 @@ def evaluate(
             stack.enter_context(claimed(folder))
         models, placebo_name = named_models(unlearned, placebo)
         runs = {name: run_of(model) for name, model in models.items()}
-        spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size, mixed_precision)
-        where = ranks.device(device)
-        options = ModelOptions.of(config)
-        source = as_source(original, spec, device=where, noise_shape=noise_shape, options=options, lora=lora)
+        spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size, mixed_precision, decode_batch_size)
+        where = resolve_device(ranks.device(device))
+        options, placement = ModelOptions.of(config), Placement.of(weights_dtype, where, offload=offload)
+        if offload and placement.shelf is None:
+            reporter.note(NOTHING_TO_OFFLOAD)
+        kept: dict[str, Any] = {"device": where, "placement": placement}
+        source = as_source(original, spec, noise_shape=noise_shape, options=options, lora=lora, **kept)
+        kept["noise_shape"] = source.noise_shape
         sources = {
-            name: as_source(
-                pipeline_of(model),
-                spec,
-                name=name,
-                device=where,
-                noise_shape=source.noise_shape,
-                options=of_unlearned(options, model),
-            )
+            name: as_source(pipeline_of(model), spec, name=name, options=of_unlearned(options, model), **kept)
             for name, model in models.items()
         }
         forgotten = {name: forgotten_by(run, source.content()) for name, run in runs.items()}

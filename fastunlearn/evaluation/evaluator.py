@@ -93,7 +93,9 @@ class Evaluator:
         self._report = on_progress
         # On a GPU a batch is decoded, scored and written while the next one is generated; on a CPU both would only
         # fight for the same cores.
-        self._finish: Executor = ThreadPoolExecutor(1) if plan.original.device.type == "cuda" else _AtOnce()
+        sources = (plan.original, *plan.unlearned.values())
+        overlaps = plan.original.device.type == "cuda" and not any(source.takes_turns for source in sources)
+        self._finish: Executor = ThreadPoolExecutor(1) if overlaps else _AtOnce()
         self._repeat: float | None = None
         self._originals: Originals | None = None
         self._stack = contextlib.ExitStack()

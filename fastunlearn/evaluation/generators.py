@@ -17,8 +17,9 @@ from ..batching import chunks, filled
 from ..errors import UserError
 from ..files.weights import hash_part
 from ..models.base import Model
-from ..models.loading import content_of, load_model, own_settings, wrap_pipeline
+from ..models.loading import content_of, load_frozen, own_settings, wrap_pipeline
 from ..models.options import ModelOptions
+from ..models.placement import Placement
 from ..models.runtime import versions
 from ..models.sampling import SamplerSpec, decode, denoise, initial_noise
 from ..models.schedulers import check_deterministic, sampler_config
@@ -47,6 +48,11 @@ class Source(ABC):
     def world(self) -> World | None:
         """The bundled world whose images these are, if they are of one."""
         return None
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether its networks share the device one after the other, so that nothing else may run meanwhile."""
+        return False
 
     @abstractmethod
     def content(self) -> str:
@@ -116,9 +122,20 @@ class PipelineSource(Source):
             "resolution": "{}x{}".format(*self.model.image_size),
             "negative_prompt": self.model.options.negative_prompt,
             "attention": self.model.options.backend,
-            "dtype": "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32",
+            "dtype": self._dtype,
             "micro_batch_size": self.batch_size,
+            **({"decode_batch_size": size} if (size := self.spec.decode_batch_size) is not None else {}),
         }
+
+    @property
+    def _dtype(self) -> str:
+        if self.model.placement.is_lean:
+            return "bfloat16 weights and autocast"
+        return "bfloat16 autocast" if self.spec.mixed_precision == "bf16" else "float32"
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.model.placement.shelf is not None
 
     def check_sampler(self) -> None:
         """ValueError for a sampler that draws noise of its own, or more steps than it was made for."""
@@ -200,24 +217,28 @@ def as_source(
     spec: SamplerSpec,
     *,
     name: str | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     noise_shape: Any = None,
     options: ModelOptions | None = None,
     lora: str | Path | None = None,
+    placement: Placement = Placement(),  # noqa: B008 - immutable
 ) -> Source:
     """A source from a name or folder (as for ``load_model``), a ``Model``, a diffusers pipeline or a function.
 
     ``noise_shape``: (C, H, W) of the noise that functions get.  ``options``: how a model is loaded and sampled, but for
-    one that is a ``Model`` already; a function has its own say.  ``lora``: a file that a model by name carries.
+    one that is a ``Model`` already; a function has its own say.  ``lora``, ``placement``: a file that a model by name
+    carries, and where its networks lie.
 
     Raises UserError, TypeError for anything else.
     """
     if isinstance(given, str | Path):
-        return PipelineSource(load_model(str(given), device, options, lora=lora), spec)
+        return PipelineSource(load_frozen(str(given), device, options, lora=lora, placement=placement), spec)
     if lora is not None:
         raise UserError("`lora` is for a model by name: load it into the pipeline.")
     if isinstance(given, Source):
         return given
+    if placement != Placement():
+        raise UserError("`weights_dtype` and `offload` are for models by name, which are loaded so.")
     if isinstance(given, Model):
         return PipelineSource(given, spec)
     name = name or str(getattr(given, "__name__", type(given).__name__))
@@ -280,7 +301,9 @@ def other_batch_size(source: Source) -> Source:
 
 def other_precision(source: Source) -> PipelineSource | None:
     """A pipeline in bfloat16, or one that is in bfloat16 in float32; None for what has no precision to choose."""
-    if not isinstance(source, PipelineSource) or source.model.options.backend == "flash":  # it has no float32
+    if not isinstance(source, PipelineSource) or source.model.placement.is_lean:
+        return None
+    if source.model.options.backend == "flash":  # it has no float32
         return None
     precision = "no" if source.spec.mixed_precision == "bf16" else "bf16"
     size = min(8, source.batch_size)

@@ -221,6 +221,17 @@ def dtypes_of(path: Path, names: Collection[str]) -> dict[str, torch.dtype]:
         return {name: file.get_slice(name)[:0].dtype for name in found}
 
 
+def stored_types(files: Iterable[Path]) -> set[str]:
+    """The types of the tensors in safetensors files, as these call them: F32, F16, BF16.  Reads headers alone."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return found
+
+
 def _limits(root: Path) -> list[Path]:
     """Where links of a model's folder may end: in it, or in the repository of the hub's cache that it is a part of."""
     real = root.resolve()

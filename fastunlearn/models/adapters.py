@@ -127,6 +127,9 @@ def put_on(model: Model, adapter: Adapter, seed: int = 0) -> list[str]:
     model.denoiser.requires_grad_(False)
     model.denoiser.eval()
     model.adapter = adapter
+    for _, module in adapted_layers(model.denoiser):  # of a layer in bfloat16 peft makes bfloat16 ones
+        for kind in KINDS:
+            getattr(module, kind).float()
     ours = {name for name, _, _ in adapter.parameters()}
     found = [name for name, _ in model.denoiser.named_parameters() if name in ours]
     assert len(found) == len(ours), "peft adapts what was planned"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..batching import chunks, filled
+from ..batching import chunks, filled, in_fixed_batches
 from ..errors import UserError, one_line
 from ..files.weights import hash_adapted, hash_pipeline
 from ..methods.recipe import NEGATIVE, UNCONDITIONAL
@@ -26,6 +26,7 @@ from . import schedulers
 from .adapters import Adapter
 from .attention import set_attention
 from .options import ModelOptions
+from .placement import Placed, Placement, networks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -75,7 +76,7 @@ def matches(name: str, pattern: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-class Model(ABC):
+class Model(Placed, ABC):
     """A pipeline on a device: ``encode`` prompts, ``predict``, ``decode`` latents.
 
     ``denoiser`` is the network that unlearning changes.  ``source`` is the folder that the weights were read from, of
@@ -108,6 +109,7 @@ class Model(ABC):
         name: str,
         device: torch.device,
         options: ModelOptions | None = None,
+        placement: Placement = Placement(),  # noqa: B008 - immutable
     ) -> None:
         self.source, self.name, self.device = source, name, device
         self.options = options or ModelOptions()
@@ -117,11 +119,11 @@ class Model(ABC):
         self.pipeline = schedulers.with_scheduler(pipeline, self.options.scheduler, name)
         self.check()
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_folder)
-        pipeline.to(device, torch.float32)
+        self.placement = placement
+        placement.settle(pipeline, device, self.denoiser)
         set_attention(self.denoiser, self.options.backend, name, is_masked=self.masks_attention)
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
+        for network in networks(pipeline):
+            network.eval().requires_grad_(False)
 
     def check(self) -> None:
         """Refuse a pipeline that this family's verbs cannot serve.  Raises UserError."""
@@ -199,11 +201,6 @@ class Model(ABC):
     def defaults_key(self) -> str:
         """Whose defaults a method takes: the bundled world's, else the family's."""
         return self.world.name if self.world else self.family
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the denoiser's weights: float32, but where an engine keeps them in bfloat16."""
-        return next(self.denoiser.parameters()).dtype
 
     @property
     def sample_size(self) -> Any:
@@ -365,11 +362,16 @@ class Model(ABC):
     # ---- images
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """Latents (B, C, H, W) to images (B, 3, H, W) uint8, rounded to nearest, on the CPU.
 
-        Raises UserError for images that are no numbers: as bytes they would pass for black ones.
+        With ``batch_size`` that many are decoded at a time, always as many, so that an image does not depend on its
+        company.  Raises UserError for images that are no numbers: as bytes they would pass for black ones.
         """
+        if batch_size is not None and batch_size < len(latents):
+            return in_fixed_batches(self.decode, latents, batch_size)
+        if self.placement.shelf:
+            self.placement.shelf.hold(self.pipeline.vae)
         pixels = self.decode_latents(latents.to(self.pipeline.vae.dtype))
         if not pixels.isfinite().all():
             raise UserError(

@@ -23,7 +23,9 @@ from .base import Conditions, Model
 from .families import family_of
 from .foreign_files import foreign, headers
 from .loras import add_lora
+from .narrow import restore_buffers, stored_dtypes
 from .options import ModelOptions, SourceOptions
+from .placement import Placement
 from .runtime import import_diffusers, mend_torchvision, resolve_device, versions
 from .schedulers import sampler_config
 from .single_file import folder_of_file
@@ -33,6 +35,7 @@ __all__ = [
     "Model",
     "content_of",
     "import_diffusers",
+    "load_frozen",
     "load_model",
     "mend_torchvision",
     "resolve_device",
@@ -49,25 +52,28 @@ def load_model(
     options: ModelOptions | None = None,
     *,
     lora: str | Path | None = None,
+    placement: Placement = Placement(),  # noqa: B008 - immutable
     **changes: Any,
 ) -> Model:
-    """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder, file or hub id, in float32.
+    """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder, file or hub id.
 
     The folder of a run that left an adapter stands for its base with the adapter merged, in memory alone.
 
     ``options``, and ``changes``, which are fields of them: how the model is loaded and sampled.  A variant, such as
     ``fp16`` of ``*.fp16.safetensors``, is found out where a folder has but one.
     ``lora``: a file that is merged too, under the names of peft, diffusers or kohya.
+    ``placement``: in which type and where the weights are kept; float32 and on the device, if nothing else is said.
     Raises UserError, in one line, for anything that cannot be loaded: unknown name, unsupported family, pickled,
     truncated or missing weights; and for options that the model cannot follow.
     """
     options = dataclasses.replace(options or ModelOptions(), **changes)
     if lora is not None:
-        model = load_model(name, device, options)
+        # What is merged into rounded weights would be rounded twice.
+        model = load_model(name, device, options, placement=dataclasses.replace(placement, reads_narrow=False))
         add_lora(model, Path(lora).expanduser())
         return model
     if is_adapter_run(run := Path(name).expanduser()):
-        return _load_adapted(run, name, device, options)
+        return _load_adapted(run, name, device, options, dataclasses.replace(placement, reads_narrow=False))
     device = resolve_device(device)
     source = resolve_source(name, options)
     pipeline_class = _pipeline_class(source, name)
@@ -79,25 +85,40 @@ def load_model(
     diffusers = import_diffusers()
     if not hasattr(diffusers, pipeline_class):
         raise UserError(f"{name!r} is a {pipeline_class}, which the installed diffusers lacks. Install a newer one.")
+    reading = dict(family.load_options)
+    if placement.is_lean and placement.reads_narrow:
+        reading |= stored_dtypes(source, parts, variant)
     try:
         pipeline = getattr(diffusers, pipeline_class).from_pretrained(
-            source, use_safetensors=True, local_files_only=True, variant=variant, **family.load_options
+            source, use_safetensors=True, local_files_only=True, variant=variant, **reading
         )
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     _check_complete(pipeline, source, variant)
-    return family(pipeline, source, name, device, dataclasses.replace(options, variant=variant, parts=None))
+    if placement.is_lean and placement.reads_narrow:
+        restore_buffers(pipeline, source, variant)
+    options = dataclasses.replace(options, variant=variant, parts=None)
+    return family(pipeline, source, name, device, options, placement)
 
 
-def _load_adapted(run: Path, name: str, device: str | torch.device, options: ModelOptions) -> Model:
+def load_frozen(name: str, device: str | torch.device, options: ModelOptions | None = None, **more: Any) -> Model:
+    """As :func:`load_model`, for use as it is: nothing of it trains."""
+    model = load_model(name, device, options, **more)
+    model.settle_denoiser()
+    return model
+
+
+def _load_adapted(
+    run: Path, name: str, device: str | torch.device, options: ModelOptions, placement: Placement
+) -> Model:
     """The base of a run with its adapter merged into it."""
     (base, changes), file = base_of(run), read_adapter(run / FILE)
     if is_adapter_run(Path(base).expanduser()):
         raise UserError(f"the base of {name!r} is said to be {base!r}, which is itself an adapter's run. Not loaded.")
     try:
-        model = load_model(base, device, dataclasses.replace(options, **changes))
+        model = load_model(base, device, dataclasses.replace(options, **changes), placement=placement)
     except UserError as error:
         raise UserError(f"{name!r} is an adapter for {base!r}, which cannot be loaded: {error}") from error
     adapter = adapter_for(model, file, model.hash_files())

@@ -43,6 +43,12 @@ def import_diffusers() -> ModuleType:
     return diffusers
 
 
+def import_transformers() -> ModuleType:
+    """``transformers``, likewise."""
+    import_diffusers()
+    return importlib.import_module("transformers")
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """``auto`` is a CUDA device where there is one.  UserError for a device that this machine lacks."""
     if device == "auto":

@@ -15,12 +15,16 @@ from .schedulers import check_deterministic, step_options
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
-    """How images are made; the same for every model that is compared.  A guidance scale of 0 or 1 means none."""
+    """How images are made; the same for every model that is compared.  A guidance scale of 0 or 1 means none.
+
+    ``decode_batch_size``: images per forward of the VAE, None for all of a batch.
+    """
 
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     micro_batch_size: int = 32
     mixed_precision: str = "no"
+    decode_batch_size: int | None = None
 
 
 @dataclasses.dataclass
@@ -119,7 +123,7 @@ def denoise(
 def decode(model: Model, latents: torch.Tensor, spec: SamplerSpec) -> torch.Tensor:
     """Images (B, 3, H, W) uint8 of a batch of final latents."""
     with repeatable(model, spec):
-        return model.decode(latents)
+        return model.decode(latents, spec.decode_batch_size)
 
 
 @contextlib.contextmanager

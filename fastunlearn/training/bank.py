@@ -18,6 +18,7 @@ from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
 from .pictures import encode_pictures, noise_share, prediction_towards
 
+BATCH_SIZE = 64  # trajectories
 _PURPOSE = "training"  # of the noise: what a model is evaluated on, it was not trained on
 
 
@@ -178,16 +179,17 @@ def plan_bank(
 
 @torch.no_grad()
 def build_bank(
-    model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int = 64, purpose: str = _PURPOSE
+    model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int | None = None, purpose: str = _PURPOSE
 ) -> Bank:
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
-    A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once.  No
-    evaluation shares their noise, nor does another ``purpose``.  Rows of a picture need no sampler.  Raises UserError
-    for predictions that are no numbers, and for pictures that cannot be read or have another size.
+    A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once, and
+    as many prompts are encoded: 64 of both, if nothing is said; another number may change the last bit.  No evaluation
+    shares their noise, nor does another ``purpose``.  Rows of a picture need no sampler.  Raises UserError for
+    predictions that are no numbers, and for pictures that cannot be read or have another size.
     """
     pictures = {picture(name): latents for name, latents in encode_pictures(model, recipe.pictures).items()}
-    conditions = _encoded(model, recipe, plan.guided_from)
+    conditions = _encoded(model, recipe, plan.guided_from, micro_batch_size)
     # What a denoiser takes of the guidance, the student is told as the teacher was.
     guided = model.with_guidance(conditions.tensors, plan.guidance_scale)
     conditions = dataclasses.replace(conditions, tensors=guided)
@@ -202,7 +204,7 @@ def build_bank(
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
     role_rows: dict[Role, list[torch.Tensor]] = {}
 
-    for first, group in _groups(plan, micro_batch_size):
+    for first, group in _groups(plan, micro_batch_size or BATCH_SIZE):
         kinds = [row for row, _ in group]
         seeds = [plan.seed * 1_000_003 + number for _, number in group]
         branches = [plan.branch_prompts(row) for row in kinds]
@@ -253,9 +255,9 @@ def build_bank(
     return Bank(latents, timesteps, teacher_preds, coefficients, weights, places, condition, conditions, indexed)
 
 
-def _encoded(model: Model, recipe: Recipe, guided_from: Sequence[str]) -> Conditions:
+def _encoded(model: Model, recipe: Recipe, guided_from: Sequence[str], batch_size: int | None) -> Conditions:
     """The recipe's prompts, encoded, with what guides beside them, and its named embeddings behind them."""
-    conditions = model.encode([*recipe.prompts(), *guided_from])
+    conditions = model.encode([*recipe.prompts(), *guided_from], batch_size)
     for name, embedding in recipe.embeddings.items():
         if embedding.keys() != conditions.tensors.keys():
             raise ValueError(f"the embedding {name!r} must have {sorted(conditions.tensors)}, got {sorted(embedding)}.")

@@ -21,7 +21,8 @@ from ..judges import Judge, check_concept, load_judge
 from ..methods import get_method
 from ..metrics.distances import Distance, load_perceptual
 from ..models.base import Model
-from ..models.loading import load_model
+from ..models.loading import load_frozen
+from ..models.placement import Placement
 from ..models.runtime import versions
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
@@ -95,15 +96,24 @@ def conclude(
         record.write(folder / "run.json")
         if scoring is not None:
             reporter.stage("evaluation")
-            # The original is loaded afresh: the model in memory has changed.
-            base = load_model(str(model.source), model.device, model.options)
+            # The original is loaded afresh: the model in memory had changed, and is gone.
+            placement = Placement.of(config.weights_dtype, model.device, offload=config.offload)
+            base, changed = (
+                load_frozen(str(path), model.device, model.options, placement=placement)
+                for path in (model.source, unlearned)
+            )
             base.name = model.name
+            spec = SamplerSpec(
+                micro_batch_size=config.evaluation_batch_size,
+                mixed_precision=config.mixed_precision,
+                decode_batch_size=config.decode_batch_size,
+            )
             result = evaluate_models(
                 base,
-                {config.method: load_model(str(unlearned), model.device, model.options)},
+                {config.method: changed},
                 scoring.groups,
                 scoring.metric,
-                SamplerSpec(mixed_precision=config.mixed_precision),
+                spec,
                 judge=scoring.judge,
                 describe={config.method: describe_run(config, plan.concept.concepts) | {"model": model.name}},
                 on_progress=reporter.scoring,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..config import above, at_least, check_types, expand_home, map_setting, setting, share
+from ..config import above, at_least, check_types, check_weights_dtype, expand_home, map_setting, setting, share
 from ..errors import UserError
 from ..models.options import ModelOptions, SourceOptions, check_guided, check_precision
 
@@ -78,6 +78,15 @@ class TrainConfig(ModelOptions):
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     deepspeed: str | None = setting("JSON: train by DeepSpeed as this file of its settings says", None, path=True)
     num_processes: int | None = setting("start so many processes on this machine, with `--deepspeed`", None)
+    weights_dtype: Literal["fp32", "bf16"] = setting(
+        "bf16 keeps what does not train in bfloat16, with `--mixed-precision bf16`; what trains stays float32", "fp32"
+    )
+    gradient_checkpointing: bool = setting("compute activations again in the backward: the same bits, slower", False)
+    offload: bool = setting("networks that idle wait on the host: one at a time is on the GPU", False)
+    bank_batch_size: int | None = setting("trajectories, and prompts, per forward of the bank; default: 64", None)
+    evaluation_batch_size: int = setting("images per forward of the evaluation after training", 32)
+    decode_batch_size: int | None = setting("images per forward of the VAE; default: all of a batch", None)
+    device_memory_gib: float | None = setting("what `--dry-run` plans for; default: this device's memory", None)
     save: Literal["model", "delta"] = setting(
         "the whole pipeline, or only what changed (`fastunlearn apply`); an adapter is saved as itself", "model"
     )
@@ -105,6 +114,9 @@ class TrainConfig(ModelOptions):
         at_least(self, 1, "gradient_accumulation_steps", "num_processes", "rank")
         above(self, 0, "lora_alpha")
         self._check_adapter()
+        at_least(self, 1, "bank_batch_size", "evaluation_batch_size", "decode_batch_size")
+        above(self, 0, "device_memory_gib")
+        check_weights_dtype(self.weights_dtype, self.mixed_precision)
         share(self.mask_density, "mask_density")
         if self.stop_residual is not None and not 0 <= self.stop_residual < 1:
             raise UserError(f"`--stop-residual` must be from 0 to below 1, got {self.stop_residual}.")
@@ -160,6 +172,9 @@ class MaskConfig(ModelOptions):
     micro_batch_size: int | None = setting("rows per forward", None)
     seed: int = setting("of trajectories and noise", 0)
     mixed_precision: Literal["no", "bf16"] = setting("bf16 runs the networks in bfloat16", "no")
+    gradient_checkpointing: bool = setting("compute activations again in the backward: the same bits, slower", False)
+    offload: bool = setting("networks that idle wait on the host: one at a time is on the GPU", False)
+    bank_batch_size: int | None = setting("trajectories, and prompts, per forward; default: 64", None)
     device: Literal["auto", "cpu", "cuda"] = setting("auto takes a GPU where there is one", "auto")
     overwrite: bool = setting("replace the file", False)
 
@@ -170,7 +185,7 @@ class MaskConfig(ModelOptions):
         if not self.forget.strip():
             raise UserError("`--forget` is empty: name the concept to forget.")
         at_least(self, 0, "seed", "trajectory_guidance_scale")
-        at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps")
+        at_least(self, 1, "micro_batch_size", "trajectories", "trajectory_steps", "bank_batch_size")
         share(self.density, "density")
         check_guided(self.negative_prompt, self.trajectory_guidance_scale, "trajectory_guidance_scale")
         check_precision(self.attention, False, "a training's rows are made in float32. Use xformers")

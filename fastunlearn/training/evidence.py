@@ -78,17 +78,18 @@ def _points(points: int) -> range:
 class Evidence:
     """The held-out rows, and how far a student is from their targets, beside how far the teacher was.
 
-    Made while ``model`` is still the teacher.  ``last``: the newest residual, None before the first.
+    Made while ``model`` is still the teacher, in batches as its bank is.  ``last``: the newest residual, None before
+    the first.
     """
 
-    def __init__(self, model: Model, plan: EvidencePlan) -> None:
+    def __init__(self, model: Model, plan: EvidencePlan, batch_size: int | None = None) -> None:
         self.model, self.until, self.every, self.rule = model, plan.until, plan.every, plan.recipe.rule
-        self.bank = build_bank(model, plan.recipe, plan.bank, purpose=_PURPOSE)
+        self.bank = build_bank(model, plan.recipe, plan.bank, micro_batch_size=batch_size, purpose=_PURPOSE)
         rows = torch.arange(len(self.bank)).view(-1, plan.bank.points)
         self.index = rows[:, list(_points(plan.bank.points))].flatten().to(model.device)
         coefficients = self.bank.coefficients[self.index].T[..., None, None, None]
         self.target = (self.bank.teacher_preds[:, self.index] * coefficients).sum(0)
-        self.before = self._error(model.denoiser, 64)
+        self.before = self._error(model.denoiser, batch_size or 64)
         self.last: float | None = None
 
     @property

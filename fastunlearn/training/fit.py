@@ -39,6 +39,7 @@ def fit(
     torch.manual_seed(config.seed)
     settings = plan.settings
     curvature = _curvature(model, plan, bank, selection, config)
+    model.hold_denoiser()
     engine = _engine(model, plan, selection, config)
     schedule = Schedule(
         steps=settings.steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from .. import concepts, prompts
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import UNCONDITIONAL, Concept, Defaults, Edit, Recipe, Role
+from ..methods.recipe import UNCONDITIONAL, Concept, Defaults, Edit, Recipe
 from ..methods.rules import Sum
 from ..models.base import Model
+from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
+from ..models.sketch import Blueprint, is_sketch
 from ..worlds import get_world, world_with_model
 from .bank import BankPlan, plan_bank
+from .budget import Budget, plan_memory
 from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
 from .deepspeed_config import read_deepspeed
@@ -29,7 +32,7 @@ from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
 from .low_rank import AdapterPlan
-from .memory import MemoryEstimate, estimate_memory, measure_activations
+from .memory import Workload
 from .pictures import check_pictures
 from .selection import GROUPS, Selection, load_mask, select_parameters
 
@@ -54,14 +57,14 @@ class TrainPlan:
     world: World
     deepspeed: Mapping[str, Any] | None  # the checked configuration
     accumulation: int
-    memory: MemoryEstimate | None  # only for a dry run, which it is for
+    memory: Budget | None  # only for a dry run, which it is for
     trainable_parameters: int
     total_parameters: int
     bank: BankPlan
     search_trajectories: int  # of each embedding that is found first
     search_evaluations: int
     loop_forwards: int
-    seconds_per_evaluation: float
+    seconds_per_evaluation: float | None  # None for a model without weights, and for an edit
     evidence: EvidencePlan | None  # None where the training ends by its steps alone
     cut: tuple[str, ...]  # prompts that take part and are longer than the model reads
     left_out: tuple[str, ...]  # files that hold the denoiser a second time and are not read
@@ -99,6 +102,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
             default_micro_batch_size=settings.micro_batch_size,
         )
         check_deepspeed(deepspeed, model.device)
+        _check_placement(config, deepspeed)
         accumulation = deepspeed["gradient_accumulation_steps"]
         settings = dataclasses.replace(settings, micro_batch_size=deepspeed["train_micro_batch_size_per_gpu"])
     concept = make_concept(config, method, model, settings)
@@ -124,6 +128,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         settings = dataclasses.replace(settings, mask_density=None)
     elif settings.mask_density is not None:
         trainable = round(settings.mask_density * trainable)
+    model.settle_denoiser(() if low_rank else selection.names)
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
     check_export(model, selection)
     check_deterministic(model.pipeline.scheduler)
     settings = dataclasses.replace(settings, steps=settings.steps if rows.rows else 0)
@@ -162,9 +169,11 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         attacked = settings.steps - math.ceil(rows.inner.warm_up * settings.steps)
         loop_forwards += attacked * rows.inner.steps * -(-rows_per_step // share)
     memory = None
-    if config.dry_run and not is_edit:
-        is_held = bool(rows.elastic)
-        memory = _estimate(config, model, selection, trainable, bank, settings, world, deepspeed, is_held)
+    if config.dry_run:
+        device = resolve_device(config.device) if is_sketch(model) else model.device
+        work = _workload(config, device, selection, trainable, recipe, bank, evidence, settings, world, deepspeed)
+        work = dataclasses.replace(work, rank=low_rank.adapter.rank if low_rank else None)
+        memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
     return TrainPlan(
         method=method,
         settings=settings,
@@ -184,11 +193,13 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         search_trajectories=search_trajectories,
         search_evaluations=_search_evaluations(rows, bank, search_trajectories, settings.micro_batch_size),
         loop_forwards=loop_forwards,
-        seconds_per_evaluation=0.0 if is_edit else _time_evaluation(model, settings.micro_batch_size),
+        seconds_per_evaluation=(
+            None if is_edit or is_sketch(model) else _time_evaluation(model, settings.micro_batch_size)
+        ),
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
-        pooled=tuple(pooled_inputs(model, concept.forget_prompts[0])) if is_edit else (),
+        pooled=tuple(pooled_inputs(model, concept.forget_prompts[0])) if is_edit and not is_sketch(model) else (),
     )
 
 
@@ -249,6 +260,21 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     return method.with_options(dataclasses.replace(defaults, **chosen), config.options)
 
 
+def _check_placement(config: TrainConfig, deepspeed: Mapping[str, Any]) -> None:
+    """UserError where DeepSpeed's file and our flags both say where weights lie, or disagree on their type."""
+    zero = deepspeed["zero_optimization"]
+    own = [name for name in ("offload_param", "offload_optimizer") if zero.get(name, {}).get("device") == "cpu"]
+    if config.offload and own:
+        raise UserError(
+            f"`--offload` and `{own[0]}` of {config.deepspeed} both move weights to the host and back. Give one."
+        )
+    if config.weights_dtype == "bf16" and not deepspeed.get("bf16", {}).get("enabled"):
+        raise UserError(
+            f'`--weights-dtype bf16` with DeepSpeed needs `"bf16": {{"enabled": true}}` in {config.deepspeed}: '
+            "else DeepSpeed makes the weights float32 again."
+        )
+
+
 def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, settings: Defaults) -> None:
     """UserError for settings that the method's kind has no use for, and for a rule that the engine cannot do."""
     if isinstance(recipe, Edit):
@@ -277,31 +303,46 @@ def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, se
         )
 
 
-def _estimate(
+def _workload(
     config: TrainConfig,
-    model: Model,
+    device: torch.device,
     selection: Selection,
     selected: int,
+    recipe: Recipe | Edit,
     bank: BankPlan,
+    evidence: EvidencePlan | None,
     settings: Defaults,
     world: World,
     deepspeed: Mapping[str, Any] | None,
-    is_held: bool,
-) -> MemoryEstimate:
-    in_bf16 = deepspeed is not None and deepspeed.get("bf16", {}).get("enabled", False)
-    precision = "bf16" if in_bf16 else config.mixed_precision
-    parts = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    return estimate_memory(
-        total=sum(parameter.numel() for parameter in model.denoiser.parameters()),
-        trainable=selected if config.adapter else sum(shape.numel() for shape in selection.shapes.values()),
+) -> Workload:
+    rule = None if isinstance(recipe, Edit) else recipe.rule
+    on_gpu = device.type == "cuda" or config.device_memory_gib is not None  # there is one, or one is planned for
+    used = len(recipe.prompts()) if isinstance(recipe, Recipe) else 2
+    if evidence is not None:
+        used += len(evidence.recipe.prompts())
+    return Workload(
+        trained=tuple(selection.names),
         selected=selected,
         is_masked=bool(selection.bits) or settings.mask_density is not None,
+        makes_mask=settings.mask_density is not None,
+        is_edit=rule is None,
+        micro_batch_size=settings.micro_batch_size,
+        bank_batch_size=config.bank_batch_size,
+        trajectories=len(bank.assignments),
+        branches=bank.branches,
+        rows=bank.rows + (evidence.bank.rows if evidence is not None else 0),
+        prompts=used,
+        gradients=2 if rule is not None and rule.projects else 1,
+        is_held=isinstance(recipe, Recipe) and bool(recipe.elastic),
+        mixed_precision=config.mixed_precision,
+        weights_dtype=config.weights_dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+        offload=config.offload and on_gpu,
+        overlaps=on_gpu,
+        evaluation_batch_size=config.evaluation_batch_size,
+        decode_batch_size=config.decode_batch_size,
         world_size=world.size,
         deepspeed=deepspeed,
-        other_parts=sum(p.numel() for part in parts if part is not model.denoiser for p in part.parameters()),
-        activations=settings.micro_batch_size * measure_activations(model, selection.names, precision),
-        bank=bank.rows * (1 + bank.branches) * math.prod(model.latent_shape) * 4,
-        held=is_held,
     )
 
 
@@ -316,110 +357,3 @@ def _time_evaluation(model: Model, batch_size: int) -> float:
         model.predict(latents, timesteps, conditions).sum().item()
         seconds = time.monotonic() - started
     return seconds / batch_size
-
-
-def plan_lines(plan: TrainPlan) -> list[str]:
-    """What a training will do, in words, before its first step."""
-    settings, concept = plan.settings, plan.concept
-    share = plan.trainable_parameters / plan.total_parameters
-    total = plan.search_evaluations + plan.bank.unet_evaluations + plan.loop_evaluations
-    total += plan.evidence.unet_evaluations if plan.evidence else 0
-    lines = [f"method      {plan.method.name}: {plan.method.summary}"]
-    if len(concept.concepts) > 1:
-        lines.append(f"concepts    {len(concept.concepts)}: {concepts.title(concept.concepts)}")
-    lines.append(f"forget      {_some(concept.forget_prompts)}{_left_out(plan, 'forget')}")
-    if concept.anchors:
-        lines.append(f"becomes     {_some(list(concept.anchors.values()))}")
-    if concept.retain_prompts and (
-        isinstance(plan.recipe, Edit) or any(row.role == "retain" for row, _ in plan.bank.assignments)
-    ):
-        lines.append(f"keep        {_some(concept.retain_prompts)}{_left_out(plan, 'retain')}")
-    finder = concepts.Finder(concept.concepts)
-    if torn := [prompt for prompt in concept.retain_prompts if finder.named(prompt)]:
-        lines.append(f"torn        {len(torn)} prompts to keep name what is to be forgotten: {_some(torn, 2)}")
-    if plan.cut:
-        more = f"{len(plan.cut)} prompts are" if len(plan.cut) > 1 else "one prompt is"
-        lines.append(f"cut         {more} longer than the model reads, and read in part: {_some(plan.cut, 2)}")
-    if plan.left_out:
-        lines.append(f"left out    what still holds all that the original knows: {', '.join(plan.left_out)}")
-    if plan.untried_on:
-        lines.append(f"settings    where you chose none, those for stable-diffusion: untried on {plan.untried_on}")
-    lines += [
-        f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
-        f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",
-        *([f"mask        {mask}"] if (mask := _mask_line(plan)) else []),
-        *(plan.adapter.lines(plan.method.name) if plan.adapter else []),
-    ]
-    if isinstance(plan.recipe, Edit):
-        lines.append("edit        in closed form: no rows, no steps")
-        if plan.pooled:
-            lines.append(
-                f"untouched   what reads the pooled text ({', '.join(plan.pooled)}): edits change what reads states"
-            )
-        return lines
-    if plan.recipe.start is not None:
-        lines.append("start       weights edited in closed form, then trained")
-    if plan.recipe.searches:
-        lines.append(
-            f"search      {len(plan.recipe.searches)} embeddings, at most {plan.search_evaluations:,} UNet evaluations"
-        )
-    windows = f" ({plan.bank.trained_rows:,} in their windows)" if plan.bank.trained_rows < plan.bank.rows else ""
-    at_most = "at most " if plan.evidence is not None else ""
-    lines += [
-        f"bank        {plan.bank.rows:,} rows{windows} from {len(plan.bank.assignments)} trajectories, "
-        f"{plan.bank.unet_evaluations:,} UNet evaluations",
-        f"loop        {at_most}{settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations, a backward as two",
-    ]
-    if plan.evidence is not None:
-        lines.append(
-            f"ends        once {plan.evidence.until:.0%} of the concept is left on {plan.evidence.rows} held-out rows, "
-            f"looked at every {plan.evidence.every} steps"
-        )
-    if plan.memory is not None:
-        lines.append(f"memory      {_memory(plan.memory.device, 'a process')}")
-        if plan.memory.host:
-            lines.append(f"            {_memory(plan.memory.host, 'on the host')}")
-    return [*lines, f"estimate    {_duration(total * plan.seconds_per_evaluation)} (from one timed forward)"]
-
-
-def _memory(parts: Mapping[str, int], index: str) -> str:
-    """The sum of bytes, and what it is made of, the largest first."""
-    named = ", ".join(f"{name} {_bytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
-    return f"about {_bytes(sum(parts.values()))} {index}: {named}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _mask_line(plan: TrainPlan) -> str:
-    if plan.has_mask_file:
-        return f"from a file, made for {_some([plan.selection.made.get('prompts', '?')])}"
-    density = plan.settings.mask_density
-    return f"the {density:.0%} of the elements that are most salient for the concept" if density is not None else ""
-
-
-def _left_out(plan: TrainPlan, role: Role) -> str:
-    """How many prompts of a role have a trajectory, where it is not all of them."""
-    if isinstance(plan.recipe, Edit):
-        return ""
-    kinds = {row.trajectory for row in plan.recipe.rows if row.role == role}
-    used = {row.trajectory for row, _ in plan.bank.assignments if row.role == role}
-    rows = sum(row.role == role for row in plan.recipe.rows)
-    return (
-        f" ({len(used)} of {len(kinds)} take part; `--trajectories {rows}` for all)" if len(used) < len(kinds) else ""
-    )
-
-
-def _some(prompts: Sequence[str], limit: int = 3) -> str:
-    distinct = list(dict.fromkeys(prompts))
-    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
-    return ", ".join(repr(prompt) for prompt in distinct[:limit]) + more
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    if seconds < 5400:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds / 3600:.1f} h"

@@ -25,6 +25,7 @@ _FORMAT = "fastunlearn-run-1"
 _FREE = {
     *("resume", "overwrite", "dry_run", "output", "log_every", "checkpoint_every", "evaluation_prompts", "judge"),
     *("device", "num_processes", "deepspeed", "micro_batch_size", "gradient_accumulation_steps", "save"),
+    *("gradient_checkpointing", "offload", "evaluation_batch_size", "decode_batch_size", "device_memory_gib"),
 }
 #: These are compared by what they lead to.
 _BY_CONTENT = {"model", "lora", "parts", "forget_prompts", "retain_prompts", "mask", "anchor"}

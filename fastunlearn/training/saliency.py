@@ -17,6 +17,8 @@ from ..methods.rules import Sum
 from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
+from ..models.placement import NOTHING_TO_OFFLOAD, Placement
+from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
 from ..progress import Reporter
 from .bank import Bank, build_bank, plan_bank
@@ -41,12 +43,18 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> Selection:
 
 
 def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
-    model = load_model(config.model, config.device, ModelOptions.of(config))
+    device = resolve_device(config.device)
+    placement = Placement.of("fp32", device, offload=config.offload)
+    model = load_model(config.model, device, ModelOptions.of(config), placement=placement)
     if model.adapter_files:
         raise UserError(
             f"{config.model!r} is an adapter over a base, and a mask is for one model's weights. Make them one with "
             "`fastunlearn export --format diffusers` and give `--model` that."
         )
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
+    if config.offload and placement.shelf is None:
+        reporter.note(NOTHING_TO_OFFLOAD)
     defaults = get_method("salun").defaults_for(model.defaults_key)
     words = [one.concept for one in read_concepts(config.forget)]
     forget = forget_prompts(config, model, words)
@@ -63,6 +71,7 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
         num_inference_steps=config.trajectory_steps,
         trajectory_guidance_scale=config.trajectory_guidance_scale,
         micro_batch_size=config.micro_batch_size or defaults.micro_batch_size,
+        bank_batch_size=config.bank_batch_size,
         seed=config.seed,
         mixed_precision=config.mixed_precision,
     )
@@ -81,6 +90,7 @@ def make_mask(
     num_inference_steps: int,
     trajectory_guidance_scale: float,
     micro_batch_size: int,
+    bank_batch_size: int | None = None,
     seed: int,
     mixed_precision: str = "no",
 ) -> Selection:
@@ -99,6 +109,7 @@ def make_mask(
         num_inference_steps=num_inference_steps,
         trajectory_guidance_scale=trajectory_guidance_scale,
         micro_batch_size=micro_batch_size,
+        bank_batch_size=bank_batch_size,
         seed=seed,
         mixed_precision=mixed_precision,
     )
@@ -125,6 +136,7 @@ def concept_gradient(
     num_inference_steps: int,
     trajectory_guidance_scale: float,
     micro_batch_size: int,
+    bank_batch_size: int | None = None,
     seed: int,
     mixed_precision: str = "no",
 ) -> dict[str, torch.Tensor]:
@@ -142,7 +154,7 @@ def concept_gradient(
         guidance_scale=trajectory_guidance_scale,
         seed=seed,
     )
-    bank = build_bank(model, recipe, plan)
+    bank = build_bank(model, recipe, plan, micro_batch_size=bank_batch_size)
     parameters = _parameters(model, names)
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     try:

@@ -25,10 +25,12 @@ from ..methods.recipe import Edit, Recipe
 from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
+from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..progress import Reporter
 from .adversary import SearchBudget, with_found
 from .ancestors import ancestors_of
 from .bank import Bank, build_bank
+from .budget import sketch_of_large
 from .conclude import Scoring, Work, conclude
 from .config import TrainConfig
 from .edit import edit_weights, put_weights
@@ -36,7 +38,8 @@ from .evidence import Evidence
 from .export import export, exported_to
 from .fit import fit
 from .inputs import config_of, kept_folder, named_source
-from .plan import TrainPlan, plan_lines, plan_training, resolved
+from .plan import TrainPlan, plan_training, resolved
+from .plan_words import plan_lines
 from .result import UnlearnResult
 from .resume import KEY, check_same_run, check_settings, run_key
 from .saliency import concept_gradient, make_mask
@@ -77,6 +80,8 @@ def unlearn(
         take_share_of_cores(world)
         if config.dry_run and config.num_processes is not None:
             world = World(size=config.num_processes)  # planned, not started
+        if config.device_memory_gib is not None and not config.dry_run:
+            raise UserError("`--device-memory-gib` is what `--dry-run` plans for: give both.")
         if world.size > 1 and config.deepspeed is None:
             raise UserError(f"{world.size} processes need `--deepspeed FILE`, which says how they divide the work.")
         if world.is_main:
@@ -103,14 +108,14 @@ class _Run:
         method = get_method(config.method)
         if config.resume:
             check_settings(config, folder)
-        options = ModelOptions.of(config)
-        if self.source != config.model:  # a folder that was made of it
-            options = dataclasses.replace(options, parts=None)
-        model = load_model(self.source, device_of(self.world, config.device), options)
+        device = device_of(self.world, config.device)
+        model = self._model(device)
         model.name = self.name
         plan = plan_training(config, method, model, self.world)
         scoring = Scoring.of(config, model)  # fails early or not at all
         self.reporter.plan(method.name, plan_lines(plan))
+        if config.offload and device.type == "cpu" and config.device_memory_gib is None:
+            self.reporter.note(NOTHING_TO_OFFLOAD)
         if config.dry_run:
             return UnlearnResult(folder, None, None)
         original = model.hash_files()
@@ -140,12 +145,24 @@ class _Run:
                 selection = plan.adapter.begin(model, seed=config.seed, **about)
             with self._stage("training"):
                 ending = fit(model, plan, bank, evidence, selection, config, folder, self.reporter)
+        bank = evidence = None
+        model.discard()
         if not self.world.is_main:
             return UnlearnResult(folder, exported, None)
         facts = edited.facts if edited is not None else {}
         work = Work(original, ancestors, self.seconds, ending, facts)
         record = conclude(config, plan, model, exported, work, scoring, self.reporter)
         return UnlearnResult(folder, exported, record, original=str(model.source))
+
+    def _model(self, device: torch.device) -> Model:
+        config = self.config
+        options = ModelOptions.of(config)
+        if self.source != config.model:  # a folder that was made of it
+            options = dataclasses.replace(options, parts=None)
+        if config.dry_run and (sketch := sketch_of_large(self.source, options, config.weights_dtype)):
+            return sketch
+        placement = Placement.of(config.weights_dtype, device, offload=config.offload)
+        return load_model(self.source, device, options, placement=placement)
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -171,7 +188,9 @@ class _Run:
                 found = dataclasses.replace(held.recipe, embeddings=recipe.embeddings, searches=())
                 held = dataclasses.replace(held, recipe=found)
         with self._stage("bank"):
-            return build_bank(model, recipe, plan.bank), Evidence(model, held) if held else None
+            batch = config.bank_batch_size
+            bank = build_bank(model, recipe, plan.bank, micro_batch_size=batch)
+            return bank, Evidence(model, held, batch) if held else None
 
     def _start(self, recipe: Recipe, plan: TrainPlan, model: Model, selection: Selection) -> None:
         """Edit the weights that training starts from.  A function of the model, so the same for a run that resumes."""
@@ -191,6 +210,7 @@ class _Run:
             "num_inference_steps": self.config.trajectory_steps,
             "trajectory_guidance_scale": self.config.trajectory_guidance_scale,
             "micro_batch_size": plan.settings.micro_batch_size,
+            "bank_batch_size": self.config.bank_batch_size,
             "seed": self.config.seed,
             "mixed_precision": self.config.mixed_precision,
         }
