@@ -134,7 +134,7 @@ def test_the_counts_are_what_torch_takes(tiny, name, options):
     if options.get("gradient_checkpointing"):
         model.checkpoint_gradients()
     bytes_of_training, _ = allocated(train)
-    frozen = load_frozen(tiny(name), "cpu", model.placement)
+    frozen = load_frozen(tiny(name), "cpu", placement=model.placement)
     spec = SamplerSpec(2, 3.0, 4, precision, decode_batch_size=2)
     keys = [(f"a dog {number}", 0) for number in range(4)]
     bytes_of_evaluation, _ = allocated(lambda: PipelineSource(frozen, spec).generate(keys))

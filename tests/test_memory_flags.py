@@ -106,8 +106,8 @@ def test_files_in_bfloat16_are_read_as_they_are(folder_of, tmp_path):
     for name in ("flux", "pixart"):
         pipeline = build(FAMILIES[name]).to(torch.bfloat16)
         pipeline.save_pretrained(tmp_path / name)
-        whole = load_frozen(str(tmp_path / name), "cpu", Placement())
-        lean = load_frozen(str(tmp_path / name), "cpu", LEAN)
+        whole = load_frozen(str(tmp_path / name), "cpu", placement=Placement())
+        lean = load_frozen(str(tmp_path / name), "cpu", placement=LEAN)
         conditions = conditions_of(whole)
         assert torch.equal(asked(lean, conditions)[0], asked(whole, conditions, autocast=True)[0])
 
@@ -161,7 +161,7 @@ class Recorder(Shelf):
 def test_networks_take_turns_and_nothing_else_changes(folder_of):
     """On one device: two models, of which one network at a time is held, draw what they draw without."""
     shelf = Recorder()
-    models = [load_frozen(str(folder_of("sdxl")), "cpu", Placement("fp32", shelf)) for _ in range(2)]
+    models = [load_frozen(str(folder_of("sdxl")), "cpu", placement=Placement("fp32", shelf)) for _ in range(2)]
     plain = load_model(str(folder_of("sdxl")), "cpu")
     spec = SamplerSpec(2, 3.0, 2)
     keys = [("a dog", 0), ("a cat", 1)]
@@ -303,7 +303,7 @@ def test_a_denoiser_that_cannot_checkpoint_is_refused(folder_of, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu_one_network_at_a_time_lies_on_it(folder_of):
     device = torch.device("cuda")
-    model = load_frozen(str(folder_of("sdxl")), device, Placement.of("fp32", device, offload=True))
+    model = load_frozen(str(folder_of("sdxl")), device, placement=Placement.of("fp32", device, offload=True))
     parts = {name: part for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
     def there():
