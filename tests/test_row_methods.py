@@ -168,13 +168,13 @@ def test_scissorhands_draws_the_most_sensitive_share_anew(tiny):
     prompts, budget = plan.concept.forget_prompts, {"trajectories": 2, "num_inference_steps": STEPS}
     budget |= {"trajectory_guidance_scale": 3.0, "micro_batch_size": BATCH, "seed": 0}
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
-    values, changed = edit_weights(
+    edited = edit_weights(
         model,
         plan.recipe.start,
         plan.selection,
         lambda: saliency.concept_gradient(model, prompts, names, guidance=0.0, **budget),
     )
-    put_weights(model, values, changed, dict.fromkeys(values, torch.float32))
+    put_weights(model, edited.values, edited.selection, dict.fromkeys(edited.values, torch.float32))
     p = Plain(wrap_pipeline(build(lambda: sd1(ddim())), "again"), STEPS)
     p.student.requires_grad_(True)
     loss = 0
@@ -205,8 +205,8 @@ def test_an_edit_before_rows_keeps_to_a_mask_and_rows_are_of_the_weights_before(
     masked = Selection.of(model.denoiser, list(bits), {n: pack_bits(b) for n, b in bits.items()})
     gradient = {name: torch.ones(shape) for name, shape in masked.shapes.items()}
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
-    values, changed = edit_weights(model, plan.recipe.start, masked, lambda: gradient)
-    put_weights(model, values, changed, dict.fromkeys(values, torch.float32))
+    edited = edit_weights(model, plan.recipe.start, masked, lambda: gradient)
+    put_weights(model, edited.values, edited.selection, dict.fromkeys(edited.values, torch.float32))
     for name, parameter in model.denoiser.named_parameters():
         free = unpack_bits(masked.bits[name], parameter.shape) if name in masked.bits else torch.zeros(parameter.shape)
         assert torch.equal(parameter != before[name], free.bool()), name
