@@ -147,7 +147,7 @@ CONCEPTS = {
         [*TRAIN[:-2], "--method", "speed", "--set", "null_below=1e-300"],
         "speed has nothing left to change",
     ),
-    "a run of a delta as a model": ([*TRAIN, "--model", "{delta}"], "is a run that saved a delta"),
+    "a run of a delta as a model": ([*MASK, "--model", "{delta}"], "is a run that saved a delta"),
     "an unknown method": ([*TRAIN, "--method", "erase"], "unknown method 'erase'"),
     "an anchor that is the concept": ([*TRAIN, "--anchor", "STAR"], "leaves the forget prompt"),
     "an anchor for a method without": ([*TRAIN, "--method", "neggrad", "--anchor", "ring"], "takes no `--anchor`"),
