@@ -42,7 +42,7 @@ FLAGS = {
         *("deepspeed", "num-processes", "weights-dtype", "gradient-checkpointing", "offload", "bank-batch-size"),
         *("evaluation-batch-size", "decode-batch-size", "device-memory-gib"),
         *("steps", "stop-residual", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories"),
-        "trajectory-steps",
+        *("trajectory-steps", "adapter", "rank", "lora-alpha", "lora"),
         *("trajectory-guidance-scale", "trainable", "retain-weight", "set", "weight-decay"),
         *("max-grad-norm", "seed", "mixed-precision", "device", "checkpoint-every", "log-every"),
         *("evaluation-prompts", "judge", "dry-run", "resume", "overwrite"),
@@ -53,8 +53,9 @@ FLAGS = {
         *("mixed-precision", "device", "overwrite", "gradient-checkpointing", "offload", "bank-batch-size"),
     },
     "apply": {"config", "model", "delta", "output", "overwrite"},
+    "export": {"config", "run", "format", "output", "lora", "overwrite"},
     "evaluate": {
-        *("config", "original", "unlearned", "prompts", "placebo", "output", "forget", "metric", "metrics"),
+        *("config", "original", "unlearned", "lora", "prompts", "placebo", "output", "forget", "metric", "metrics"),
         *("trunk-weights", "weights-dtype", "decode-batch-size", "offload"),
         *("seeds-per-prompt", "batch-size", "num-inference-steps", "guidance-scale", "mixed-precision", "device"),
         *("judge", "trust-judge", "control-pairs", "cache", "cache-limit-gib", "num-processes", "resume", "overwrite"),
@@ -64,6 +65,12 @@ FLAGS = {
         *("metrics", "forget", "judge", "trust-judge", "batch-size", "mixed-precision", "num-workers", "device"),
         "overwrite",
     },
+    "attack": {
+        *("config", "original", "unlearned", "output", "concept", "gold", "placebo", "judge", "attacks", "prompts"),
+        *("max-prompts", "unrelated", "budget", "evaluation", "batch-size", "num-inference-steps", "guidance-scale"),
+        *("seed", "device", "num-processes", "dry-run", "resume", "overwrite"),
+    },
+    "attacks": set(),
     "compare": {"config", "output", "margin", "overwrite"},
     "prompts": {
         *("config", "concept", "output", "kinds", "category", "aliases", "hints", "near", "per-kind", "seed"),
