@@ -412,7 +412,7 @@ def test_one_two_and_three_processes_and_a_plain_call_give_the_same_bytes(cli, t
         "--prompts",
         ";".join([*PROMPTS, "a pink star", "a star"]),
         "--attacks",
-        "seeds,embedding,relearn,completion",
+        "seeds,embedding,relearn:unrelated,completion",
     ]
     words += ["--num-inference-steps", "2", "--batch-size", "4", "--budget", "30"]
     for count in (1, 2, 3):

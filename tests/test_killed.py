@@ -37,7 +37,10 @@ EVALUATE = [
 EVALUATE += ["--num-inference-steps=2", "--batch-size=1", "--control-pairs=2"]
 
 ATTACK = ["attack", "--original=shapes", "--unlearned=shapes-gold-star", "--concept=star", "--device=cpu"]
-ATTACK += ["--prompts=a star;a red star;a blue star;a pink star", "--attacks=seeds,embedding,relearn,completion"]
+ATTACK += [
+    "--prompts=a star;a red star;a blue star;a pink star",
+    "--attacks=seeds,embedding,relearn:unrelated,completion",
+]
 ATTACK += ["--num-inference-steps=2", "--batch-size=4", "--budget=40"]
 
 #: Case -> (command, how often it is killed).

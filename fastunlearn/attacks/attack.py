@@ -257,8 +257,7 @@ def _name(model: Any) -> str:
 
 def _prompt_rows(plan: AttackPlan) -> list[tuple[str, str]]:
     """A table of the prompts, with its header, from which other ranks and a later attack read the same."""
-    asking = [(prompt, kind if kind.startswith("forget") else "forget") for prompt, kind in plan.prompts]
-    return [("prompt", "group"), *asking, *plan.worded]
+    return [("prompt", "group"), *plan.prompts, *plan.worded]
 
 
 def _reloadable(given: dict[str, Any]) -> AttackConfig:

@@ -51,8 +51,10 @@ def prompts_for(
         notes = read.notes
         if read.seeds:
             notes = (*notes, "the seeds of the prompt file are not used: attacks try seeds from 0 on.")
-        asking = [(prompt, kind) for prompt, kind in read.grouped if is_forget(kind)] or read.grouped
+        asking = [(prompt, kind) for prompt, kind in read.grouped if is_forget(kind)]
         others = [pair for pair in read.grouped if pair not in asking]
+        if not asking:  # no group says so: all of them ask for it
+            asking, others = [(prompt, "forget") for prompt, _ in read.grouped], []
     elif world is not None:
         asking = [(prompt, kind) for prompt, kind in world.prompts_to_evaluate(concept) if is_forget(kind)]
         others = []
