@@ -134,7 +134,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
             assert words[0] == "fastunlearn"
             assert cli(*words[1:]).status == 0, line
-    assert len(taken) == 22
+    assert len(taken) == 23
 
 
 def test_the_version_is_the_packages(cli):
