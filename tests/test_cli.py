@@ -630,7 +630,7 @@ def test_models_of_different_families_are_not_compared(refused, bundled, tmp_pat
 EVALUATED = {
     "one prompt": (["--prompts", "a red ring"], r"at least 2 retain prompts"),
     "missing prompts": (["--prompts", "gone.csv"], r"'gone\.csv' does not exist"),
-    "nothing said about the concept": (["--forget", "", "--prompts", "shapes"], r"Name it with `--forget`"),
+    "nothing said about the concept": (["--forget", "", "--prompts", "shapes"], r"names no concept"),
     "concept the judge lacks": (["--forget", "dog"], r"does not know the concept 'dog'"),
     "unknown metric": (["--metric", "psnr"], r"psnr"),
     "more steps than the sampler has": (["--num-inference-steps", 1001], r"1000"),
