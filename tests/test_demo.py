@@ -55,7 +55,7 @@ def test_the_demo_leaves_its_files(demo):
         names = names_in(demo / method)
         assert {"config.yaml", "run.json", "metrics.jsonl", "model", "pairs.jsonl", "evaluation.json"} <= names
         lines = (demo / method / "pairs.jsonl").read_text().splitlines()
-        assert len(lines) == 96
+        assert len(lines) == 105
     assert not list(demo.rglob("*.tmp"))
 
 

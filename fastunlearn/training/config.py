@@ -119,7 +119,7 @@ class TrainConfig(ModelOptions):
         check_weights_dtype(self.weights_dtype, self.mixed_precision)
         share(self.mask_density, "mask_density")
         if self.stop_residual is not None and not 0 <= self.stop_residual < 1:
-            raise UserError(f"`--stop-residual` must be from 0 to below 1, got {self.stop_residual}.")
+            raise UserError(f"`--stop-residual` must be at least 0 and below 1, got {self.stop_residual}.")
         if self.mask is not None and self.mask_density is not None:
             raise UserError("`--mask` brings its own density: leave `--mask-density` out.")
         if self.num_processes is not None and self.deepspeed is None:
