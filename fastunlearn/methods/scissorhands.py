@@ -19,7 +19,7 @@ Defaults for Stable Diffusion: the authors' share, rate, batch and weight; steps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import Method
@@ -35,7 +35,7 @@ DEVIATION = 0.02
 @dataclasses.dataclass(frozen=True)
 class Options:
     redrawn_share: float = option("share of the weights that are drawn anew, at most", 0.01, above=0, at_most=1)
-    redrawn_within: str = option("a part of the names of the layers in which they are", "attn2")
+    redrawn_within: str = option("a part of the names of the layers in which they are; empty: those of the text", "")
     forget_weight: float = option("weight of the concept's rows", 0.1, at_least=0)
 
 
@@ -54,7 +54,7 @@ def cut(weights: Weights, options: Options) -> Mapping[str, Tensor]:
     gradient = weights.gradient()
     scores = {name: (gradient[name] * values).abs() for name, values in weights.parameters.items()}
     threshold = _threshold(list(scores.values()), options.redrawn_share)
-    inside = [name for name in scores if f".{options.redrawn_within}." in f".{name}."] or list(scores)
+    inside = [name for name in scores if _is_within(name, options.redrawn_within, weights.text)] or list(scores)
     generator = torch.Generator().manual_seed(0)
     new = {}
     for name in inside:
@@ -64,6 +64,13 @@ def cut(weights: Weights, options: Options) -> Mapping[str, Tensor]:
             torch.nn.init.trunc_normal_(drawn, std=DEVIATION, generator=generator)
         new[name] = torch.where(scores[name] >= threshold, drawn.to(values), values)
     return new
+
+
+def _is_within(name: str, part: str, text: Sequence[str]) -> bool:
+    """Whether a parameter is in a layer with ``part`` in its name, or in an attention that reads the text states."""
+    if part:
+        return f".{part}." in f".{name}."
+    return any(name.startswith(matrix.rsplit(".", 2)[0] + ".") for matrix in text)
 
 
 def _threshold(scores: list[Tensor], share: float) -> float:

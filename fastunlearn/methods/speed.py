@@ -18,7 +18,7 @@ takes the last token; U is found once for all matrices, by the sum over them, wh
 (``by_layer=true`` does too, at an eigendecomposition a matrix); the augmentation is its mean and not a sample, and is
 not filtered again; the threshold is relative to the mean eigenvalue, which is about 1 for the states of their model;
 the invariants are the first state of the empty prompt and the leading directions of its others, where theirs are
-centres of a k-means; keys change too, where theirs changes values alone (``--trainable attn2.to_v``).
+centres of a k-means; keys change too, where theirs changes values alone (``--trainable`` with these).
 """
 
 from __future__ import annotations
