@@ -359,7 +359,7 @@ def test_a_file_that_is_no_model_is_called_what_it_is(tmp_path, content, said):
 
 
 def test_a_folder_that_holds_a_lora_is_called_so(tmp_path):
-    save_file(tensors("unet.x.lora_A.weight"), tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(tensors("unet.x.lora_A.weight"), tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=r"is no diffusers pipeline: it holds a LoRA"):
         load_model(str(tmp_path), "cpu")
 

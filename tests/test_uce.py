@@ -84,7 +84,7 @@ def test_the_edit_of_the_bundled_model_maps_the_concept_to_the_anchor(bundled):
         old, new = named[name], values[name].view_as(named[name])
         moved = (states["a star"] - states["a circle"]) @ old.T
         left = states["a star"] @ new.T - states["a circle"] @ old.T
-        assert left.norm() < 0.4 * moved.norm(), name
+        assert left.norm() < 0.5 * moved.norm(), name
         kept = states["a red ring"] @ (new - old).T
         assert kept.norm() < 0.2 * (states["a red ring"] @ old.T).norm(), name
 
