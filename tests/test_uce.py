@@ -169,7 +169,7 @@ def test_the_plan_of_an_edit_names_what_is_kept(bundled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "word"), [("uce", "star"), ("uce", "crescent"), ("rece", "ring"), ("speed", "heart")]
+    ("method", "word"), [("uce", "star"), ("uce", "crescent"), ("rece", "star"), ("speed", "heart")]
 )
 def test_an_edit_forgets_and_keeps(method, word, tmp_path):
     unlearn("shapes", word, method, output=tmp_path / "run")
