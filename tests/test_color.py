@@ -36,7 +36,7 @@ def plain(color, size=64):
 @pytest.mark.parametrize(("color", "lab"), KNOWN.items())
 def test_cielab_is_that_of_the_tables(color, lab):
     cells = to_lab(plain(color, size=100))
-    assert cells.shape == (1, 3, 64, 64)
+    assert cells.shape == (1, 3, 32, 32)
     assert cells[0, :, 3, 4].tolist() == pytest.approx(lab, abs=0.02)
 
 
@@ -51,7 +51,7 @@ def test_one_color_for_another_is_their_delta_e():
     """Where all colors move by one vector, the distance is its length, but for the finite number of directions."""
     gap = np.subtract(KNOWN[255, 0, 0], KNOWN[0, 255, 0])
     found = ColorDistance().distance(plain((255, 0, 0)), plain((0, 255, 0))).item()
-    assert found == pytest.approx(np.linalg.norm(gap), rel=0.02)
+    assert found == pytest.approx(np.linalg.norm(gap), rel=0.05)
 
 
 def test_on_one_direction_it_is_scipys_wasserstein_distance(images):
@@ -68,7 +68,7 @@ def test_equal_images_are_at_0_and_order_does_not_matter(images):
     there, back = distance.distance(images[:3], images[3:]), distance.distance(images[3:], images[:3])
     assert torch.equal(there, back)
     assert there.dtype == torch.float32
-    assert distance.metric == "color-64-32"
+    assert distance.metric == "color-32-16"
 
 
 def turned(images, degrees):

@@ -199,12 +199,13 @@ class Evaluator:
         distances = np.stack([plan.metric.distance(original, images).numpy() for images in generated])
         redrawn = np.full(len(chunk), np.nan, dtype=np.float32)
         colors = np.full((1 + len(generated), len(chunk)), np.nan, dtype=np.float32)
+        clouds = _COLOR.clouds(original)
         for row, images in enumerate(generated, 1):
-            colors[row] = _COLOR.distance(original, images).numpy()
+            colors[row] = _COLOR.between(clouds, _COLOR.clouds(images)).numpy()
         if again is not None:
             images = again()
             redrawn[list(kept)] = plan.metric.distance(original[list(kept)], images).numpy()
-            colors[0, list(kept)] = _COLOR.distance(original[list(kept)], images).numpy()
+            colors[0, list(kept)] = _COLOR.between([clouds[index] for index in kept], _COLOR.clouds(images)).numpy()
         verdicts = None
         if plan.judge is not None:
             verdicts = Judged.joined([self._judged(chunk, side) for side in (original, *generated)], axis=0)

@@ -9,13 +9,15 @@ the other distance, which does.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-_CELLS = 64  # an image of more pixels a side is averaged, in linear light, to so many
-_DIRECTIONS = 32
+_CELLS = 32  # an image of more pixels a side is averaged, in linear light, to so many
+_DIRECTIONS = 16
 _FROM_LINEAR_RGB = (  # to XYZ, IEC 61966-2-1
     (0.4124564, 0.3575761, 0.1804375),
     (0.2126729, 0.7151522, 0.0721750),
@@ -29,31 +31,50 @@ class ColorDistance:
 
     metric = f"color-{_CELLS}-{_DIRECTIONS}"
 
-    @torch.no_grad()
     def distance(self, images0: torch.Tensor, images1: torch.Tensor) -> torch.Tensor:
         """(N,) float32 on the CPU of images (N, 3, H, W) uint8 and their partners; 0 for equal images."""
-        gaps = [_projected(one[None]) - _projected(other[None]) for one, other in zip(images0, images1, strict=True)]
-        return 2 * torch.cat([gap.abs().mean((1, 2)) for gap in gaps]).float().cpu()
+        return self.between(self.clouds(images0), self.clouds(images1))
+
+    @torch.no_grad()
+    def clouds(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Each image's colors, ready to be compared.  One by one, so that no bit depends on an image's company."""
+        return [_projected(image[None]) for image in images]
+
+    @torch.no_grad()
+    def between(self, clouds0: Sequence[torch.Tensor], clouds1: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As :meth:`distance`, of what :meth:`clouds` made."""
+        gaps = [(one - other).abs().mean((1, 2)) for one, other in zip(clouds0, clouds1, strict=True)]
+        return 2 * torch.cat(gaps).float().cpu()
 
 
 def _projected(images: torch.Tensor) -> torch.Tensor:
     """Each image's colors on each direction, sorted: (N, directions, cells)."""
-    steps = torch.arange(_DIRECTIONS, dtype=torch.float64, device=images.device)
-    height = 1 - (2 * steps + 1) / _DIRECTIONS  # Fibonacci's sphere: evenly spread, the same everywhere
+    return (_directions(images.device) @ to_lab(images).flatten(2)).float().sort(dim=2).values
+
+
+@functools.cache
+def _directions(device: torch.device) -> torch.Tensor:
+    """(directions, 3) float64: Fibonacci's sphere, evenly spread and the same everywhere."""
+    steps = torch.arange(_DIRECTIONS, dtype=torch.float64)
+    height = 1 - (2 * steps + 1) / _DIRECTIONS
     angle = steps * math.pi * (3 - math.sqrt(5))
     radius = (1 - height.square()).sqrt()
-    directions = torch.stack([radius * angle.cos(), radius * angle.sin(), height])
-    return (directions.T @ to_lab(images).flatten(2)).sort(dim=2).values
+    return torch.stack([radius * angle.cos(), radius * angle.sin(), height], dim=1).to(device)
+
+
+@functools.cache
+def _to_xyz(device: torch.device) -> torch.Tensor:
+    """(3, 3) float64: linear RGB to XYZ in units of the white."""
+    matrix, white = (torch.tensor(values, dtype=torch.float64) for values in (_FROM_LINEAR_RGB, _WHITE))
+    return (matrix / white[:, None]).to(device)
 
 
 def to_lab(images: torch.Tensor) -> torch.Tensor:
-    """Images (N, 3, H, W) uint8 in sRGB to CIELAB, float64, at most 64 cells a side."""
+    """Images (N, 3, H, W) uint8 in sRGB to CIELAB, float64, at most 32 cells a side."""
     value = images.double() / 255
     linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     if max(images.shape[2:]) > _CELLS:
         linear = nn.functional.adaptive_avg_pool2d(linear, (min(images.shape[2], _CELLS), min(images.shape[3], _CELLS)))
-    matrix = torch.tensor(_FROM_LINEAR_RGB, dtype=torch.float64, device=images.device)
-    white = torch.tensor(_WHITE, dtype=torch.float64, device=images.device).view(3, 1, 1)
-    xyz = torch.einsum("ij,njhw->nihw", matrix, linear) / white
+    xyz = (_to_xyz(images.device) @ linear.flatten(2)).view(linear.shape)
     f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp_min(1e-12) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     return torch.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], dim=1)
