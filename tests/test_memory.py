@@ -155,7 +155,17 @@ def test_the_counts_are_what_torch_takes(tiny, name, options):
         assert 0.85 * got < expected < 1.15 * got, (expected, got)
 
 
-ALL = TINY | {"sd3": sd3, "pixart": pixart, "sana": sana, "lumina2": lumina2, "auraflow": auraflow}
+ALL = TINY | {"sd3": sd3, "pixart": pixart, "sana": sana, "auraflow": auraflow}
+
+
+def test_a_denoiser_that_asks_for_values_is_not_counted_and_the_plan_says_so(tmp_path, cli):
+    """Lumina2's reads the length of each prompt from its mask."""
+    build(lumina2).save_pretrained(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--forget", "dog", "--method", "esd", "--trajectories", 1]
+    words += ["--trajectory-steps", 2, "--output", tmp_path / "run"]
+    answer = cli("train", "--dry-run", *words)
+    assert (answer.status, answer.err) == (0, "")
+    assert "memory      not counted" in answer.out
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "sd3" else [slow]) for name in ALL])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import concepts, prompts
 from ..distributed import ALONE, World
@@ -58,6 +60,7 @@ class TrainPlan:
     deepspeed: Mapping[str, Any] | None  # the checked configuration
     accumulation: int
     memory: Budget | None  # only for a dry run, which it is for
+    is_uncounted: bool  # whether a dry run could not count it
     trainable_parameters: int
     total_parameters: int
     bank: BankPlan
@@ -173,7 +176,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         device = resolve_device(config.device) if is_sketch(model) else model.device
         work = _workload(config, device, selection, trainable, recipe, bank, evidence, settings, world, deepspeed)
         work = dataclasses.replace(work, rank=low_rank.adapter.rank if low_rank else None)
-        memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
+        # Where a denoiser asks for values of its inputs, as Lumina2's does of its mask, fake tensors have none.
+        with contextlib.suppress(DataDependentOutputException):
+            memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
     return TrainPlan(
         method=method,
         settings=settings,
@@ -187,6 +192,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         deepspeed=deepspeed,
         accumulation=accumulation,
         memory=memory,
+        is_uncounted=config.dry_run and memory is None,
         trainable_parameters=trainable,
         total_parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
         bank=bank,

@@ -43,6 +43,8 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         *(plan.adapter.lines(plan.method.name) if plan.adapter else []),
     ]
     memory = memory_lines(plan.memory) if plan.memory is not None else []
+    if plan.is_uncounted:
+        memory = ["memory      not counted: this denoiser asks for values of its inputs, unknown in advance"]
     if isinstance(plan.recipe, Edit):
         lines.append("edit        in closed form: no rows, no steps")
         if plan.pooled:
