@@ -162,7 +162,7 @@ def concept_gradient(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
                 predicted = _guided(model, bank, index, guidance)
             loss = (predicted - bank.teacher_preds[0, index]).square().mean() * (len(index) / len(bank))
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
             accumulate_saliency_(list(totals.values()), list(gradients), mode="signed")
     finally:
         model.denoiser.requires_grad_(False)
@@ -189,7 +189,8 @@ def fisher_information(
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
                     predicted = _guided(model, bank, index, 0.0)
                 losses = (predicted - bank.teacher_preds[0, index]).square().mean(dim=(1, 2, 3))
-                gradients = torch.autograd.grad(losses.sum() * (all_timesteps / points), list(parameters.values()))
+                total = losses.sum() * (all_timesteps / points)
+                gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
                 accumulate_saliency_(list(sums.values()), list(gradients), mode="signed")
             for name, total in totals.items():
                 total += sums[name].square() / len(images)
