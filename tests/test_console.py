@@ -9,7 +9,7 @@ import pytest
 from test_report import content, evaluation
 
 from fastunlearn.cli import console
-from fastunlearn.schema import Evaluation
+from fastunlearn.schema import Demo, Evaluation
 
 EVIL = ["a star [/b]", "[red]x[/red]", "[/]", ":star: y", "[link=z]w"]
 
@@ -94,3 +94,12 @@ def test_clipping_at_0_is_none(cli, tmp_path):
         assert cli("train", "--forget", "star", *words, "--output", tmp_path / bound).status == 0
         weights[bound] = (tmp_path / bound / "delta.safetensors").read_bytes()
     assert weights["0"] == weights["1e9"] != weights["1e-4"]
+
+
+def test_no_column_of_the_demos_table_is_cut(capsys, request):
+    evaluations = Demo.read(request.config.rootpath / "benchmarks" / "results" / "demo.json").evaluations
+    console.table(evaluations)
+    lines = capsys.readouterr().out
+    assert " distance" in lines
+    for one in evaluations:
+        assert f" {one.integrity.mean:.4f}" in lines

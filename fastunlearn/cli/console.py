@@ -164,7 +164,7 @@ def table(evaluations: Sequence[Evaluation]) -> None:
         cells += [f"{integrity.retention:.3f}", f"{low:.3f} to {high:.3f}"]
         cells += ["-" if color is None else f"{color:.3f}", f"{integrity.mean:.4f}"]
         grid.add_row(*cells)
-    out = terminal(width=110)
+    out = terminal(width=120)
     out.print(grid)
     if first.concepts:
         out.print(_concepts(evaluations))

@@ -38,6 +38,11 @@ class ShownPair:
     unlearned: tuple[torch.Tensor, ...]
     distances: tuple[float, ...]
 
+    @property
+    def label(self) -> str:
+        """The prompt as people read it."""
+        return self.prompt or "(the empty prompt)"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelResult:
@@ -161,7 +166,7 @@ def write_results(folder: Path, report: EvaluationReport) -> None:
     write_grid(
         folder / "grid.png",
         rows=["before", *(f"after {name}" for name in names)],
-        columns=[pair.prompt for pair in shown],
+        columns=[pair.label for pair in shown],
         images=[
             [_pixels(pair.original) for pair in shown],
             *([_pixels(pair.unlearned[index]) for pair in shown] for index in range(len(names))),
@@ -243,7 +248,7 @@ def _row(pair: ShownPair, indices: Sequence[int]) -> GalleryRow:
     from ..reports.gallery import GalleryRow
 
     images = [_pixels(pair.original), *(_pixels(pair.unlearned[index]) for index in indices)]
-    return GalleryRow(pair.prompt, images, ["", *(f"distance {pair.distances[index]:.3f}" for index in indices)])
+    return GalleryRow(pair.label, images, ["", *(f"distance {pair.distances[index]:.3f}" for index in indices)])
 
 
 def _heading(group: str, concept: str | None) -> str:
