@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastunlearn.evaluation.folder_scores import score
+from fastunlearn.evaluation.folder_scores import score_folders
 from fastunlearn.evaluation.image_pairs import find_pairs
 from fastunlearn.metrics.lpips import from_lpips
 from fastunlearn.models.runtime import mend_torchvision
@@ -84,7 +84,8 @@ def batched(model, folder: Path) -> np.ndarray:
 
 
 def ours(distance, folder: Path) -> np.ndarray:
-    return score(find_pairs(folder / "before", folder / "after"), distance, [], os.cpu_count() or 1).distances
+    pairs = find_pairs(folder / "before", folder / "after")
+    return score_folders([pairs], distance, [], os.cpu_count() or 1)[0].distances
 
 
 WAYS = {"script": script, "batched": batched, "evaluate-images": ours}

@@ -14,7 +14,7 @@ from outputs import files_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import CASES, GUIDANCE, PROMPTS, assert_same, drawn_by, images_of, settings_of
-from tiny_models import build, diffusers, sdxl
+from tiny_models import build, diffusers, saved, sdxl
 
 from fastunlearn import evaluate, unlearn
 from fastunlearn.config import to_yaml
@@ -57,15 +57,7 @@ BASES = {**CASES, "sdxl": lambda: sdxl(width=48)}  # a single file's reader tell
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """``folder_of("sdxl")``: the pipeline of a case, saved once."""
-    folders = {}
-
-    def make(case):
-        if case not in folders:
-            folders[case] = tmp_path_factory.mktemp("model")
-            build(BASES[case]).save_pretrained(folders[case])
-        return folders[case]
-
-    return make
+    return saved(tmp_path_factory, BASES)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from tiny_models import (
     ddim,
     diffusers,
     flux,
+    saved,
     sd1,
     sd3,
 )
@@ -96,15 +97,7 @@ def _another_package_adds_pixart():
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """``folder_of("sdxl")``: the pipeline of a case, saved once."""
-    folders = {}
-
-    def make(case):
-        if case not in folders:
-            folders[case] = tmp_path_factory.mktemp("model")
-            build(CASES[case]).save_pretrained(folders[case])
-        return folders[case]
-
-    return make
+    return saved(tmp_path_factory, CASES)
 
 
 @pytest.fixture(params=[slow_case(case) if case in LONG_TAIL else case for case in CASES])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import auraflow, build, ddim, flux, lumina2, pixart, sana, sd1, sd3, sdxl
+from tiny_models import auraflow, build, ddim, flux, lumina2, pixart, sana, saved, sd1, sd3, sdxl
 
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.methods import get_method
@@ -72,15 +72,8 @@ def test_the_meter_sees_what_the_allocator_gives():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folders = {}
-
-    def folder(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            build(TINY[name]).save_pretrained(folders[name])
-        return str(folders[name])
-
-    return folder
+    folder = saved(tmp_path_factory, TINY)
+    return lambda name: str(folder(name))
 
 
 CHECKPOINTED, LEAN = {"gradient_checkpointing": True}, {"weights_dtype": "bf16"}

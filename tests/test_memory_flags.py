@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import auraflow, build, ddim, flux, lumina2, pixart, sana, sd1, sd3, sdxl
+from tiny_models import auraflow, build, ddim, flux, lumina2, pixart, sana, saved, sd1, sd3, sdxl
 
 from fastunlearn import TrainConfig, evaluate, unlearn
 from fastunlearn.errors import UserError
@@ -25,15 +25,8 @@ LEAN = Placement("bf16")
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    folders = {}
-
-    def folder(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            build(FAMILIES[name]).save_pretrained(folders[name])
-        return folders[name]
-
-    return folder
+    """``folder_of("sdxl")``: the pipeline of a case, saved once."""
+    return saved(tmp_path_factory, FAMILIES)
 
 
 def conditions_of(model, prompts=("a dog", "a painter")):

@@ -24,6 +24,19 @@ def scheduler(name, **settings):
     return kind(**BETAS | settings)
 
 
+def saved(tmp_path_factory, cases):
+    """``saved(...)("sdxl")``: the folder of a case's pipeline, built and written when it is first asked for."""
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("model")
+            build(cases[name]).save_pretrained(folders[name])
+        return folders[name]
+
+    return folder
+
+
 def pndm(**settings):
     """What Stable Diffusion 1.5 ships."""
     return scheduler("PNDM", skip_prk_steps=True, set_alpha_to_one=False, **settings)

@@ -13,7 +13,7 @@ import torch
 from ..config import to_yaml
 from ..errors import UserError
 from ..evaluation.generators import PipelineSource, Source, as_source
-from ..evaluation.inputs import check_runs, description, is_name, pipeline_of, run_of
+from ..evaluation.inputs import check_runs, description, folder_name, is_name, pipeline_of, run_of, whole_name
 from ..evaluation.ranks import Ranks
 from ..evaluation.records import FOLDER as JOURNAL
 from ..files.run_folder import check_output, claimed, clear_output, own
@@ -24,7 +24,6 @@ from ..models.sampling import SamplerSpec
 from ..progress import Reporter
 from ..prompts import PromptGroups
 from ..schema import Evaluation, read_evaluation
-from ..worlds import world_with_model
 from . import parse_attacks
 from .attempts import Attempts
 from .base import Attempt
@@ -251,8 +250,7 @@ def _evaluation(folder: str | Path | None, unlearned: Any, concept: str) -> Eval
 def _name(model: Any) -> str:
     if not is_name(model):
         return str(getattr(model, "__name__", type(model).__name__))
-    path = Path(str(model)).expanduser().resolve()
-    return (path.parent if path.name == "model" else path).name
+    return folder_name(str(model))
 
 
 def _prompt_rows(plan: AttackPlan) -> list[tuple[str, str]]:
@@ -262,18 +260,10 @@ def _prompt_rows(plan: AttackPlan) -> list[tuple[str, str]]:
 
 def _reloadable(given: dict[str, Any]) -> AttackConfig:
     """The arguments of :func:`attack`, checked, as the config that repeats it from any working folder."""
-
-    def name(one: Any) -> str | None:
-        if one is None:
-            return None
-        path = Path(str(one)).expanduser()
-        is_folder = isinstance(one, str | Path) and world_with_model(str(one)) is None and path.is_dir()
-        return str(path.resolve()) if is_folder else str(one)
-
     fields = AttackConfig.__dataclass_fields__
     output = Path(given["output"] or ".").expanduser().resolve()
     values = {key: given[key] for key in fields}
-    values |= {key: name(given[key]) for key in (ORIGINAL, UNLEARNED, GOLD, PLACEBO, "judge", "evaluation")}
+    values |= {key: whole_name(given[key]) for key in (ORIGINAL, UNLEARNED, GOLD, PLACEBO, "judge", "evaluation")}
     if values["prompts"] is not None:
         values["prompts"] = str(output / JOURNAL / "prompts.csv")
     if values["unrelated"] is not None and not isinstance(values["unrelated"], str):

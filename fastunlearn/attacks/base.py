@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..models.base import Model
     from .target import Target
 
+STATES = "encoder_hidden_states"  # of the conditions: what a denoiser reads of a text, position by position
 #: What a backward of one sample costs, in forwards.
 BACKWARD = 2
 #: Rows of a prompt in each step of an optimization, unless an attack says otherwise.
@@ -166,6 +167,12 @@ class Bouts:
             assert best is not None
             result.append(Attempt(prompt, kind, tuple(tries), best[1], best[0].image))
         return result
+
+
+def check_states(model: Model, attack: str, concept: str) -> None:
+    """UserError for a model whose denoiser is told nothing but pooled vectors of a text."""
+    if STATES not in model.encode([concept]).tensors:
+        raise refuse(model, attack, "its denoiser takes no states of a text")
 
 
 def refuse(model: Model, attack: str, why: str) -> UserError:

@@ -19,7 +19,7 @@ import torch
 
 from .. import prompts as words
 from ..models.base import Model, Tensors
-from .base import Attack, Attempt, Bouts, Costs, Order, refuse
+from .base import STATES, Attack, Attempt, Bouts, Costs, Order, check_states
 from .injection import Slots, check
 from .rows import STEP, RowLoss
 from .target import Target
@@ -28,7 +28,6 @@ LOOKS = 4  # images per prompt, spread over the steps
 _STEPS = 120
 #: Of Adam, in units of the size (root mean square) of what is learned; falls to 0 over the steps.
 _LEARNING_RATE = 0.03
-_STATES = "encoder_hidden_states"
 
 
 def run(target: Target, order: Order) -> list[Attempt]:
@@ -61,15 +60,15 @@ class _Context:
 
     def __init__(self, target: Target, prompts: Sequence[str]) -> None:
         self._tensors = target.encode(prompts)
-        states = self._tensors[_STATES]
+        states = self._tensors[STATES]
         self.offset = torch.zeros(len(prompts), 1, states.shape[-1], device=states.device, requires_grad=True)
         self.values = [{"params": [self.offset]}]
         self.sizes = [_size(states[:, 1:])]
 
     def conditions(self, left: list[int]) -> Tensors:
         tensors = {name: values[left] for name, values in self._tensors.items()}
-        states = tensors[_STATES]
-        return tensors | {_STATES: torch.cat([states[:, :1], states[:, 1:] + self.offset[left]], dim=1)}
+        states = tensors[STATES]
+        return tensors | {STATES: torch.cat([states[:, :1], states[:, 1:] + self.offset[left]], dim=1)}
 
 
 class _Word:
@@ -99,8 +98,8 @@ def _size(values: torch.Tensor) -> float:
 def _check(model: Model, concept: str, option: str) -> None:
     if option == "word":
         check(model, concept.strip(), [concept.strip()], "embedding:word")
-    elif _STATES not in model.encode([concept]).tensors:
-        raise refuse(model, "embedding", "its denoiser takes no states of a text")
+    else:
+        check_states(model, "embedding", concept)
 
 
 def _default(costs: Costs) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from .. import prompts as words
 from ..models.base import Model
-from .base import Attack, Attempt, Bouts, Order, refuse
+from .base import STATES, Attack, Attempt, Bouts, Order, check_states
 from .embedding import with_concept
 from .search import WordSearch
 from .target import Target
@@ -23,15 +23,14 @@ _ETAS = (0.0, 0.5, 1.0, 2.0)
 _STEPS = 60
 _MOST_WORDS = 16
 _LEARNING_RATE = 0.5  # in units of the embeddings' size
-_STATES = "encoder_hidden_states"
 
 
 def run(target: Target, order: Order) -> list[Attempt]:
     bouts, image, concept = Bouts(order), target.costs.image, target.concept
     full = [with_concept(prompt, concept) for prompt in order.prompts]
     plain = [words.substitute(prompt, concept, "") for prompt in full]
-    states = target.encode(full)[_STATES]
-    direction = (states - target.encode(plain)[_STATES]).mean(0)
+    states = target.encode(full)[STATES]
+    direction = (states - target.encode(plain)[STATES]).mean(0)
     most = max(1, min(_MOST_WORDS, target.model.max_tokens, max(map(target.model.count_tokens, full))))
     number = 0
     while left := bouts.left(image):
@@ -55,7 +54,7 @@ def _found(target: Target, goal: torch.Tensor, count: int, seed: int) -> list[st
             group["lr"] = _LEARNING_RATE * search.size * (1 - step / _STEPS)
         found = search.nearest(everyone)
         optimizer.zero_grad()
-        losses = (search.conditions(everyone)[_STATES] - goal).square().mean((1, 2))
+        losses = (search.conditions(everyone)[STATES] - goal).square().mean((1, 2))
         losses.sum().backward()
         optimizer.step()
         for index, own in enumerate(losses.tolist()):
@@ -65,8 +64,7 @@ def _found(target: Target, goal: torch.Tensor, count: int, seed: int) -> list[st
 
 
 def _check(model: Model, concept: str, option: str) -> None:
-    if _STATES not in model.encode([concept]).tensors:
-        raise refuse(model, "text", "its denoiser takes no states of a text")
+    check_states(model, "text", concept)
     WordSearch(model, [""], 1, 0, avoid=concept)
 
 

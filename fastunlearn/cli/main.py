@@ -241,9 +241,7 @@ def _export(flags: dict[str, Any]) -> int:
 
 
 def _evaluate(flags: dict[str, Any]) -> int:
-    begun = Path(flags.get("output", "")) / "journal" / "evaluate.yaml"
-    if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
-        flags["config"] = str(begun)  # `--resume --output FOLDER` says enough
+    begun = _begun("evaluate", flags)
     config = build(EvaluateConfig, flags)
     from ..evaluation.evaluate import evaluate
     from .console import Console
@@ -254,19 +252,14 @@ def _evaluate(flags: dict[str, Any]) -> int:
             report = evaluate(**settings, reporter=console)
         except KeyboardInterrupt:
             console.close()
-            again = f"fastunlearn evaluate --resume --output {shlex.quote(config.output)}"
-            return _fail(
-                f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet."
-            )
+            return _stopped("evaluate", config.output, begun)
     if report.result is not None:
         console.evaluated(report, Path(config.output))
     return 0
 
 
 def _attack(flags: dict[str, Any]) -> int:
-    begun = Path(flags.get("output", "")) / "journal" / "attack.yaml"
-    if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
-        flags["config"] = str(begun)  # `--resume --output FOLDER` says enough
+    begun = _begun("attack", flags)
     config = build(AttackConfig, flags)
     from ..attacks.attack import attack
     from .attacks import attack_table
@@ -278,15 +271,25 @@ def _attack(flags: dict[str, Any]) -> int:
             report = attack(**settings, reporter=console)
         except KeyboardInterrupt:
             console.close()
-            again = f"fastunlearn attack --resume --output {shlex.quote(config.output)}"
-            return _fail(
-                f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet."
-            )
+            return _stopped("attack", config.output, begun)
     if report.record is not None:
         attack_table(report.record, Path(config.output))
     elif config.dry_run:
         print("dry run: nothing was attacked or written.")
     return 0
+
+
+def _begun(command: str, flags: dict[str, Any]) -> Path:
+    """Where a journal keeps the settings that it was begun with; `--resume --output FOLDER` says enough, then."""
+    begun = Path(flags.get("output", "")) / "journal" / f"{command}.yaml"
+    if flags.get("resume") and "output" in flags and flags.get("config") is None and begun.is_file():
+        flags["config"] = str(begun)
+    return begun
+
+
+def _stopped(command: str, output: str, begun: Path) -> int:
+    again = f"fastunlearn {command} --resume --output {shlex.quote(output)}"
+    return _fail(f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet.")
 
 
 def _compare(flags: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..models.runtime import resolve_device
 from ..models.sampling import SamplerSpec
 from ..progress import Reporter
-from ..worlds import get_world, world_with_model
+from ..worlds import get_world
 from .calibration import JudgeRefused
 from .config import EvaluateConfig
 from .evaluator import Evaluator
@@ -37,6 +37,7 @@ from .inputs import (
     pipeline_of,
     prompt_groups,
     run_of,
+    whole_name,
 )
 from .journal import FOLDER as JOURNAL
 from .journal import Journal, PairScores
@@ -223,17 +224,9 @@ def _record(plan: Plan, evaluator: Evaluator, journal: Journal, ranks: Ranks) ->
 
 def _reloadable(given: dict[str, Any]) -> EvaluateConfig:
     """The arguments of :func:`evaluate`, checked, as the config that repeats it from any working folder."""
-
-    def name(one: Any) -> str | None:
-        if one is None:
-            return None
-        path = Path(str(one)).expanduser()
-        is_folder = isinstance(one, str | Path) and world_with_model(str(one)) is None and path.is_dir()
-        return str(path.resolve()) if is_folder else str(one)
-
     output = str(Path(given["output"] or ".").expanduser().resolve())
-    values = given | {key: name(given[key]) for key in ("original", "placebo", "judge", "metric", "metrics")}
-    values["unlearned"] = tuple(str(name(model)) for model in named_models(given["unlearned"])[0].values())
+    values = given | {key: whole_name(given[key]) for key in ("original", "placebo", "judge", "metric", "metrics")}
+    values["unlearned"] = tuple(str(whole_name(model)) for model in named_models(given["unlearned"])[0].values())
     for key in ("trunk_weights", "cache", "parts", "lora"):
         if given[key] is not None:
             values[key] = str(Path(given[key]).expanduser().resolve())

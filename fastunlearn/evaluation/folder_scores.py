@@ -39,19 +39,6 @@ class Scores:
     judged: Judged | None = None
 
 
-def score(
-    pairs: Sequence[Pair],
-    distance: Distance,
-    metrics: Sequence[Metric],
-    num_workers: int,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    judge: Judge | None = None,
-    concept: str = "",
-) -> Scores:
-    """Decode and compare all pairs, in order.  Raises UserError for an image that is refused or of another size."""
-    return score_folders([pairs], distance, metrics, num_workers, on_progress, judge, concept)[0]
-
-
 def score_folders(
     folders: Sequence[Sequence[Pair]],
     distance: Distance,
@@ -61,7 +48,10 @@ def score_folders(
     judge: Judge | None = None,
     concept: str = "",
 ) -> list[Scores]:
-    """The same of several unlearned folders, whose pairs have the same originals in the same order."""
+    """Decode and compare all pairs of each unlearned folder, in order; all have the same originals in the same order.
+
+    Raises UserError for an image that is refused or of another size.
+    """
     first = folders[0]
     assert all([p.original for p in pairs] == [p.original for p in first] for pairs in folders)
     totals = [_Totals.of(len(first), metrics) for _ in folders]

@@ -12,6 +12,7 @@ from .. import prompts as prompt_lists
 from ..concepts import read_concepts
 from ..errors import UserError
 from ..files.run_folder import RECORD
+from ..files.weights import pipeline_in
 from ..judges import Judge, as_judge, load_judge
 from ..metrics.distances import Distance, check_distance, load_perceptual
 from ..models.adapter_files import is_adapter_run
@@ -34,6 +35,21 @@ def is_name(one: Any) -> bool:
     return one is None or isinstance(one, str | Path)
 
 
+def whole_name(one: Any) -> str | None:
+    """A model's name as it holds in any working folder: a folder by its whole path."""
+    if one is None:
+        return None
+    path = Path(str(one)).expanduser()
+    is_folder = isinstance(one, str | Path) and world_with_model(str(one)) is None and path.is_dir()
+    return str(path.resolve()) if is_folder else str(one)
+
+
+def folder_name(model: str | Path) -> str:
+    """What a model's folder is called; that of its run where it is the model in one."""
+    path = Path(model).expanduser().resolve()
+    return (path.parent if path.name == "model" else path).name
+
+
 def named_models(unlearned: Any, placebo: Any = None) -> tuple[dict[str, Any], str | None]:
     """The models to evaluate, each by a short name of its own that can be a folder's, and the placebo's name.
 
@@ -47,8 +63,7 @@ def named_models(unlearned: Any, placebo: Any = None) -> tuple[dict[str, Any], s
         given = list(labels)
         for index, (model, label) in enumerate(zip(models, given, strict=True)):
             if given.count(label) > 1 and is_name(model):
-                path = Path(model).expanduser().resolve()
-                labels[index] = (path.parent if path.name == "model" else path).name
+                labels[index] = folder_name(model)
     if not models:
         raise UserError("`--unlearned` is empty: name at least one unlearned pipeline.")
     if placebo is not None:
@@ -90,9 +105,7 @@ def pipeline_of(model: Any) -> Any:
     if not isinstance(model, str | Path):
         return model
     folder = Path(model).expanduser()
-    if (folder / "model" / "model_index.json").is_file():
-        return str(folder / "model")
-    return str(folder) if folder.is_dir() else str(model)
+    return str(pipeline_in(folder)) if folder.is_dir() else str(model)
 
 
 def of_unlearned(options: ModelOptions, model: Any) -> ModelOptions:

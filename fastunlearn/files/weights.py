@@ -25,6 +25,11 @@ _WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".pb", ".onnx_data")
 
 
+def pipeline_in(folder: Path) -> Path:
+    """The pipeline that a run's folder holds; the folder itself where it holds none."""
+    return folder / "model" if (folder / "model" / INDEX).is_file() else folder
+
+
 def read_index(source: Path) -> dict[str, object]:
     """The pipeline's model_index.json.  Raises UserError for a damaged one and for a part that is no plain name."""
     path = source / INDEX

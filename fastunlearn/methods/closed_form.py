@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .recipe import Concept, Weights
+from .recipe import EMPTY, Concept, Edit, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ _MASK = "encoder_attention_mask"
 MAX_CONDITION = 1e12
 
 Read = Callable[["Tensor"], "Tensor"]
+Refine = Callable[["Tensor", "Sums", "Tensor", Weights, Sequence[str]], "Tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,3 +141,24 @@ def identity_like(matrix: Tensor) -> Tensor:
     import torch
 
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def concept_edit(concept: Concept, method: str, refined: Refine) -> Edit:
+    """UCE's edit, with what ``refined`` makes of the factor of each group of matrices.
+
+    ``refined``: (M, the forget prompts' sums, the sum over what stays, weights, names) -> M, matrices (D, D) float64.
+    The options must have UCE's.
+    """
+    options, retain_weight = concept.options, concept.settings.retain_weight
+
+    def change(weights: Weights) -> Mapping[str, Tensor]:
+        new: dict[str, Tensor] = {}
+        for names, read in by_input(weights, method):
+            held = retain_weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
+            held += options.ridge * identity_like(held)
+            told, strength = sums(concept, read), options.erase_weight
+            factor = right_factor(strength * told.anchored, strength * told.forgotten, held, weights.facts)
+            new |= multiplied(weights, names, refined(factor, told, held, weights, names))
+        return new
+
+    return Edit(change)

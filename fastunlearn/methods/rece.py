@@ -19,12 +19,12 @@ objects).  Here UCE's settings serve all rounds.  The sums and the solves are in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import Method
-from .closed_form import by_input, gram, identity_like, kept, multiplied, right_factor, solve, sums
-from .recipe import EMPTY, Concept, Defaults, Edit, Weights, option
+from .closed_form import Sums, concept_edit, gram, identity_like, right_factor, solve
+from .recipe import Concept, Defaults, Edit, Weights, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,26 +39,20 @@ class Options:
 
 
 def recipe(concept: Concept) -> Edit:
-    options, retain_weight = concept.options, concept.settings.retain_weight
+    options = concept.options
 
-    def change(weights: Weights) -> Mapping[str, Tensor]:
-        new: dict[str, Tensor] = {}
-        for names, read in by_input(weights, "rece"):
-            held = retain_weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
-            held += options.ridge * identity_like(held)
-            told, strength, facts = sums(concept, read), options.erase_weight, weights.facts
-            factor = right_factor(strength * told.anchored, strength * told.forgotten, held, facts)
-            original = gram(weights, names)
-            small = options.attack_ridge * identity_like(original)
-            for _ in range(options.rounds):
-                # e* = K c for every state c, so that the sums over the attack follow from those over the concept.
-                back = solve(small + factor.T @ original @ factor, factor.T @ original, facts)
-                anchored, attacked = told.anchored @ back.T, back @ told.forgotten @ back.T
-                factor = factor @ right_factor(strength * anchored, strength * attacked, held, facts)
-            new |= multiplied(weights, names, factor)
-        return new
+    def attacked(factor: Tensor, told: Sums, held: Tensor, weights: Weights, names: Sequence[str]) -> Tensor:
+        strength, facts = options.erase_weight, weights.facts
+        original = gram(weights, names)
+        small = options.attack_ridge * identity_like(original)
+        for _ in range(options.rounds):
+            # e* = K c for every state c, so that the sums over the attack follow from those over the concept.
+            back = solve(small + factor.T @ original @ factor, factor.T @ original, facts)
+            anchored, forgotten = told.anchored @ back.T, back @ told.forgotten @ back.T
+            factor = factor @ right_factor(strength * anchored, strength * forgotten, held, facts)
+        return factor
 
-    return Edit(change)
+    return concept_edit(concept, "rece", attacked)
 
 
 RECE = Method(

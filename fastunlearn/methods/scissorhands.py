@@ -1,16 +1,16 @@
 """Scissorhands (Wu and Harandi, ECCV 2024, arXiv 2401.06187): cut the weights that the concept hangs on, then mend.
 
 First the ``redrawn_share`` of all trainable weights w whose connection sensitivity ``|g w|`` is largest, g being the
-gradient of the concept's denoising loss, is drawn anew where it lies in a layer named ``redrawn_within``: truncated
-normal of deviation 0.02, biases 0.  Then the student, asked for the concept, learns the teacher's prediction for the
-anchor, with weight ``forget_weight``, and on images to keep the noise:
+gradient of the concept's denoising loss, is drawn anew where it lies in an attention that reads the text, or in a layer
+named ``redrawn_within``: truncated normal of deviation 0.02, biases 0.  Then the student, asked for the concept, learns
+the teacher's prediction for the anchor, with weight ``forget_weight``, and on images to keep the noise:
 
     forget_weight * |S(x_t, t, c) - T(x_t, t, a)|^2 + |S(x_t, t, r) - noise|^2
 
 Differs from the authors' code (as UnlearnCanvas has it): g is the mean over all the concept's rows, theirs is of the
 first batch alone; rows are the frozen teacher's generations and T the frozen teacher, theirs images of a data set and
 the student of the moment, *after* the cut; their loop reads the first batch of images in every step.  Where no
-trainable weight lies in ``redrawn_within``, all of them may be drawn anew.  Their projection of gradients, which is
+trainable weight lies there, all of them may be drawn anew.  Their projection of gradients, which is
 off by default, is not built.
 
 Defaults for Stable Diffusion: the authors' share, rate, batch and weight; steps in place of their 2 epochs.

@@ -17,15 +17,10 @@ retain prompts and the empty one.  s_p is ``retain_weight``.  The sums and the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from . import Method
-from .closed_form import by_input, identity_like, kept, multiplied, right_factor, sums
-from .recipe import EMPTY, Concept, Defaults, Edit, Weights, option
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .closed_form import concept_edit
+from .recipe import Concept, Defaults, Edit, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +30,7 @@ class Options:
 
 
 def recipe(concept: Concept) -> Edit:
-    options, retain_weight = concept.options, concept.settings.retain_weight
-
-    def change(weights: Weights) -> Mapping[str, Tensor]:
-        new: dict[str, Tensor] = {}
-        for names, read in by_input(weights, "uce"):
-            held = retain_weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
-            held += options.ridge * identity_like(held)
-            told, strength = sums(concept, read), options.erase_weight
-            factor = right_factor(strength * told.anchored, strength * told.forgotten, held, weights.facts)
-            new |= multiplied(weights, names, factor)
-        return new
-
-    return Edit(change)
+    return concept_edit(concept, "uce", lambda factor, told, held, weights, names: factor)
 
 
 UCE = Method(

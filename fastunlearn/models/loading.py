@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from ..errors import UserError, is_out_of_memory, one_line
-from ..files.weights import PICKLES, files_of, find_variant, hash_module, read_index, snapshot_of, weight_files
+from ..files.weights import (
+    PICKLES,
+    files_of,
+    find_variant,
+    hash_module,
+    pipeline_in,
+    read_index,
+    snapshot_of,
+    weight_files,
+)
 from ..worlds import all_worlds, world_with_model
 from .adapter_files import FILE, adapter_for, base_of, is_adapter_run, read_adapter
 from .adapters import merge, put_on, set_values
@@ -137,7 +146,7 @@ def _result_of_run(folder: Path) -> Path:
         raise UserError(
             f"{folder} is a run that saved a delta. Rebuild its pipeline with `fastunlearn apply` and use that."
         )
-    return folder / "model" if (folder / "model" / "model_index.json").is_file() else folder
+    return pipeline_in(folder)
 
 
 def wrap_pipeline(pipeline: Any, name: str, options: ModelOptions | None = None) -> Model:

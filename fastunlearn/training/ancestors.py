@@ -11,8 +11,8 @@ from ..models.base import Model
 from ..schema import Ancestor, RunRecord
 
 
-def ancestors_of(model: Model) -> tuple[Ancestor, ...]:
-    """The runs behind a model, the first one first; none where it is no run's.
+def ancestors_of(model: Model, content: str) -> tuple[Ancestor, ...]:
+    """The runs behind a model, the first one first; none where it is no run's.  ``content``: the hash of its files.
 
     Raises UserError where a pipeline's files are not what the run wrote: what such a model has forgotten is not known.
     An adapter's file has been held against its own checksum when it was read.
@@ -24,7 +24,9 @@ def ancestors_of(model: Model) -> tuple[Ancestor, ...]:
     if source.name != "model" or not _is_run(folder):
         return ()
     run = RunRecord.read(folder / "run.json")
-    if run.hashes["unlearned"] != (content := hash_pipeline(source)):
+    if model.adapter_files:  # of no run: the hash is of more than the pipeline
+        content = hash_pipeline(source)
+    if run.hashes["unlearned"] != content:
         raise UserError(
             f"the model in {source} has changed since its run wrote it: its hash is {content[:12]}, and run.json says "
             f"{run.hashes['unlearned'][:12]}. Train it again, or start from a copy outside the run."

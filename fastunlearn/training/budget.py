@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from ..files.weights import INDEX, files_of, part_names
 from ..models.adapter_files import is_adapter_run
@@ -68,11 +69,17 @@ class Budget:
         return phase.device_bytes + (phase.host_bytes if self.one_memory else 0)
 
 
-def plan_memory(blueprint: Blueprint, work: Workload, device: torch.device, stated_gib: float | None) -> Budget:
-    """Count every phase, and for each that does not fit, find flags with which it does."""
+def plan_memory(blueprint: Blueprint, work: Workload, device: torch.device, stated_gib: float | None) -> Budget | None:
+    """Count every phase, and for each that does not fit, find flags with which it does.
+
+    None where the denoiser asks for values of its inputs, as Lumina2's does of its mask: fake tensors have none.
+    """
     limit = int(stated_gib * 2**30) if stated_gib is not None else device_memory(device)
     one_memory = device.type == "cpu" and stated_gib is None
-    budget = Budget(tuple(count_phases(blueprint, work)), limit, one_memory, {})
+    try:
+        budget = Budget(tuple(count_phases(blueprint, work)), limit, one_memory, {})
+    except DataDependentOutputException:
+        return None
     hints = {
         phase.name: _hint(blueprint, work, phase, budget)
         for phase in budget.phases

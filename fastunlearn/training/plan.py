@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import concepts, prompts
 from ..distributed import ALONE, World
@@ -176,9 +174,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         device = resolve_device(config.device) if is_sketch(model) else model.device
         work = _workload(config, device, selection, trainable, recipe, bank, evidence, settings, world, deepspeed)
         work = dataclasses.replace(work, rank=low_rank.adapter.rank if low_rank else None)
-        # Where a denoiser asks for values of its inputs, as Lumina2's does of its mask, fake tensors have none.
-        with contextlib.suppress(DataDependentOutputException):
-            memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
+        memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
     return TrainPlan(
         method=method,
         settings=settings,

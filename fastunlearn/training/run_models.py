@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import from_yaml
 from ..errors import UserError
-from ..files.weights import INDEX, names_in
+from ..files.weights import INDEX, names_in, pipeline_in
 from ..models.adapter_files import is_adapter_run
 from ..models.base import Model
 from ..models.loading import load_model, resolve_source
@@ -23,12 +23,12 @@ def is_run(folder: Path) -> bool:
     """Whether the folder is no pipeline and holds what a run made."""
     if (folder / INDEX).is_file():
         return False
-    return (folder / "model" / INDEX).is_file() or is_adapter_run(folder) or (folder / _DELTA).is_file()
+    return is_kept(folder) or is_adapter_run(folder) or (folder / _DELTA).is_file()
 
 
 def is_kept(folder: Path) -> bool:
     """Whether the run's model lies in its folder, as a pipeline."""
-    return (folder / "model" / INDEX).is_file()
+    return pipeline_in(folder) != folder
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def pipeline_of_run(run: Path, lora: str | None = None, variant: str | None = No
     elif (run / INDEX).is_file():
         yield run
     elif is_kept(run):
-        yield run / "model"
+        yield pipeline_in(run)
     elif is_run(run):
         with tempfile.TemporaryDirectory(prefix="fastunlearn-model-") as folder:
             write_pipeline(run, Path(folder))

@@ -119,7 +119,7 @@ class _Run:
         if config.dry_run:
             return UnlearnResult(folder, None, None)
         original = model.hash_files()
-        ancestors = ancestors_of(model)
+        ancestors = ancestors_of(model, original)
         key = run_key(config, plan, original)
         if config.resume:
             check_same_run(key, folder)
