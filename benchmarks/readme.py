@@ -173,26 +173,32 @@ def kernels_section(results: list[dict[str, Any]]) -> str:
 
 
 def native_section(path: Path) -> str:
-    """The library on a CPU beside its peers: every way of every case, in one and in two threads."""
+    """The library on a CPU beside its peers: a line for each way of each case, a column for each number of threads."""
     if not path.is_file():
         return "CPU, native: not measured yet; `benchmarks/bench_cpu.py` measures on a machine with nothing else to do."
     result = json.loads(path.read_text(encoding="utf-8"))
     floors = ", ".join(f"{rate} GB/s in {n}" for n, rate in result["in_place_gb_per_s"].items())
+    cases: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["operation"], row["size"], row["beside"], row["way"]), {})[row["threads"]] = row
+    threads = sorted({row["threads"] for row in result["rows"]})
+    counts = "".join(f" {n} thread{'s' * (n > 1)}: ms | times as fast |" for n in threads)
     lines = [
         f"CPU ({result['machine']}, {result['best_level']}, torch {result['torch']}), medians of one interleaved run, "
         f"with the range of the rounds' ratios; an in-place pass moves {floors} threads:",
         "",
-        "| operation | size | threads | beside | ms | ours | ms | times as fast |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| operation | size | way |{counts}",
+        "|---|---|---|" + "---|---|" * len(threads),
     ]
-    beside: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in result["rows"]:
-        peer = beside.setdefault((row["operation"], row["size"], row["threads"]), row)
-        if "native" not in row["way"]:
+    for (operation, size, peer, way), by_threads in cases.items():
+        if way.startswith("plain torch"):  # the fallback; it stands in the file
             continue
-        low, high = row["range"]
-        cells = [row["operation"], row["size"], str(row["threads"]), peer["way"], f"{peer['median_ms']:.3g}"]
-        cells += [row["way"], f"{row['median_ms']:.3g}", f"{row['times_as_fast']:.2f}x ({low:.2f} to {high:.2f})"]
+        cells = [operation, size, f"**{way}**" if "native" in way else way]
+        for n in threads:
+            row = by_threads[n]
+            low, high = row["range"]
+            ratio = f"{row['times_as_fast']:.2f}x ({low:.2f} to {high:.2f})" if way != peer else "1x"
+            cells += [f"{row['median_ms']:.3g}", ratio]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

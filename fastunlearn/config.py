@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -70,9 +71,53 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML whose numbers are what they look like: 012 is twelve; 1:30, 0x10 and 2026-11-28 are texts.
+
+    A name comes once.  PyYAML reads YAML 1.1: 012 is ten, 1:30 is ninety, and the last of two equal names wins.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as the base class has it
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the name {key.value!r} comes twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+    def whole(self, node: yaml.ScalarNode) -> int:
+        return int(node.value)
+
+    def real(self, node: yaml.ScalarNode) -> float:
+        return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+class PlainDumper(yaml.SafeDumper):
+    """Puts quotes around a text that :class:`PlainLoader` would read as a number."""
+
+
+_REAL = r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+for _kind, _pattern, _construct in (
+    ("int", "[-+]?[0-9]+", PlainLoader.whole),
+    ("float", _REAL, PlainLoader.real),
+):
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    for _side in (PlainLoader, PlainDumper):
+        _side.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
+    PlainLoader.add_constructor(_tag, _construct)
+
+
 def to_yaml(config: Config) -> str:
     """The settings as YAML that ``--config`` reads back to an equal object."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(path: Path, kind: type[Config]) -> Config:
@@ -82,7 +127,7 @@ def from_yaml(path: Path, kind: type[Config]) -> Config:
 
 def read_yaml(path: Path, kind: type[Config]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the config file {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

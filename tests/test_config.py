@@ -7,7 +7,7 @@ import pytest
 
 from fastunlearn.cli.demo import DemoConfig
 from fastunlearn.cli.flags import add_flags, build
-from fastunlearn.config import from_yaml, to_yaml
+from fastunlearn.config import from_yaml, read_yaml, to_yaml
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.config import CompareConfig, EvaluateConfig
 from fastunlearn.training.config import ApplyConfig, MaskConfig, TrainConfig
@@ -247,6 +247,49 @@ def test_names_in_a_file_may_have_dashes_or_underscores(tmp_path):
     path.write_text("forget: star\noutput: run\nmicro-batch-size: 3\ntrajectory_steps: 4\n")
     config = from_yaml(path, TrainConfig)
     assert (config.micro_batch_size, config.trajectory_steps) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "wanted"),
+    [
+        ("seed: 012", "seed", 12),  # YAML 1.1: ten
+        ("seed: 0_9", "seed", 9),
+        ("steps: 1e2", "steps", 100),
+        ("learning_rate: 1e-5", "learning_rate", 1e-5),  # YAML 1.1: a text
+        ("learning_rate: .5E-3", "learning_rate", 5e-4),
+        ("forget: 2026-11-28", "forget", "2026-11-28"),  # YAML 1.1: a date
+        ("forget: 1:30", "forget", "1:30"),  # YAML 1.1: ninety
+        ("forget: '012'", "forget", "012"),
+    ],
+)
+def test_a_number_in_yaml_is_what_it_looks_like(tmp_path, line, name, wanted):
+    path = tmp_path / "run.yaml"
+    path.write_text(line)
+    assert read_yaml(path, TrainConfig)[name] == wanted
+
+
+@pytest.mark.parametrize("line", ["seed: 1:30", "seed: 0x10", "seed: 0o17", "seed: 2026-11-28", "seed: .inf"])
+def test_a_number_in_yaml_that_no_flag_would_take_is_refused(tmp_path, line):
+    path = tmp_path / "run.yaml"
+    path.write_text(line)
+    with pytest.raises(UserError, match="`seed` must be int, got"):
+        read_yaml(path, TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "text", ["012", "1e3", ".5", "-.5e2", "1:30", "0x1F", "1_000", "2026-11-28", ".inf", "=", "~", "on"]
+)
+def test_a_text_like_a_number_comes_back_from_yaml_as_the_text(tmp_path, text):
+    config = TrainConfig(model="shapes", forget=text, method="esd", output="run")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "run.yaml", TrainConfig) == config
+
+
+def test_a_name_that_stands_twice_in_yaml_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\nsteps: 2\nseed: 3\n")
+    with pytest.raises(UserError, match="the name 'seed' comes twice"):
+        read_yaml(path, TrainConfig)
 
 
 def test_a_bare_no_is_the_precision_and_not_yamls_false(tmp_path):
