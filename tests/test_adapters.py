@@ -258,9 +258,9 @@ def test_a_single_file_is_read_back_by_diffusers_to_equal_tensors(folder_of, run
 
 
 @slow
-@pytest.mark.parametrize(("case", "stage", "furthest"), [("sdxl", 2, 0.0), ("flux dev", 3, 1e-3)])
-def test_two_processes_train_the_adapter_that_one_trains(folder_of, tmp_path, case, stage, furthest):
-    """ZeRO-3 sums in another order; of steps of 0.05 that is rounding."""
+@pytest.mark.parametrize(("case", "stage"), [("sdxl", 2), ("flux dev", 3)])
+def test_two_processes_train_the_adapter_that_one_trains(folder_of, tmp_path, case, stage):
+    """Sums run in another order, and products with another number of threads; of steps of 0.05 that is rounding."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     settings = {"trajectories": 4, "steps": 3, "stop_residual": None}
     one = config_of(folder_of(case), tmp_path / "one", gradient_accumulation_steps=2, **settings)
@@ -275,7 +275,7 @@ def test_two_processes_train_the_adapter_that_one_trains(folder_of, tmp_path, ca
     assert done.returncode == 0, done.stderr
     ours, theirs = (load_file(tmp_path / name / FILE) for name in ("one", "both"))
     assert ours.keys() == theirs.keys()
-    assert max(float((value - theirs[name]).abs().max()) for name, value in ours.items()) <= furthest
+    assert max(float((value - theirs[name]).abs().max()) for name, value in ours.items()) <= 1e-3
     assert max(float(value.abs().max()) for name, value in theirs.items() if "lora_B" in name) > 0.05
 
 

@@ -79,6 +79,15 @@ def tiny(tmp_path_factory):
 CHECKPOINTED, LEAN = {"gradient_checkpointing": True}, {"weights_dtype": "bf16"}
 
 
+@pytest.fixture
+def one_thread():
+    """oneDNN's convolutions have scratch memory for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -89,9 +98,11 @@ CHECKPOINTED, LEAN = {"gradient_checkpointing": True}, {"weights_dtype": "bf16"}
     ],
     ids=str,
 )
-def test_the_counts_are_what_torch_takes(tiny, name, options):
+def test_the_counts_are_what_torch_takes(tiny, name, options, one_thread):
     """Bank, training and evaluation of a tiny model, run for real under the profiler of torch's allocator."""
     lean = options.get("weights_dtype") == "bf16"
+    if lean and name != "flux" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no bfloat16: oneDNN convolves float32 copies, which no device with it has")
     model = load_model(tiny(name), "cpu", placement=Placement("bf16" if lean else "fp32"))
     names = select_parameters(model, model.default_group if model.default_group in model.groups else "all")
     model.settle_denoiser(names)
