@@ -1,14 +1,17 @@
 """Result files as dataclasses: written and read here alone.
 
-Each file begins with ``schema``, ``kind`` and ``fastunlearn``: the number of its form, what it is, and which version
-wrote it.  Reading checks every key that this version knows and leaves out the others.  A number that JSON lacks is a
-text in the free-form parts of a file: ``"inf"``, ``"-inf"`` or ``"nan"``.  Nowhere else may one stand.
+Each file begins with ``schema``, ``kind``, ``fastunlearn`` and ``sha256``: the number of its form, what it is, which
+version wrote it, and a hash of all its other content (as JSON with sorted keys), by which damage is found.
+Reading checks every key that this version knows and leaves out the others.  A file without a hash is read.  A number
+that JSON lacks is a text in the free-form parts of a file: ``"inf"``, ``"-inf"`` or ``"nan"``.  Nowhere else may one
+stand.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import types
@@ -23,6 +26,8 @@ from .files.atomic import write_text
 
 #: The form of the files that this version writes, and the newest that it reads.
 SCHEMA = 1
+
+_HASH = "sha256"
 
 Share = Annotated[float, "share"]  # from 0 to 1
 
@@ -47,7 +52,8 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """The content of the file.  Raises UserError for a number that is not finite."""
         head = {"schema": SCHEMA, "kind": self.kind, "fastunlearn": __version__}
-        return head | _written(self, "")
+        body = _written(self, "")
+        return head | {_HASH: _hash_of(head | body)} | body
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -91,6 +97,8 @@ class Record:
         except (UserError, RecursionError) as error:
             written = f"schema {schema}, fastunlearn {_text(version)}"
             raise UserError(f"{where} is damaged ({written}): {one_line(error)}. {again}") from None
+        if content.get(_HASH, now := _hash_of(content)) != now:
+            raise UserError(f"{where} is damaged: its content has changed since it was written. {again}")
         return record
 
     @classmethod
@@ -121,6 +129,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the hash itself, as it stands in a file."""
+    rest = json.loads(json.dumps({name: value for name, value in content.items() if name != _HASH}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 # ---- between dataclasses and JSON ------------------------------------------------------------------------------------

@@ -360,6 +360,7 @@ class Evaluation(Record):
     ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
     ``is_reconstruction``: the method is made after a paper whose full text was not at hand.
     ``concept``: the concept, or the title of several; then ``concepts`` has a part for each of them.
+    ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -380,6 +381,7 @@ class Evaluation(Record):
     controls: Controls
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
     spec: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+    pairs_sha256: str | None = dataclasses.field(default=None, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         _check_hashes(self.spec, "original", "unlearned")
@@ -390,6 +392,7 @@ class FoldersEvaluation(Record):
     """evaluation.json of ``evaluate-images``.  ``notes``: sentences about the images that a reader must know.
 
     ``judge``, ``calibration``, ``erasure``, ``retain``: absent where there was no judge, or nothing for it to look at.
+    ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
     """
 
     kind: ClassVar[str] = "images"
@@ -404,6 +407,7 @@ class FoldersEvaluation(Record):
     notes: tuple[str, ...] = ()
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
     spec: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=FREE)
+    pairs_sha256: str | None = dataclasses.field(default=None, metadata=OMITTED)
 
     def __post_init__(self) -> None:
         _check_hashes(self.spec, "original_images", "unlearned_images")

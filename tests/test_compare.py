@@ -131,10 +131,15 @@ def test_damaged_evaluations_are_refused(runs, tmp_path):
 
     def damaged(name, damage, said):
         shutil.copytree(whole, tmp_path / name)
+        edited(tmp_path / name / "evaluation.json", lambda c: [c.pop("sha256"), c.pop("pairs_sha256")])
         damage(tmp_path / name)
         with pytest.raises(ValueError, match=said):
             compared(tmp_path, whole, tmp_path / name)
 
+    shutil.copytree(whole, tmp_path / "edited")
+    (tmp_path / "edited" / "pairs.jsonl").write_bytes(without_last(whole))
+    with pytest.raises(ValueError, match=r"is damaged: pairs\.jsonl has changed since it was written\. Evaluate again"):
+        compared(tmp_path, whole, tmp_path / "edited")
     damaged("no pairs", lambda f: (f / "pairs.jsonl").unlink(), r"pairs\.jsonl is missing")
     damaged("no summary", lambda f: (f / "evaluation.json").unlink(), r"evaluation\.json is missing")
     damaged("half", lambda f: (f / "pairs.jsonl").write_bytes((f / "pairs.jsonl").read_bytes()[:-9]), "is damaged")

@@ -79,7 +79,7 @@ FILES = {
     Evaluation: content,
     AttackRecord: attack_record,
     FoldersEvaluation: folders_evaluation,
-    RunRecord: lambda: run_record().to_dict(),
+    RunRecord: lambda: {name: value for name, value in run_record().to_dict().items() if name != "sha256"},
     Comparison: comparison,
     Demo: lambda: {
         **{"schema": 1, "kind": "demo", "fastunlearn": "0.1.0", "seconds": 3.5},
@@ -106,6 +106,17 @@ def test_a_file_is_the_same_after_a_round_trip(kind, tmp_path):
 def test_keys_that_this_version_does_not_know_are_left_out(kind):
     known = kind.from_dict(FILES[kind]())
     assert kind.from_dict(FILES[kind]() | {"later": [1, {"a": None}]}) == known
+
+
+def test_a_file_whose_content_was_changed_by_hand_is_refused(kind):
+    given = kind.from_dict(FILES[kind]()).to_dict()
+    assert kind.from_dict(given, "result.json").to_dict() == given
+    assert kind.from_dict(json.loads(json.dumps(given)), "result.json").to_dict() == given
+    for changed in (given | {"fastunlearn": "0.0.1"}, given | {"later": 1}, given | {"sha256": "0" * 64}):
+        with pytest.raises(
+            UserError, match=r"^result\.json is damaged: its content has changed since it was written\. Make"
+        ):
+            kind.from_dict(changed, "result.json")
 
 
 def paths_of(value, path=()):

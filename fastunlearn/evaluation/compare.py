@@ -7,6 +7,7 @@ Of two folders of images the distances are compared: there is no redrawn origina
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -92,8 +93,10 @@ def read_run(folder: Path) -> Run:
     folder = folder.expanduser()
     try:
         evaluation = read_evaluation(folder / "evaluation.json")
-        with (folder / "pairs.jsonl").open(encoding="utf-8") as stream:
-            lines = [json.loads(line) for line in stream]
+        content = (folder / "pairs.jsonl").read_bytes()
+        if evaluation.pairs_sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise _damaged(folder, "pairs.jsonl has changed since it was written")
+        lines = [json.loads(line) for line in content.split(b"\n") if line]
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no evaluation: {Path(str(error.filename)).name} is missing. Evaluate first, or name the "

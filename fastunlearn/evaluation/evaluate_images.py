@@ -98,8 +98,9 @@ def evaluate_image_folders(
         galleries = [_galleries(*each) for each in zip(all_pairs, (s.distances for s in all_scores), strict=True)]
         for number, (output, evaluation) in enumerate(found.items()):
             prepare_output(output, "evaluate-images", overwrite=config.overwrite)
-            write_lines(output / "pairs.jsonl", _records(all_pairs[number], all_scores[number], seer))
-            evaluation.write(output / "evaluation.json")
+            written = write_lines(output / "pairs.jsonl", _records(all_pairs[number], all_scores[number], seer))
+            found[output] = dataclasses.replace(evaluation, pairs_sha256=written)
+            found[output].write(output / "evaluation.json")
             write_folders_report(output / "report.html", FoldersReport(evaluation, galleries[number]))
     return found
 

@@ -60,7 +60,7 @@ class ModelResult:
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
-        """The content of evaluation.json."""
+        """The content of evaluation.json, but for the hash of pairs.jsonl."""
         return self.evaluation.to_dict()
 
     @property
@@ -179,8 +179,8 @@ def write_results(folder: Path, report: EvaluationReport) -> None:
 def write_records(folder: Path, result: ModelResult) -> None:
     """pairs.jsonl, one line per pair, and evaluation.json."""
     folder.mkdir(exist_ok=True)
-    write_lines(folder / "pairs.jsonl", result.lines())
-    result.evaluation.write(folder / "evaluation.json")
+    pairs = write_lines(folder / "pairs.jsonl", result.lines())
+    dataclasses.replace(result.evaluation, pairs_sha256=pairs).write(folder / "evaluation.json")
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

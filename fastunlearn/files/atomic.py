@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -97,11 +98,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line."""
-    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> str:
+    """One JSON object per line.  Returns the file's SHA-256."""
+    digest = hashlib.sha256()
+    with whole_file(path) as unfinished, unfinished.open("wb") as stream:
         for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            digest.update(line)
+            stream.write(line)
+    return digest.hexdigest()
 
 
 def _exchange(one: Path, other: Path) -> None:
