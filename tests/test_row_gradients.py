@@ -320,6 +320,26 @@ def test_an_attack_does_not_depend_on_how_a_step_is_divided(tiny):
         torch.testing.assert_close(half["encoder_hidden_states"], states[part::2], atol=1e-5, rtol=1e-5)
 
 
+def test_a_searchs_bank_samples_as_many_trajectories_at_once_as_it_is_told(tiny, monkeypatch):
+    model = load_model(tiny, "cpu")
+    sizes, predict = [], model.predict
+
+    def spy(latents, *rest):
+        sizes.append(len(latents))
+        return predict(latents, *rest)
+
+    monkeypatch.setattr(model, "predict", spy)
+
+    def largest(bank_batch_size):
+        sizes.clear()
+        search = Search("x", "a red star", "a red star", None, 0, 0.01)
+        budget = adversary.SearchBudget(3, 2, 3.0, 1, 0, bank_batch_size)
+        adversary.with_found(model, Recipe([], Sum(), searches=[search]), budget)
+        return max(sizes)
+
+    assert largest(None) == 3 * largest(1)
+
+
 @pytest.mark.parametrize("relative", [True, False])
 def test_the_search_for_an_anchor_is_adam_on_fresh_gradients(relative, tiny):
     """The authors' optimizers never forget a gradient."""

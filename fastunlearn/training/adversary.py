@@ -19,13 +19,17 @@ STATES = "encoder_hidden_states"
 
 @dataclasses.dataclass(frozen=True)
 class SearchBudget:
-    """What a search may cost: trajectories of the concept, their steps and guidance, rows per step, and the seed."""
+    """What a search may cost: trajectories of the concept, their steps and guidance, rows per step, and the seed.
+
+    ``bank_batch_size``: trajectories and prompts per forward of its bank, as :func:`build_bank` takes it.
+    """
 
     trajectories: int
     num_inference_steps: int
     guidance_scale: float
     micro_batch_size: int
     seed: int
+    bank_batch_size: int | None = None
 
 
 def with_found(model: Model, recipe: Recipe, budget: SearchBudget) -> Recipe:
@@ -47,7 +51,7 @@ def _found(model: Model, search: Search, budget: SearchBudget) -> Mapping[str, t
         seed=budget.seed,
     )
     branches = plan.branch_prompts(recipe.rows[0])
-    bank = build_bank(model, recipe, plan)
+    bank = build_bank(model, recipe, plan, micro_batch_size=budget.bank_batch_size)
     start = model.with_guidance(model.encode([search.start]).of([search.start]), budget.guidance_scale)
     offset = torch.zeros_like(start[STATES]).requires_grad_(True)
     optimizer = torch.optim.Adam([offset], lr=search.learning_rate)

@@ -181,6 +181,7 @@ class _Run:
                 guidance_scale=config.trajectory_guidance_scale,
                 micro_batch_size=plan.settings.micro_batch_size,
                 seed=config.seed,
+                bank_batch_size=config.bank_batch_size,
             )
             with self._stage("search"):
                 recipe = with_found(model, recipe, budget)
