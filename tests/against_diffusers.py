@@ -111,7 +111,7 @@ def drawn_by(pipeline, guidance=GUIDANCE, prompts=PROMPTS, size=None, **options)
     if isinstance(pipeline, diffusers.QwenImagePipeline):  # its guidance scale is another thing
         options |= {"guidance_scale": None, "true_cfg_scale": guidance}
         options = {"negative_prompt": [""] * len(prompts)} | options
-    images = pipeline(prompts, latents=noise, output_type="np", **options).images
+    images = pipeline(list(prompts), latents=noise, output_type="np", **options).images  # Z-Image writes into it
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().int()
 
 
