@@ -1,6 +1,7 @@
 """The bank: what it holds is what a fresh computation gives, at the promised number of UNet evaluations."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -45,6 +46,24 @@ def test_the_plan_counts_the_evaluations_that_are_made(bundled):
     assert planned.rows == 2 * 4 * 3
     # forget: 2 trajectories with 2 branches, 2 with 3 (the anchor); retain: 4 with 2; each of 3 steps
     assert planned.unet_evaluations == 3 * (2 * 2 + 2 * 3 + 4 * 2)
+
+
+def test_a_bank_in_bfloat16_is_what_autocast_gives_and_kept_in_float32(bundled, bank):
+    made = build_bank(bundled, RECIPE, dataclasses.replace(plan(bundled), precision="bf16"))
+    row, number = plan(bundled).assignments[0]
+    conditions = bundled.encode([UNCONDITIONAL, row.trajectory])
+    noise = initial_noise([row.trajectory], [number], bundled.latent_shape, "training")
+    branches = [conditions.of([UNCONDITIONAL]), conditions.of([row.trajectory])]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        points = list(sample(bundled, noise, branches, num_inference_steps=3, guidance_scale=3.0))
+    fresh = torch.stack([point.predictions[:, 0].float() for point in points], 1)
+    torch.testing.assert_close(made.teacher_preds[:2, :3], fresh, atol=0.1, rtol=0.05)
+    for name in ("latents", "timesteps", "teacher_preds", "coefficients"):
+        assert getattr(made, name).dtype == torch.float32
+    far = (made.teacher_preds - bank.teacher_preds).norm() / bank.teacher_preds.norm()
+    assert 1e-4 < far < 0.1
+    for name, values in made.conditions.tensors.items():
+        assert torch.equal(values, bank.conditions.tensors[name]), "texts are encoded in float32"
 
 
 def test_cached_rows_equal_a_fresh_trajectory(bundled, bank):

@@ -40,7 +40,7 @@ FLAGS = {
         *("config", "model", "method", "forget", "anchor", "forget-prompts", "retain-prompts", "output"),
         *("mask", "mask-density", "mask-granularity", "clip-scope", "gradient-accumulation-steps", "save"),
         *("deepspeed", "num-processes", "weights-dtype", "gradient-checkpointing", "offload", "bank-batch-size"),
-        *("evaluation-batch-size", "decode-batch-size", "device-memory-gib"),
+        *("bank-precision", "evaluation-batch-size", "decode-batch-size", "device-memory-gib"),
         *("steps", "stop-residual", "learning-rate", "lr-scheduler", "micro-batch-size", "trajectories"),
         *("trajectory-steps", "adapter", "rank", "lora-alpha", "lora"),
         *("trajectory-guidance-scale", "trainable", "retain-weight", "set", "weight-decay"),

@@ -91,6 +91,7 @@ CHANGES = {
     "a name for a file": (lambda here: ["--retain-prompts", "keep.list;"], r"has 2 retain prompts, now there are 1"),
     "forget prompts": (lambda here: ["--forget-prompts", "star;a new star"], r"forget prompts, now there are 2"),
     "anchor": (lambda here: ["--anchor", "ring"], r"has the anchor of 'star' = 'circle', now it is 'ring'"),
+    "bank_precision": (lambda here: ["--bank-precision", "bf16"], r"has bank_precision = 'no', now it is 'bf16'"),
     "seed": (lambda here: ["--seed", 3], r"has seed = 0, now it is 3"),
     "steps": (lambda here: ["--steps", 3], r"has steps = 2, now it is 3"),
     "method": (lambda here: ["--method", "esd"], r"has method = 'ovw', now it is 'esd'"),

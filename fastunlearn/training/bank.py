@@ -118,7 +118,7 @@ class BankPlan:
 
     ``assignments``: (row kind, trajectory number) for each trajectory.  ``points``: of a trajectory, one per forward;
     some samplers (PNDM, Heun) have more of them than steps.  ``guided_from``: see ``Model.guided_from``.
-    ``unet_evaluations``: forwards of one sample.
+    ``precision``: "no", or "bf16" to run the denoiser in bfloat16.  ``unet_evaluations``: forwards of one sample.
     """
 
     assignments: tuple[tuple[Row, int], ...]
@@ -128,6 +128,7 @@ class BankPlan:
     guidance_scale: float
     guided_from: tuple[str, ...]
     seed: int
+    precision: str = "no"
 
     @property
     def rows(self) -> int:
@@ -155,7 +156,14 @@ class BankPlan:
 
 
 def plan_bank(
-    model: Model, recipe: Recipe, *, trajectories: int, num_inference_steps: int, guidance_scale: float, seed: int
+    model: Model,
+    recipe: Recipe,
+    *,
+    trajectories: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+    precision: str = "no",
 ) -> BankPlan:
     """Deal ``trajectories`` trajectories to each role, its kinds of row taking turns in a seeded order.
 
@@ -172,7 +180,7 @@ def plan_bank(
     for row, _ in assignments:
         row.window(points)  # holds a point, or says so
     guided_from = model.guided_from(guidance_scale)
-    plan = BankPlan(tuple(assignments), 1, num_inference_steps, points, guidance_scale, guided_from, seed)
+    plan = BankPlan(tuple(assignments), 1, num_inference_steps, points, guidance_scale, guided_from, seed, precision)
     branches = max((len(plan.branch_prompts(row)) for row, _ in assignments), default=1)
     return dataclasses.replace(plan, branches=branches)
 
@@ -203,6 +211,7 @@ def build_bank(
     places = torch.full((total, 2), -1, device=model.device)
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
     role_rows: dict[Role, list[torch.Tensor]] = {}
+    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
     for first, group in _groups(plan, micro_batch_size or BATCH_SIZE):
         kinds = [row for row, _ in group]
@@ -215,10 +224,11 @@ def build_bank(
             asked = [conditions.of(branch) for branch in zip(*branches, strict=True)]
             steps = plan.num_inference_steps
             trajectory = sample(model, noise, asked, num_inference_steps=steps, guidance_scale=plan.guidance_scale)
-            for number, point in enumerate(trajectory):
-                latents[rows[:, number]] = point.latents
-                timesteps[rows[:, number]] = point.timestep.float()
-                teacher_preds[: len(asked), rows[:, number]] = point.predictions
+            with lower:
+                for number, point in enumerate(trajectory):
+                    latents[rows[:, number]] = point.latents
+                    timesteps[rows[:, number]] = point.timestep.float()
+                    teacher_preds[: len(asked), rows[:, number]] = point.predictions
             ends = point.next_latents
         for row, branch, where, seed, end in zip(kinds, branches, rows, seeds, ends, strict=True):
             if row.trajectory in pictures or NOISE in row.target:
@@ -236,7 +246,8 @@ def build_bank(
                     if name in pictures:
                         teacher_preds[number, where] = prediction_towards(model, pictures[name], x, t)
                     elif name != NOISE:
-                        teacher_preds[number, where] = model.predict(x, t, conditions.of([name] * points))
+                        with lower:
+                            teacher_preds[number, where] = model.predict(x, t, conditions.of([name] * points))
             condition[where] = conditions.prompts.index(row.condition)
             coefficients[where, : len(branch)] = torch.tensor(_coefficients(row, branch), device=model.device)
             kept = [branch.index(name) if name in branch else -1 for name in (UNCONDITIONAL, row.trajectory)]

@@ -84,6 +84,7 @@ class TrainConfig(ModelOptions):
     gradient_checkpointing: bool = setting("compute activations again in the backward: the same bits, slower", False)
     offload: bool = setting("networks that idle wait on the host: one at a time is on the GPU", False)
     bank_batch_size: int | None = setting("trajectories, and prompts, per forward of the bank; default: 64", None)
+    bank_precision: Literal["no", "bf16"] = setting("bf16 samples the bank in bfloat16; its rows stay float32", "no")
     evaluation_batch_size: int = setting("images per forward of the evaluation after training", 32)
     decode_batch_size: int | None = setting("images per forward of the VAE; default: all of a batch", None)
     device_memory_gib: float | None = setting("what `--dry-run` plans for; default: this device's memory", None)

@@ -56,8 +56,9 @@ class Workload:
 
     ``trained``: names of the parameters of which something changes; with ``rank`` these stay, and low-rank adapters on
     them train.  ``selected``: elements that change, None for all.  ``bank_batch_size``: trajectories per forward, each
-    asked for ``branches`` conditions.  ``rows``: of the bank.  ``prompts``: encoded ones.  ``gradients``: sets of
-    gradients that are alive at once.  ``is_held``: whether the weights are held to where they started.
+    asked for ``branches`` conditions in ``bank_precision``.  ``rows``: of the bank.  ``prompts``: encoded ones.
+    ``gradients``: sets of gradients that are alive at once.  ``is_held``: whether the weights are held to where they
+    started.
     """
 
     trained: tuple[str, ...]
@@ -75,6 +76,7 @@ class Workload:
     gradients: int = 1
     is_held: bool = False
     mixed_precision: str = "no"
+    bank_precision: str = "no"
     weights_dtype: WeightsDtype = "fp32"
     gradient_checkpointing: bool = False
     offload: bool = False
@@ -153,7 +155,7 @@ class _Counter:
     def bank(self) -> Phase:
         trajectories = min(self.work.bank_batch_size or 64, self.work.trajectories)
         device = {"denoiser": self.weights, "bank": self._bank, "conditions": self._conditions}
-        device["activations"] = self._forward(trajectories, self.work.branches)
+        device["activations"] = self._forward(trajectories, self.work.branches, self.work.bank_precision)
         return self._phase("bank", device, others=[self.model.denoiser])
 
     def mask(self) -> Phase:

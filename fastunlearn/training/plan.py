@@ -142,6 +142,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         num_inference_steps=config.trajectory_steps,
         guidance_scale=config.trajectory_guidance_scale,
         seed=config.seed,
+        precision=config.bank_precision,
     )
     if rows.rows and bank.trained_rows < world.size:
         raise UserError(
@@ -337,6 +338,7 @@ def _workload(
         gradients=2 if rule is not None and rule.projects else 1,
         is_held=isinstance(recipe, Recipe) and bool(recipe.elastic),
         mixed_precision=config.mixed_precision,
+        bank_precision=config.bank_precision,
         weights_dtype=config.weights_dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         offload=config.offload and on_gpu,
