@@ -45,13 +45,15 @@ def test_integrity_sees_what_accuracy_does_not(demo):
     assert compared["ci95"][1] < 0
     assert compared["p_value_holm"] < 0.001
     assert ovw["integrity"]["retention"] > esd["integrity"]["retention"] + 0.05
+    assert result["uce"]["erasure"]["shown"] <= 0.05
+    assert result["uce"]["integrity"]["retention"] >= 0.98, "an edit in closed form is the one to beat"
     assert placebo["integrity"]["retention"] >= 0.99
     assert placebo["erasure"]["shown"] >= 0.95
 
 
 @pytest.mark.slow
 def test_the_demo_leaves_its_files(demo):
-    assert names_in(demo) == {"demo.json", "esd", "grid.png", "ovw", "placebo", "report.html"}
+    assert names_in(demo) == {"demo.json", "esd", "grid.png", "ovw", "placebo", "report.html", "uce"}
     for method in ("esd", "ovw", "placebo"):
         names = names_in(demo / method)
         assert {"config.yaml", "run.json", "metrics.jsonl", "model", "pairs.jsonl", "evaluation.json"} <= names

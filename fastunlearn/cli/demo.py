@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ..schema import Demo
 
 CONCEPT = "star"
-METHODS = ("esd", "ovw", "placebo")
+METHODS = ("esd", "ovw", "uce", "placebo")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What `demo` does: forget "star" three ways and show them side by side."""
+    """What `demo` does: forget "star" in three ways, beside a control, and show them side by side."""
 
     output: str = setting("folder of the runs and the report", "demo", path=True)
     judge: str | None = setting(
