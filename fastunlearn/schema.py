@@ -427,7 +427,7 @@ class AttackResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Record):
-    """evaluation.json of ``evaluate``: one unlearned model beside its original.
+    """evaluation.json of ``evaluate``, of one unlearned model beside its original.
 
     ``name``: of the unlearned model, here and in tables.  ``method``: of the run that made it.  ``model``: the
     original.  ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to

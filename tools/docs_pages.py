@@ -117,13 +117,17 @@ def methods_index() -> str:
         measured = "yes" if measured_lines(method.name) else "not yet"
         summary = f"control: {method.summary}" if method.is_control else method.summary
         link = f"[`{method.name}`]({method.name}.md)"
-        lines.append(f"| {link} | {summary} | {method.needs} | {ANCHORS[method.anchor]} | {measured} |")
+        lines.append(f"| {link} | {summary} | {method.needs} | {method.anchor} | {measured} |")
     lines += ["", "Measured on the bundled model: [all figures](../results.md)."]
     lines += ["A method of your own is one file: [extending](../extend.md)."]
     return "\n".join(lines) + "\n"
 
 
-ANCHORS = {"none": "takes none", "optional": "taken if given", "needed": "needed; its default is the world's or none"}
+ANCHORS = {
+    "none": "takes none",
+    "optional": "taken if given",
+    "needed": "needed; where none is given nothing takes the concept's place, or its neighbor in the bundled model",
+}
 
 
 def method_page(method: Method) -> str:
@@ -136,9 +140,17 @@ def method_page(method: Method) -> str:
             "    A reconstruction: the paper's full text was not available. Below stands what is ours.",
             "",
         ]
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| source | {paper} |", f"| needs | {method.needs} |", f"| anchor | {ANCHORS[method.anchor]} |", ""]
-    lines += [f"    {example(method)}", "", "## How it works", "", markdown_of(method.about), ""]
+    lines += [f"- source: {paper}", f"- needs: {method.needs}", f"- anchor: {ANCHORS[method.anchor]}", ""]
+    lines += [
+        "On the bundled model:",
+        "",
+        f"    {example(method)}",
+        "",
+        "## How it works",
+        "",
+        markdown_of(method.about),
+        "",
+    ]
     lines += ["## Options of its own", ""]
     if method.options is None:
         lines.append("It has none.")
@@ -173,6 +185,10 @@ def limits(field: dataclasses.Field[Any]) -> str:
     return "".join(f" {sign} {field.metadata[name]:g}" for name, sign in signs.items() if name in field.metadata)
 
 
+#: Settings that nothing which trains no step reads.
+_OF_TRAINING = ("steps", "learning_rate", "micro_batch_size", "trajectories", "lr_scheduler", "stop_residual")
+
+
 def defaults_lines(method: Method) -> list[str]:
     """Settings down, families across."""
     columns = {}
@@ -181,7 +197,10 @@ def defaults_lines(method: Method) -> list[str]:
         columns[key] = values | (values.pop("options") or {})
     titles = {"shapes": "the bundled model", "stable-diffusion": "all other models"}
     lines = [f"| | {' | '.join(titles.get(key, key) for key in columns)} |", "|---|" + "---|" * len(columns)]
+    is_edit = all(column["steps"] == 0 for column in columns.values())
     for name in next(iter(columns.values())):
+        if is_edit and name in _OF_TRAINING:
+            continue
         values = [column[name] for column in columns.values()]
         if any(value not in (None, "") for value in values):
             lines.append(f"| `{name}` | {' | '.join('' if value is None else str(value) for value in values)} |")
@@ -302,7 +321,7 @@ def keys_section() -> str:
 def about(kind: type) -> list[str]:
     """A class's docstring as far as it explains no single key."""
     text = " ".join(_EXPLAINED.split(docstring(kind))[0].split())
-    return [text, ""] if text else []
+    return [text.replace("None", "null"), ""] if text else []
 
 
 def docstring(kind: type) -> str:
@@ -321,7 +340,7 @@ def explained(kind: type) -> dict[str, str]:
         _, *rest = _EXPLAINED.split(text)
         for names, said in zip(rest[::2], rest[1::2], strict=True):
             for name in re.findall(r"``(\w+)``", names):
-                result.setdefault(name, " ".join(said.split()))
+                result.setdefault(name, " ".join(said.split()).replace("None", "null"))
     for field in dataclasses.fields(kind):
         subject = field.name.removesuffix("_ci95").removesuffix("ci95")
         if subject != field.name:
