@@ -1,9 +1,9 @@
 """The result files, typed: evaluation.json, attack.json, run.json, compare.json, demo.json.
 
 How they are written and read, and what every one of them begins with, is in ``record.py``.  The docs list every key
-with what these docstrings say of it.  Keys that recur: ``mean``: over prompts, of each prompt's mean.  ``n_pairs``:
-pairs of images.  ``n_prompts``: different prompts.  ``n_images``: images.  ``quantiles``: of the distances, by level.
-``interval``: how the intervals were made, in words.
+with what these docstrings say of it.  Keys that recur: ``mean``: over prompts, of each prompt's mean.  ``n_pairs``: how
+many pairs of images.  ``n_prompts``: how many different prompts.  ``n_images``: how many images.  ``quantiles``: of the
+distances, by level.  ``interval``: how the intervals were made, in words.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class Erasure:
 
     ``concept``: the concept, or the title of several.
     ``shown``: the judge sees the concept, in a valid image.  ``valid``: sound images; None where the judge cannot tell.
-    ``unlearning_accuracy``: UA of the field, which garbage earns too; ``unlearning_accuracy_valid``: which it cannot.
+    ``unlearning_accuracy``: UA of the field, which garbage earns too.  ``unlearning_accuracy_valid``: UA that it cannot
+    earn.
     """
 
     concept: str

@@ -340,7 +340,7 @@ def explained(kind: type) -> dict[str, str]:
         _, *rest = _EXPLAINED.split(text)
         for names, said in zip(rest[::2], rest[1::2], strict=True):
             for name in re.findall(r"``(\w+)``", names):
-                result.setdefault(name, " ".join(said.split()).replace("None", "null"))
+                result.setdefault(name, " ".join(said.split()).replace("None", "null").rstrip(" .;,"))
     for field in dataclasses.fields(kind):
         subject = field.name.removesuffix("_ci95").removesuffix("ci95")
         if subject != field.name:
