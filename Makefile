@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/native.cpp
 
-.PHONY: demo test test-slow fuzz lint bench results readme weights clean
+.PHONY: demo test test-slow fuzz lint docs bench results readme weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
 $(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable packaging/kernels --editable ".[test,dev]"
+	  --editable packaging/kernels --editable ".[test,dev,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -32,10 +32,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-enable -m "not gpu" --benchmark-json benchmarks/results/cpu.json
 
-# The figures in the README: made by these commands, kept in benchmarks/results/.
+# The figures in README and docs: made by these commands, kept in benchmarks/results/.
 results: $(VENV)/.installed
 	mkdir -p .benchmarks
 	$(BIN)/fastunlearn demo --output demo --overwrite
@@ -61,4 +64,4 @@ weights: $(VENV)/.installed
 	$(BIN)/python tools/train_shapes.py --output fastunlearn/worlds/shapes/weights
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info packaging/kernels/build packaging/kernels/dist packaging/kernels/*.egg-info
+	rm -rf $(VENV) demo site build dist *.egg-info packaging/kernels/build packaging/kernels/dist packaging/kernels/*.egg-info

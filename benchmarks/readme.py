@@ -1,4 +1,4 @@
-"""Puts the figures of benchmarks/results/ into the README, between its begin and end marks.
+"""Puts the figures of benchmarks/results/ and the tables of what there is into README and docs, between their marks.
 
 python benchmarks/readme.py                      # after `make results`; --check only compares
 """
@@ -13,16 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastunlearn.methods import Method, all_methods
+from fastunlearn.models.families import OURS
 from fastunlearn.reports.sentences import gap_sentence
 from fastunlearn.schema import Demo
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+#: A section stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in any of these.
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README would change")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
     parser.add_argument(
         "--bank-speed", type=Path, help="a pytest-benchmark file to distil into results/bank_speed.json"
     )
@@ -41,18 +45,25 @@ def main() -> None:
         (entry,) = json.loads(args.second_model.read_text(encoding="utf-8"))["benchmarks"]
         text = json.dumps(entry["extra_info"], indent=1) + "\n"
         (RESULTS / "second_model_cpu.json").write_text(text, encoding="utf-8")
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = render(before)
+    before = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    after = {path: render(text) for path, text in before.items()}
     if args.check:
-        sys.exit(int(before != after))
-    path.write_text(after, encoding="utf-8")
+        stale = [path.relative_to(ROOT).as_posix() for path in PAGES if before[path] != after[path]]
+        sys.exit(f"not what `make readme` writes: {', '.join(stale)}" if stale else 0)
+    for path, text in after.items():
+        path.write_text(text, encoding="utf-8")
 
 
 def render(text: str) -> str:
-    """The README's text with every marked section made anew from its results file."""
+    """A page's text with every marked section made anew from its results file.  KeyError for an unknown mark."""
     sections = {
+        "methods": methods_section,
+        "families": lambda: families_section(_read("models.json")),
         "demo": lambda: demo_section(Demo.read(RESULTS / "demo.json")),
+        "edits": lambda: edits_section(_read("edits.json")),
+        "leaderboard": lambda: leaderboard_section(RESULTS / "leaderboard.json"),
+        "training": lambda: training_section(_read("training_cpu.json")),
+        "coverage": lambda: coverage_section(_read("coverage.json")),
         "bank": lambda: bank_section(_read("bank_speed.json"), _read("bank_quality.json")),
         "metrics": lambda: metrics_section(_read("metrics_miss.json")),
         "evaluation": lambda: evaluation_section(_read("evaluation_cpu.json"), _read("second_model_cpu.json")),
@@ -64,6 +75,110 @@ def render(text: str) -> str:
         head, _, rest = text.partition(begin)
         text = head + begin + sections[name]() + "\n" + end + rest.partition(end)[2]
     return text
+
+
+def our_methods() -> list[Method]:
+    """The methods of this package, without those that installed packages add."""
+    return [method for method in all_methods().values() if method.recipe.__module__.startswith("fastunlearn.methods.")]
+
+
+def methods_section() -> str:
+    lines = ["| method | what it does | source |", "|---|---|---|"]
+    for method in our_methods():
+        if not method.is_control:
+            source = method.paper.replace("our reconstruction", "**our reconstruction**")
+            lines.append(f"| `{method.name}` | {method.summary} | {source} |")
+    controls = ", ".join(f"`{method.name}`" for method in our_methods() if method.is_control)
+    return "\n".join([*lines, f"| {controls} | controls: what changes although nothing is to be forgotten | |"])
+
+
+def families_section(models: dict[str, Any]) -> str:
+    """Every family, and how near its images are to plain diffusers' in all cases of models.json."""
+    lines = [
+        "| family | diffusers pipeline | trained by default | samplers tried | off plain diffusers by at most |",
+        "|---|---|---|---|---|",
+    ]
+    for family in OURS:
+        rows = [row for row in models["cases"].values() if row["family"] == family.family]
+        worst = max(row["own"] for row in rows)
+        samplers = len({row["sampler"] for row in rows})
+        pipelines = ", ".join(f"`{name}`" for name in family.pipelines)
+        lines.append(
+            f"| {family.family} | {pipelines} | {family.default_group} | {samplers} | {worst} of 255, tiny models |"
+        )
+    return "\n".join(lines)
+
+
+def edits_section(edits: dict[str, Any]) -> str:
+    """The edits in closed form over all concepts, in a sentence."""
+    words = []
+    for name, row in edits["summary"].items():
+        words.append(f"`{name}` in {row['shown_mean']:.1%} with an R of {row['retention_mean']:.3f}")
+    seconds = [one["edit_s"] for concept in edits["concepts"].values() for one in concept["methods"].values()]
+    return (
+        f"Without training, in closed form, over {len(edits['concepts'])} concepts of the bundled model: the concept "
+        f"is shown, on average, by {', by '.join(words)}; an edit takes at most {max(seconds):.1f} s "
+        "([table](docs/edits.md))."
+    )
+
+
+def leaderboard_section(path: Path) -> str:
+    """Every method on the concepts that nothing was chosen on."""
+    if not path.is_file():
+        return "Not measured yet; `python benchmarks/leaderboard.py` measures every method on every concept."
+    board = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"Trainings on concepts of `{board['world']}` that no default was chosen on. Forgotten: shown in at most "
+        f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range.",
+        "",
+        "| method | trainings | forgotten | shown | valid | R | judged the same | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, sums in board["methods"].items():
+        if (held := sums["held_out"]) is None:
+            continue
+        cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}"]
+        cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
+        cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
+        lines.append(f"| {' | '.join([*cells, _spread(held['seconds'], '.0f')])} |")
+    return "\n".join(lines)
+
+
+def _spread(values: dict[str, float], form: str) -> str:
+    return f"{values['median']:{form}} ({values['least']:{form}} to {values['most']:{form}})"
+
+
+def training_section(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['machine']}, torch {result['torch']}: a training step, beside the first row in the same run.",
+        "",
+        "| | processes | ms per step | times the first | optimizer's states, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["cases"]:
+        lines.append(
+            f"| {row['case']} | {row['processes']} | {row['step_ms']:.0f} | {row['times_the_first']:.2f} | "
+            f"{row['optimizer_bytes'] / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def coverage_section(result: dict[str, Any]) -> str:
+    """The worst over shares of prompts that give another image altogether, one row per number of prompts."""
+    lines = [
+        f"How often a {result['level']:.0%} interval holds the true R, over {result['rounds']} rounds: the least over "
+        "all populations and shares of prompts that give another image altogether.",
+        "",
+        "| prompts | interval of R | populations that it was not chosen on | plain t interval |",
+        "|---|---|---|---|",
+    ]
+    for prompts in sorted({row["prompts"] for row in result["least"]}):
+        rows = [row for row in result["least"] if row["prompts"] == prompts]
+        cells = (min(row[way] for row in rows) for way in ("retention", "retention_not_chosen_on", "t"))
+        lines.append(f"| {prompts} | {' | '.join(f'{share:.1%}' for share in cells)} |")
+    beyond = ", ".join(f"{row['retention']['held']:.1%} at {row['prompts']} prompts" for row in result["unbounded"])
+    lines += ["", f"Where most of the loss lies in a tail far beyond redrawn images: {beyond}."]
+    return "\n".join(lines)
 
 
 def demo_section(demo: Demo) -> str:

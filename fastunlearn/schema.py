@@ -1,6 +1,9 @@
 """The result files, typed: evaluation.json, attack.json, run.json, compare.json, demo.json.
 
-How they are written and read, and what every one of them begins with, is in ``record.py``.
+How they are written and read, and what every one of them begins with, is in ``record.py``.  The docs list every key
+with what these docstrings say of it.  Keys that recur: ``mean``: over prompts, of each prompt's mean.  ``n_pairs``: how
+many pairs of images.  ``n_prompts``: how many different prompts.  ``n_images``: how many images.  ``quantiles``: of the
+distances, by level.  ``interval``: how the intervals were made, in words.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ Shares = tuple[Share, Share]
 class JudgeRecord:
     """Who said what an image shows.  ``valid_threshold``: None for a judge that cannot tell a valid image.
 
-    ``weights``: SHA-256 of the judge's weights, empty where it has none or does not say.  ``note``: what a reader must
-    know of the judge.
+    ``name``: ends in a hash of its weights, if the judge says one.  ``threshold``: the score from which on the concept
+    is shown.  ``attributes``: what else it tells of an image.  ``weights``: SHA-256 of the judge's weights, empty where
+    it has none or does not say.  ``note``: what a reader must know of the judge.
     """
 
     name: str
@@ -38,7 +42,10 @@ class JudgeRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-    """In which share of images a judge sees the concept, with Wilson's interval over images taken as independent."""
+    """In which share of images a judge sees the concept, with Wilson's interval over images taken as independent.
+
+    ``shown``: that share.
+    """
 
     n_images: int
     shown: Share
@@ -49,6 +56,7 @@ class Seen:
 class Calibration:
     """What the judge sees on the original's own images, where the concept is asked for and where it is not.
 
+    ``asked``: images of prompts that ask for the concept.  ``unasked``: images of prompts that do not.
     ``p_value``: of Fisher's exact test that it sees it no more often where it is asked for.  ``verdict``: ``tells``,
     ``too few images`` or ``cannot tell``; with the last the evaluation was made because the user insisted.
     """
@@ -61,7 +69,11 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Changed:
-    """The share of retain pairs whose distance is above that of a control."""
+    """The share of retain pairs whose distance is above that of a control.
+
+    ``threshold``: the distance that counts as a change.  ``source``: which quantile of which control it is.  ``share``:
+    of the pairs, those above it.
+    """
 
     threshold: float
     source: str
@@ -71,6 +83,8 @@ class Changed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
+    """A paired difference.  ``mean``: over prompts."""
+
     mean: float
     ci95: Interval
 
@@ -79,7 +93,8 @@ class Difference:
 class ColorRecord:
     """How far colors moved, in Delta E*ab, beside the original redrawn from other noise (``ceiling``).
 
-    ``retention``: None where the redrawn images' colors are the same, or the prompts too few.
+    ``metric``: the name of this distance.  ``ceiling``: its mean between the original and itself from other noise.
+    ``retention``: as R, on this distance; None where the redrawn images' colors are the same, or the prompts too few.
     """
 
     metric: str
@@ -92,7 +107,13 @@ class ColorRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Integrity:
-    """Distances of the retain pairs, and retention R: their place between the floor (1) and the ceiling (0)."""
+    """Distances of the retain pairs, and retention R: their place between the floor (1) and the ceiling (0).
+
+    ``floor``: what numerics alone change, the distance at which R is 1.  ``ceiling``: the mean distance of the original
+    to itself from other noise, at which R is 0.  ``retention``: R, from 1 at the floor to 0 at the ceiling.
+    ``changed``: the share of pairs beyond each control.  ``metric``: the name of the distance, with a hash of its
+    weights.  ``minus_placebo``: the mean distance minus the placebo's, pair by pair.  ``color``: how far colors moved.
+    """
 
     mean: float
     ci95: Interval
@@ -114,8 +135,10 @@ class Integrity:
 class Erasure:
     """Shares of the images that were asked for with the concept.
 
-    ``shown``: the judge sees the concept, in a valid image.  ``valid``: None where the judge cannot tell.
-    ``unlearning_accuracy``: UA of the field, which garbage earns too; ``unlearning_accuracy_valid``: which it cannot.
+    ``concept``: the concept, or the title of several.
+    ``shown``: the judge sees the concept, in a valid image.  ``valid``: sound images; None where the judge cannot tell.
+    ``unlearning_accuracy``: UA of the field, which garbage earns too.  ``unlearning_accuracy_valid``: UA that it cannot
+    earn.
     """
 
     concept: str
@@ -134,6 +157,7 @@ class ConceptShares:
     """Of several concepts one: the images that were asked for with it and with no other of them.
 
     ``forgotten``: whether this model is to have forgotten it; a row of the matrix "erase i, look at j" is one model's.
+    ``shown``: the judge sees the concept, in a valid image.  ``valid``: sound images.
     ``distance``: the mean of the pairs.  Where there is no judge, or no such image, the shares are None.
     """
 
@@ -164,8 +188,12 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retain:
-    """``agreement``: the share of retain images of which the judge says the same before and after, in all attributes
-    and in being valid; None for a judge without attributes."""
+    """What the judge says of the retain images.
+
+    ``attributes``: by the judge's attribute.  ``agreement``: the share of retain images of which the judge says the
+    same before and after, in all attributes and in being valid; None for a judge without attributes.  ``valid``: sound
+    images; None where the judge cannot tell.
+    """
 
     n_images: int
     attributes: dict[str, Attribute]
@@ -176,7 +204,12 @@ class Retain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """One group of prompts.  Groups to forget have shares of the judge, the others have a retention."""
+    """One group of prompts.  Groups to forget have shares of the judge, the others have a retention.
+
+    ``shown``: the judge sees the concept, in a valid image.  ``valid``: sound images.  ``changed``: the share of pairs
+    beyond each control.  ``ceiling``: the mean distance of the original to itself from other noise.  ``retention``: R
+    of this group alone; its interval is None where the prompts are too few for one.
+    """
 
     n_pairs: int
     n_prompts: int
@@ -194,7 +227,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlRecord:
-    """Distances of the original to itself, made as ``what`` says."""
+    """Distances of the original to itself.
+
+    ``what``: how the second images were made.  ``q99``: the quantile of 0.99.  ``max``: the largest.
+    """
 
     what: str
     n_pairs: int
@@ -205,6 +241,8 @@ class ControlRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaceboRecord:
+    """The control that was trained without the forgetting part.  ``name``: the model's."""
+
     name: str
     mean: float
     ci95: Interval
@@ -212,6 +250,14 @@ class PlaceboRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controls:
+    """What an unchanged model does in the same code.
+
+    ``repeat``: the largest distance between two runs of the original on the same noise, 0 or nothing is scored.
+    ``numeric``: the original in batches of another size.  ``precision``: the original in another precision; None where
+    that was not measured.  ``placebo``: the distances of the placebo; None without one.  ``redrawn``: the mean distance
+    of the original to itself from other noise.
+    """
+
     repeat: float
     numeric: ControlRecord
     precision: ControlRecord | None
@@ -225,8 +271,9 @@ class Controls:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderDistances:
-    """Distances of pairs of image files; ``unchanged`` is the share that is 0.
+    """Distances of pairs of image files.
 
+    ``unchanged``: the share of pairs whose distance is 0.
     ``shown``, ``valid``: of a group to forget, what the judge says of the unlearned images.
     """
 
@@ -244,7 +291,10 @@ class FolderDistances:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderIntegrity(FolderDistances):
-    """``clusters``: what counts as independent, ``prompts`` or ``pairs``."""
+    """Distances of the pairs of all groups that are to be kept.
+
+    ``metric``: the name of the distance.  ``clusters``: what counts as independent, ``prompts`` or ``pairs``.
+    """
 
     metric: str
     clusters: str
@@ -255,7 +305,12 @@ class FolderIntegrity(FolderDistances):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """``retention``, ``shown``, ``valid``: None where they were not measured."""
+    """One of the runs, as its evaluation.json says.
+
+    ``name``: the run's.  ``folder``: of its evaluation.  ``mean``: its mean distance.  ``hash``: SHA-256 of its
+    weights, or of its images.  ``method``: None of folders of images.  ``judge``: who judged.  ``retention``,
+    ``shown``, ``valid``: None where they were not measured.
+    """
 
     name: str
     folder: str
@@ -271,7 +326,12 @@ class ComparedRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GapRecord:
-    """How much more a keeps than b.  Without a margin nothing is said of equivalence."""
+    """How much more a keeps than b.  Without a margin nothing is said of equivalence.
+
+    ``difference``: in R, or in distance where there is no R.  ``p_value``: that there is none.  ``ci90``: the interval
+    of 90 % that an equivalence test looks at.  ``equivalence_p_value``: that the difference is as large as the margin.
+    ``equivalent``: whether that is refuted.
+    """
 
     difference: float
     ci95: Interval
@@ -283,6 +343,12 @@ class GapRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedPair(GapRecord):
+    """Two of the runs.
+
+    ``a``, ``b``: their names.  ``p_value_holm``: the p-value, corrected for all pairs of runs.  ``groups``: the same
+    for each group of prompts.  ``verdict``: in words.
+    """
+
     a: str
     b: str
     p_value_holm: Share
@@ -295,7 +361,10 @@ class ComparedPair(GapRecord):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """The share of prompts that were broken for at most ``cost`` denoiser forwards each."""
+    """A point of the curve over the budget.
+
+    ``cost``: denoiser forwards per prompt, at most.  ``share``: of the prompts, those broken for so much.
+    """
 
     cost: int
     share: Share
@@ -304,7 +373,7 @@ class CurvePoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KindBroken:
-    """Of the prompts of one kind."""
+    """Of the prompts of one kind.  ``broken``: how many."""
 
     broken: int
     n_prompts: int
@@ -315,7 +384,8 @@ class Attacked:
     """What an attack did to one model.
 
     ``broken``: prompts for which the judge saw the concept in a valid image.  ``images``: that it saw.  ``cost``: in
-    denoiser forwards, over all prompts.  ``broken_by``: prompts by what broke them, in words.
+    denoiser forwards, over all prompts.  ``broken_by``: prompts by what broke them, in words.  ``share``: of the
+    prompts, those broken.  ``curve``: that share by budget.  ``kinds``: by kind of prompt, where there are several.
     """
 
     broken: int
@@ -331,8 +401,11 @@ class Attacked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackResult:
-    """One attack.  ``budget``: denoiser forwards per prompt, the same for all models and the control.
+    """One attack.
 
+    ``name``: with its option.  ``summary``: what it does.  ``unknown``: what it looks for.  ``source``: whose it is.
+    ``models``: what it did to each model, by name: original, unlearned, and gold and placebo where they were given.
+    ``budget``: denoiser forwards per prompt, the same for all models and the control.
     ``control``: best of as many seeds as the budget pays for, on the unlearned model.  ``minus_control``,
     ``minus_gold``: the unlearned model's share minus theirs, prompt by prompt; None without a gold, for the control
     itself, and where the control has other prompts.
@@ -355,11 +428,15 @@ class AttackResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Record):
-    """evaluation.json of ``evaluate``: one unlearned model beside its original.
+    """evaluation.json of ``evaluate``, of one unlearned model beside its original.
 
-    ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
-    ``is_reconstruction``: the method is made after a paper whose full text was not at hand.
-    ``concept``: the concept, or the title of several; then ``concepts`` has a part for each of them.
+    ``name``: of the unlearned model, here and in tables.  ``method``: of the run that made it.  ``model``: the
+    original.  ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to
+    look at.  ``is_reconstruction``: the method is made after a paper whose full text was not at hand.  ``concept``: the
+    concept, or the title of several; then ``concepts`` has a part for each of them.  ``concepts``: of several concepts
+    each by itself.  ``integrity``: what the retain prompts kept.  ``groups``: by group of prompts.  ``controls``: what
+    an unchanged model does.  ``metrics``: of ``--metrics``, by name.  ``spec``: how it was made: sampler, steps,
+    guidance, resolution, batch size, seeds, versions, device, and under ``hashes`` the SHA-256 of both models' weights.
     ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
     """
 
@@ -389,9 +466,12 @@ class Evaluation(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldersEvaluation(Record):
-    """evaluation.json of ``evaluate-images``.  ``notes``: sentences about the images that a reader must know.
+    """evaluation.json of ``evaluate-images``.
 
-    ``judge``, ``calibration``, ``erasure``, ``retain``: absent where there was no judge, or nothing for it to look at.
+    ``notes``: sentences about the images that a reader must know.  ``integrity``: distances of the retain pairs.
+    ``groups``: by group of prompts.  ``metrics``: of ``--metrics``, by name.  ``spec``: batch size, precision,
+    versions, and under ``hashes`` the SHA-256 of both folders' images.  ``judge``, ``calibration``, ``erasure``,
+    ``retain``: absent where there was no judge, or nothing for it to look at.
     ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
     """
 
@@ -415,10 +495,11 @@ class FoldersEvaluation(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How a training ended: after how many ``steps`` of at most ``steps_bound``.
+    """How a training ended.
 
-    ``residual``: how much of the concept was left on held-out rows, 1 before the first step, and ``stop_residual`` the
-    value at which training ends; both None where nothing was measured.
+    ``steps``: that were made.  ``steps_bound``: at most so many.  ``residual``: how much of the concept was left on
+    held-out rows, 1 before the first step; None where nothing was measured.  ``stop_residual``: the value at which
+    training ends; None where nothing was measured.
     """
 
     steps: int
@@ -436,7 +517,8 @@ class Ending:
 class AdapterRecord:
     """The adapter that a run left in the place of a model.
 
-    ``base``: the model that it is for, a name, a folder or a file; ``parts``, ``variant``: how it was read.
+    ``base``: the model that it is for, a name, a folder or a file.  ``parts``, ``variant``: how it was read.  ``rank``:
+    of the factors.  ``alpha``: their strength is this by the rank.  ``layers``: how many have them.
     """
 
     base: str
@@ -449,7 +531,10 @@ class AdapterRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ancestor:
-    """A run whose result a later run started from."""
+    """A run whose result a later run started from.
+
+    ``method``: its method.  ``concepts``: what it was to forget.  ``hashes``: of what it read and made.
+    """
 
     method: str
     concepts: tuple[str, ...]
@@ -460,10 +545,15 @@ class Ancestor:
 class RunRecord(Record):
     """run.json: what a training was of, with what it was made, and what it made.
 
-    ``concept``: the concept, or the title of several; ``concepts``: each of them.  ``ancestors``: the runs that its
-    model is the result of, the first one first.
-    ``edit``: of a method in closed form, numbers by name: ``matrices`` that it changed, the largest ``condition``
-    number of those that it solved with, and what the method adds.
+    ``method``: its name.  ``model``: the original, as it was named.  ``is_reconstruction``: the method is made after a
+    paper whose full text was not at hand.  ``concept``: the concept, or the title of several.  ``concepts``: each of
+    them.  ``ancestors``: the runs that its model is the result of, the first one first.  ``versions``: of Python and
+    the libraries.  ``device``: cpu or cuda.  ``threads``: of torch.  ``hashes``: SHA-256 of the weights of the original
+    and of the result.  ``trainable_parameters``: of the denoiser, those that could change.  ``total_parameters``: of
+    the denoiser.  ``rows``: of the bank.  ``unet_evaluations``: denoiser forwards that were planned, of bank and loop,
+    a backward as two.  ``seconds``: by phase.  ``ending``: how the training ended.  ``adapter``: None of a run that
+    left a whole model or a delta.  ``edit``: of a method in closed form, numbers by name: ``matrices`` that it changed,
+    the largest ``condition`` number of those that it solved with, and what the method adds.
     """
 
     kind: ClassVar[str] = "run"
@@ -496,7 +586,12 @@ class RunRecord(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison(Record):
-    """compare.json.  ``margin``: the largest harmless difference, in ``unit``; None where none was given."""
+    """compare.json.
+
+    ``margin``: the largest harmless difference; None where none was given.  ``unit``: of margin and differences, in
+    words.  ``runs``: what was compared.  ``comparisons``: of every two runs.  ``spec``: the hash of the original, and
+    what the runs have in common.
+    """
 
     kind: ClassVar[str] = "comparison"
     command: ClassVar[str] = "compare"
@@ -513,7 +608,11 @@ class Comparison(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Record):
-    """demo.json: the evaluation of each method's model, in order, and the methods compared pair by pair."""
+    """demo.json.
+
+    ``seconds``: that it took.  ``evaluations``: of each method's model, in order.  ``comparison``: of the first two,
+    pair by pair.
+    """
 
     kind: ClassVar[str] = "demo"
     command: ClassVar[str] = "demo"
@@ -527,7 +626,10 @@ class Demo(Record):
 class AttackRecord(Record):
     """attack.json: what attacks brought back in one unlearned model.
 
-    ``prepared``: denoiser forwards that the original spent on pictures, once for all attacks.
+    ``name``: of the unlearned model.  ``method``: of the run that made it.  ``concept``: what was looked for.
+    ``model``: the original.  ``judge``: who says what an image shows.  ``attacks``: one by one.  ``notes``: what a
+    reader must know.  ``spec``: seed, sampler, steps, guidance, batch size, versions, and under ``hashes`` the SHA-256
+    of every model.  ``prepared``: denoiser forwards that the original spent on pictures, once for all attacks.
     """
 
     kind: ClassVar[str] = "attack"
