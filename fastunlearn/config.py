@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 
 class Settings(Protocol):
@@ -137,7 +137,10 @@ def read_yaml(path: Path, kind: type[Config]) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"the config file {path} has an unknown name {key!r}. Known: {', '.join(known)}.")
+            raise UserError(
+                f"the config file {path} has an unknown name {key!r}. Known: {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
         values[name] = converted(kind, name, value, f"the config file {path}: `{name}`")
     return values
 
@@ -200,7 +203,7 @@ def with_options(base: Options, given: Mapping[str, Any], owner: str) -> Options
     for name, value in given.items():
         if name not in fields:
             has = f"It has: {', '.join(fields)}" if fields else "It has none"
-            raise UserError(f"{owner} has no option {name!r}. {has}.")
+            raise UserError(f"{owner} has no option {name!r}. {has}.{did_you_mean(name, fields)}")
         where = f"{owner}: the option `{name}`"
         accepted, _ = field_type(type(base), name)
         if isinstance(value, str) and accepted is bool and value.lower() in ("true", "false"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -15,6 +17,14 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """The error's text without line breaks; its class where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean ...?``, with the blank before it, where one of ``known`` is like ``word``; else nothing."""
+    names = [str(name) for name in known]
+    longer = [name for name in names if len(word.lstrip("-")) > 2 and name.startswith(word)]
+    close = difflib.get_close_matches(word, names, 1, 0.7) or longer
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def is_disk_full(error: BaseException) -> bool:

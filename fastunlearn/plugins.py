@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from .errors import UserError, one_line
+from .errors import UserError, did_you_mean, one_line
 
 T = TypeVar("T")
 
@@ -34,7 +34,10 @@ class Registry(Generic[T]):
             )
         if name not in self.items:
             where = f" (`fastunlearn {self.command}`)" if self.command else ""
-            raise UserError(f"unknown {self.kind} {name!r}. There are: {', '.join(self.items)}{where}.")
+            raise UserError(
+                f"unknown {self.kind} {name!r}. There are: {', '.join(self.items)}{where}."
+                f"{did_you_mean(name, self.items)}"
+            )
         return self.items[name]
 
 

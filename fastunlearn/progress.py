@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+#: Told how many of how many equal parts are done.
+OnProgress = Callable[[int, int], None]
+
+
+def untold(done: int, total: int) -> None:
+    """Progress that nobody asked for."""
 
 
 class Reporter:
@@ -12,10 +19,16 @@ class Reporter:
         """Called once, before anything is computed: the method's name, and the plan in words, line by line."""
 
     def stage(self, name: str) -> None:
-        """A stage begins: ``mask``, ``bank``, ``training``, ``evaluation``, ``attack``."""
+        """A stage begins.
+
+        They are ``loading``, ``mask``, ``search``, ``bank``, ``edit``, ``training``, ``evaluation`` and ``attack``.
+        """
 
     def edited(self, facts: Mapping[str, float]) -> None:
         """An edit in closed form is computed; numbers of it by name, such as its condition number."""
+
+    def working(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` equal parts of a ``stage`` are done: ``mask``, ``search``, ``bank``."""
 
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """A step was logged."""

@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def with_local_kernels(metadata: str, kernels: Path) -> str:
     """The metadata, with the folder ``kernels`` in place of a version of fastunlearn-kernels; as it was if absent."""
-    if not (kernels / "pyproject.toml").is_file():  # an sdist does not have it
-        return metadata
+    if not (kernels / "pyproject.toml").is_file() or (kernels.parent.parent / "PKG-INFO").is_file():
+        return metadata  # of an sdist, which is of a release: its kernels were released too
     local = f"Requires-Dist: fastunlearn-kernels @ {kernels.as_uri()}"
     return re.sub(r"^Requires-Dist: fastunlearn-kernels==\S+$", lambda _: local, metadata, flags=re.MULTILINE)
 

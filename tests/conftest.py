@@ -1,6 +1,7 @@
 """Fixtures that several files share.  Imports are inside, so that the kernels' tests also run without the engine."""
 
 import dataclasses
+import math
 import os
 import shutil
 import warnings
@@ -37,9 +38,12 @@ class Answer:
 
 
 @pytest.fixture
-def cli(capsys):
-    """``cli("train", ...)`` runs a command in this process; stderr is no terminal."""
+def cli(capsys, monkeypatch):
+    """``cli("train", ...)`` runs a command in this process; stderr is no terminal, and a slow machine logs nothing."""
+    from fastunlearn.cli import console
     from fastunlearn.cli.main import main
+
+    monkeypatch.setattr(console, "LOG_EVERY_S", math.inf)
 
     def run(*arguments):
         capsys.readouterr()

@@ -83,6 +83,8 @@ FLAGS = {
 LOADED = {"variant", "parts", "scheduler", "resolution", "negative-prompt", "attention"}
 FLAGS |= {name: FLAGS[name] | LOADED for name in ("train", "mask", "evaluate")}
 FLAGS["apply"] |= {"variant", "parts"}
+FLAGS = {name: flags | {"json", "quiet"} if flags else {"json"} for name, flags in FLAGS.items()}
+FLAGS["completion"] = set()
 
 
 def temporary_files_in(folder):
@@ -128,7 +130,7 @@ def test_the_examples_of_the_help_are_accepted(cli, monkeypatch):
     taken = []
     names = ("train", "mask", "apply", "evaluate", "evaluate_images", "compare", "prompts")
     for name in names:
-        monkeypatch.setattr(module, f"_{name}", lambda flags: taken.append(flags) or 0)
+        monkeypatch.setattr(module, f"_{name}", lambda flags, voice: taken.append(flags) or 0)
     for text in (getattr(module, f"_{name.upper()}_EXAMPLES") for name in names):
         for line in re.sub(r"\\\n\s*", "", text).splitlines()[1:]:
             words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
@@ -153,11 +155,11 @@ def test_judges_lists_each_with_what_it_needs_and_whether_it_can_run_here(cli, m
     monkeypatch.setitem(sys.modules, "nudenet", None)
     answer = cli("judges")
     assert (answer.status, answer.err) == (0, "")
-    text = " ".join(re.sub("[│┃]", " ", answer.out).split())
+    text = " ".join(answer.out.split())
     for word in ("shapes", "clip", "imagenet", "nsfw", "nudenet", "AGPL-3.0", "BSD-2-Clause", "Imagenette"):
         assert word in text
-    row = next(line for line in answer.out.splitlines() if "nudenet" in line)
-    assert row.rstrip("│ ").endswith("no")
+    told = answer.out[answer.out.index("\nnudenet") :].split("\n\n")[0]
+    assert told.rstrip().endswith("Here: no")
     page = cli("judges", "nudenet").out
     assert "cannot run: it needs the package nudenet, which is not installed: pip install nudenet" in page
     assert "--judge imagenet:OPTION, OPTION being CLASS;CLASS" in cli("judges", "imagenet").out
@@ -359,6 +361,14 @@ def test_a_number_out_of_range_is_refused_by_its_flag(refused, tmp_path, command
 CALLS = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["trian"], "invalid choice: 'trian'"),
+    "unknown command like one": (["trian"], "Did you mean `train`? See `fastunlearn --help`."),
+    "unknown choice like one": (["train", "--adapter", "lara"], "Did you mean `lora`? See `fastunlearn train --help`."),
+    "unknown flag like one": (
+        ["train", "--forgte", "star", "--output", "run"],
+        "unrecognized arguments: --forgte star. Did you mean `--forget`? See `fastunlearn train --help`.",
+    ),
+    "quiet and json": (["methods", "--quiet"], "unrecognized arguments: --quiet."),
+    "silent and speaking": (["train", "--quiet", "--json"], "`--quiet` prints nothing, and `--json` a document"),
     "compare without what": (["compare"], "missing: RUN, --output."),
     "compare one run": (["compare", "run", "--output", "out"], "at least 2 runs, got 1"),
     "unknown flag": (["train", "--forget", "star", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
@@ -370,7 +380,7 @@ CALLS = {
     "empty concept": (["train", "--forget", " ", "--output", "run"], "`--forget` is empty"),
     "missing config": (["train", "--config", "nowhere.yaml"], "cannot read the config file nowhere.yaml"),
     "config that is a folder": (["train", "--config", "."], "cannot read the config file"),
-    "abbreviated flag": (["train", "--forg", "star", "--output", "run"], "--forg"),
+    "abbreviated flag": (["train", "--forg", "star", "--output", "run"], "--forg star. Did you mean `--forget`?"),
     "resume nothing": (["train", "--resume", "--output", "nowhere"], "`--resume`: nowhere holds no run"),
     "resume and overwrite": (
         ["train", "--forget", "star", "--output", "run", "--resume", "--overwrite"],
@@ -413,6 +423,7 @@ def test_help_and_mistakes_answer_without_loading_torch():
 
 ASKED = {
     "unknown method": (["--method", "erase"], r"unknown method 'erase'.*esd, ovw, saddle"),
+    "unknown method like one": (["--method", "sadle"], r"unknown method 'sadle'.*Did you mean `saddle`\?"),
     "unknown model": (["--model", "sd99"], r"unknown model 'sd99'.*shapes"),
     "model folder that is not there": (["--model", "./no/such"], r"unknown model './no/such'"),
     "hub model without a network": (["--model", "nobody/nothing"], r"cannot fetch the model 'nobody/nothing'.*folder"),
@@ -443,7 +454,7 @@ ASKED = {
     "another method's option": (["--set", "kappa=2"], r"the method ovw has no option 'kappa'\. It has none\."),
     "unknown option": (
         ["--method", "saddle", "--set", "kapa=2"],
-        r"saddle has no option 'kapa'\. It has: kappa, dual_rate, lambda_start, lambda_max\.",
+        r"'kapa'\. It has: kappa, dual_rate, lambda_start, lambda_max\. Did you mean `kappa`\?",
     ),
     "option of another type": (["--method", "esd", "--set", "negative_guidance=far"], r"must be float, got 'far'"),
     "option out of range": (["--method", "saddle", "--set", "kappa=0"], r"`kappa` must be above 0, got 0"),

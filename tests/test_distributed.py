@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -101,7 +102,9 @@ def two(tmp_path_factory, ds_json):
     """A finished run of two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"
     done = run(command(folder, "--num-processes=2", deepspeed=ds_json))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    # Nothing but how far it is, on a machine that takes longer than a few seconds.
+    assert [line for line in done.stderr.splitlines() if not re.match(r"[a-z ]+: [\d,]+/[\d,]+", line)] == []
     return folder
 
 

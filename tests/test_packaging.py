@@ -1,5 +1,6 @@
 """The two distributions: what each ships and requires, and that one command installs both, in a clone and in place."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -15,9 +16,11 @@ from shutil import copytree, ignore_patterns
 
 import fastunlearn_kernels
 import pytest
+import yaml
 from fastunlearn_kernels import build
 
 import fastunlearn
+from fastunlearn.methods import all_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "packaging" / "kernels"
@@ -46,6 +49,108 @@ def test_both_have_one_version():
         assert importlib.metadata.version(name) == fastunlearn.__version__
 
 
+def test_what_tells_a_version_tells_this_one():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == fastunlearn.__version__
+    assert citation["license"] == project_of(ROOT)["license"]
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest[1] == fastunlearn.__version__
+
+
+def test_the_changelog_names_every_method_and_the_classifiers_every_python():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert [name for name in all_methods() if f"`{name}`" not in text] == []
+    for folder in PROJECTS.values():
+        project = project_of(folder)
+        told = {one.rpartition(" ")[2] for one in project["classifiers"] if re.search(r":: 3\.\d+$", one)}
+        assert told == {"3.11", "3.12"}
+        assert project["requires-python"] == ">=3.11,<3.13"
+
+
+#: Modules whose package has another name.
+NAMES = {"PIL": "pillow", "yaml": "pyyaml", "fastunlearn_kernels": "fastunlearn-kernels"}
+
+
+def imported(path, *, at_import):
+    """The top-level names of other packages that a file imports: at all, or when it is itself imported."""
+
+    def visit(node):
+        if at_import and (isinstance(node, ast.FunctionDef) or ast.unparse(node).startswith("if TYPE_CHECKING")):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    known = {*sys.stdlib_module_names, "fastunlearn"}
+    return {NAMES.get(name, name) for child in tree.body for name in visit(child)} - known
+
+
+def test_what_is_imported_is_required_and_what_is_required_is_small():
+    """What an extra brings is imported inside functions: who evaluates installs neither DeepSpeed nor matplotlib."""
+    required = {re.match(r"[\w-]+", one)[0].lower() for one in project_of(ROOT)["dependencies"]}
+    assert not required & {
+        "deepspeed",
+        "matplotlib",
+        "peft",
+        "timm",
+        "onnxruntime",
+        "torchmetrics",
+        "pandas",
+        "xformers",
+    }
+    files = sorted((ROOT / "fastunlearn").rglob("*.py"))
+    assert {name: path for path in files for name in imported(path, at_import=True) - required} == {}
+    everything = set().union(*(imported(path, at_import=False) for path in files))
+    assert required - {"triton", "fastunlearn-kernels"} <= everything, "what nothing imports is required for nothing"
+    assert "matplotlib" not in everything
+
+
+def test_the_sdist_leaves_out_nothing_that_tests_read():
+    text = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+    tops = run("git", "ls-tree", "--name-only", "HEAD", cwd=ROOT).split() if (ROOT / ".git").exists() else []
+    shipped = {"LICENSE", "README.md", "pyproject.toml", "fastunlearn", "MANIFEST.in"}  # by setuptools itself
+    assert [
+        name
+        for name in tops
+        if name not in shipped
+        and not re.search(rf"(^| ){re.escape(name)}$|(^include| ).*{re.escape(name)}( |$)", text, re.MULTILINE)
+    ] == []
+
+
+def test_the_workflows_call_what_is_there():
+    (workflow,) = (ROOT / ".github" / "workflows").glob("*.yml")
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    assert set(jobs) == {"test", "lowest", "wheels", "docs"}
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    called = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    scripts = [ROOT / command for command in called if command.startswith(".ci/")]
+    assert {path.name for path in scripts} == {"run", "lowest"}
+    for path in scripts:
+        assert os.access(path, os.X_OK), path
+        run("bash", "-n", path, cwd=ROOT)
+
+
+def test_the_lowest_versions_are_those_of_the_project():
+    lines = run(sys.executable, ROOT / "tools" / "lowest.py", "lora", cwd=ROOT).split()
+    assert {"numpy==2.0", "peft==0.17"} <= set(lines)
+    asked = (ROOT / ".ci" / "lowest").read_text(encoding="utf-8")
+    for file in re.findall(r"tests/\w+\.py", asked):
+        assert (ROOT / file).is_file()
+
+
+def test_the_hooks_run_what_make_lint_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    asked = {hook["entry"].removeprefix(".venv/bin/").replace(" --force-exclude", "") for hook in hooks}
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lint = make[make.index("\nlint:") :].split("\n\n")[0]
+    for line in lint.splitlines()[2:]:
+        assert line.removeprefix("\t$(BIN)/").removesuffix(" .").removesuffix(" --check") in asked, line
+
+
 def test_the_kernels_require_torch_and_triton_as_the_engine_does():
     kernels, engine = project_of(KERNELS)["dependencies"], project_of(ROOT)["dependencies"]
     assert {re.match(r"\w+", requirement)[0] for requirement in kernels} == {"torch", "triton"}
@@ -58,6 +163,7 @@ def test_the_installed_top_level_name_is_ours_alone(name):
     assert importlib.metadata.distribution(name).read_text("top_level.txt").split() == [name]
 
 
+@pytest.mark.skipif((ROOT / "PKG-INFO").is_file(), reason="an sdist holds files in the place of links")
 def test_the_kernels_are_links_to_the_one_source():
     assert (KERNELS / "fastunlearn_kernels").resolve() == ROOT / "kernels/torch-ext/fastunlearn_kernels"
     assert (KERNELS / "LICENSE").resolve() == ROOT / "LICENSE"
@@ -92,10 +198,14 @@ def test_only_metadata_asked_for_in_a_clone_names_the_folder_of_the_kernels(tmp_
     metadata = (
         "Name: fastunlearn\nRequires-Dist: torch\nRequires-Dist: fastunlearn-kernels==1.2\n\nfastunlearn-kernels==1.2\n"
     )
-    assert backend.with_local_kernels(metadata, tmp_path) == metadata
-    (tmp_path / "pyproject.toml").touch()
-    local = metadata.replace("fastunlearn-kernels==1.2", f"fastunlearn-kernels @ file://{tmp_path}", 1)
-    assert backend.with_local_kernels(metadata, tmp_path) == local
+    kernels = tmp_path / "packaging" / "kernels"
+    kernels.mkdir(parents=True)
+    assert backend.with_local_kernels(metadata, kernels) == metadata
+    (kernels / "pyproject.toml").touch()
+    local = metadata.replace("fastunlearn-kernels==1.2", f"fastunlearn-kernels @ file://{kernels}", 1)
+    assert backend.with_local_kernels(metadata, kernels) == local
+    (tmp_path / "PKG-INFO").touch()  # an sdist is of a release, whose kernels were released too
+    assert backend.with_local_kernels(metadata, kernels) == metadata
 
 
 # ---- what is built and installed
@@ -115,7 +225,20 @@ def setuptools_is_here():
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
     """What a clone of this tree holds."""
-    leave = ignore_patterns(".*", "__pycache__", "_native.so", "*.egg-info", "build", "dist", "demo", "run")
+    leave = ignore_patterns(
+        ".git",
+        ".*cache",
+        ".venv*",
+        ".hypothesis",
+        ".benchmarks",
+        "__pycache__",
+        "_native.so",
+        "*.egg-info",
+        "build",
+        "dist",
+        "demo",
+        "run",
+    )
     return copytree(ROOT, tmp_path_factory.mktemp("clone") / "source", ignore=leave, symlinks=True)
 
 
@@ -190,7 +313,23 @@ def test_what_is_published_names_no_folder(built, name):
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() or member.isdir() for member in archive)  # no link leaves it
         tops = {member.name.split("/")[1] for member in archive if member.name.count("/") > 0 and member.isdir()}
-    assert tops <= {"fastunlearn", "docs", "examples", "packaging", "fastunlearn_kernels", f"{name}.egg-info"}
+    whole = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert tops <= (whole if name == "fastunlearn" else {"fastunlearn_kernels"}) | {f"{name}.egg-info"}
+
+
+@pytest.mark.slow
+def test_the_tests_of_an_sdist_run(built, tmp_path):
+    """It holds every file of the clone that git knows, and its tests run where it is unpacked."""
+    with tarfile.open(built["fastunlearn"][0]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    if (ROOT / ".git").exists():
+        known = {path for path in run("git", "ls-files", cwd=ROOT).split("\n") if path and (ROOT / path).is_file()}
+        assert {path for path in known if not (source / path).exists()} == set()
+    assert not list(source.rglob("*.so"))
+    files = ("tests/test_config.py", "tests/test_report.py", "tests/kernels/test_contract.py")
+    environment = f"PYTHONPATH={source}:{source / 'kernels' / 'torch-ext'}"
+    run("env", environment, sys.executable, "-m", "pytest", "-q", *files, cwd=source)
 
 
 @pytest.mark.slow

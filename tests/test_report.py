@@ -3,14 +3,17 @@
 import base64
 import copy
 import dataclasses
+import hashlib
 import html.parser
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastunlearn.reports import pages
 from fastunlearn.reports.gallery import Gallery, GalleryRow
 from fastunlearn.reports.grid import write_grid
 from fastunlearn.reports.html import HtmlReport, write_report
@@ -136,7 +139,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, markup):
         super().__init__()
-        self.open, self.loads, self.tags, self.words = [], [], [], []
+        self.open, self.loads, self.tags, self.words, self.scripts = [], [], [], [], []
         self.feed(markup)
         self.close()
         assert not self.open, f"unclosed: {self.open}"
@@ -157,7 +160,9 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.words.append(data)
 
 
@@ -278,6 +283,14 @@ def test_report_holds_the_numbers(tmp_path):
     assert 'cx="100.00%"' in markup
 
 
+def assert_only_our_script(markup, result):
+    """The page's policy lets a browser run this text alone, and nothing of it depends on the report."""
+    (script,) = result.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in markup
+    assert script == (Path(pages.__file__).parent / "templates" / "script.js").read_text(encoding="utf-8")
+
+
 def test_report_stands_alone(tmp_path):
     gallery = Gallery(
         "Before", "", ["original", "ovw"], [GalleryRow("a circle", [image(1), image(2, 400)], ["", "far"])]
@@ -285,7 +298,8 @@ def test_report_stands_alone(tmp_path):
     markup, result = page(tmp_path, HtmlReport("Title", "star", [evaluation()], [gallery]))
     assert len(result.loads) == 2
     assert all(load.startswith("data:image/png;base64,") for load in result.loads)
-    assert not {"script", "link", "iframe"} & set(result.tags)
+    assert not {"link", "iframe"} & set(result.tags)
+    assert_only_our_script(markup, result)
     assert "http:" not in markup
     assert "https:" not in markup
     assert "url(" not in markup
@@ -301,7 +315,7 @@ def test_report_escapes_what_users_wrote(tmp_path):
     gallery = Gallery(evil, evil, [evil], [GalleryRow(evil, [image()], [evil])])
     one = evaluation(evil, concept=evil, spec__sampler=evil, integrity__metric=evil, judge__name=evil)
     markup, result = page(tmp_path, HtmlReport(evil, evil, [one], [gallery], [evil], evil))
-    assert "script" not in result.tags
+    assert_only_our_script(markup, result)
     assert '<script>alert("1")' not in markup
     assert result.text.count(evil) > 15
 

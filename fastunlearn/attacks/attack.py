@@ -97,6 +97,7 @@ def attack(
                 raise UserError("`--overwrite`: launched ranks would not wait for it. Empty the folder first.")
             if not dry_run:
                 stack.enter_context(claimed(folder))
+        reporter.stage("loading")
         run = run_of(unlearned)
         concept = concept_of(concept, run)
         spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size)
@@ -164,6 +165,7 @@ def _work(plan: AttackPlan, journal: Attempts | None, ranks: Ranks, reporter: Re
     left = [unit for unit in units if unit.key not in done]
     total, spent = sum(unit.cost for unit in left), 0
     targets = _targets(plan)
+    reporter.attacking(0, total)
     for unit in left:
         ranks.check()
         attempts = unit.task.attack.run(targets[unit.model], unit.order)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from ..attacks import all_attacks, broken_attacks
+from ..attacks.base import Attack
 from ..schema import Attacked, AttackRecord
-from .console import terminal
+from .console import listed, terminal
 
 
 def attacks_table() -> None:
-    """Every attack: what it is for, what it looks for, whose it is, what it costs."""
-    grid = Table()
-    for name in ("attack", "what it does", "unknown", "source", "cost (U: a denoiser forward of one sample)"):
-        grid.add_column(name)
-    for attack in all_attacks().values():
-        options = "".join(f"\n{attack.name}:{option}" for option in attack.options[1:])
-        grid.add_row(attack.name + options, attack.summary, attack.unknown, attack.source, attack.cost)
+    """Every attack: what it does, what it looks for, whose it is, what it costs."""
+    rows = [(one.name, _about(one)) for one in all_attacks().values()]
     out = terminal()
-    out.print(grid)
+    out.print(listed(rows))
+    out.print("U: a denoiser forward of one sample.")
     for name, why in broken_attacks().items():
         out.print(f"{name}: cannot be loaded ({why})")
+
+
+def attacks_facts() -> list[dict[str, Any]]:
+    """What is known of every attack, as JSON can hold it."""
+    names = ("name", "summary", "unknown", "source", "cost")
+    return [
+        {name: getattr(one, name) for name in names} | {"options": list(one.options)} for one in all_attacks().values()
+    ]
+
+
+def _about(attack: Attack) -> str:
+    options = f" Also as {', '.join(f'{attack.name}:{option}' for option in attack.options[1:])}."
+    said = f"{attack.summary}.{options if attack.options[1:] else ''}\nUnknown: {attack.unknown}. "
+    return f"{said}After: {attack.source}. Costs {attack.cost}.\n"
 
 
 def attack_table(record: AttackRecord, folder: Path | None) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,24 +22,29 @@ if TYPE_CHECKING:
     from ..evaluation.results import EvaluationReport
 
 
+LOG_EVERY_S = 10.0  # between two lines of progress, where stderr is no terminal
+_WORDS = {"loading": "load", "evaluation": "evaluate", "training": "train"}  # of the stages, where they differ
+
+
 class Console(Reporter):
-    """Prints plans to stdout and draws bars on stderr, where it is a terminal."""
+    """Prints plans to stdout, and progress to stderr: bars on a terminal, else a line every few seconds."""
 
     def __init__(self, *, plans: bool = True, quiet: bool = False) -> None:
         self.out = terminal(soft_wrap=True)
-        self.plans = plans
+        self.plans, self.quiet = plans, quiet
+        self.told: list[str] = []  # the plan
         error = terminal(stderr=True)
+        self.logs = not quiet and not error.is_terminal
         self.bars = Progress(
             TextColumn("{task.description:10}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[note]}", markup=False),
-            TimeRemainingColumn(compact=True),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=error,
             disable=quiet or not error.is_terminal,
         )
         self.task: TaskID | None = None
-        self.begun = 0.0  # the scoring
+        self.begun = self.logged = time.monotonic()
         self.left: float | None = None  # of the concept, when it was last measured
         self.name = ""
 
@@ -58,29 +61,35 @@ class Console(Reporter):
         self.bars.stop()
 
     def plan(self, name: str, lines: Sequence[str]) -> None:
-        self.name = name
+        self.name, self.told = name, list(lines)
         if self.plans:
             for line in lines:
                 self.out.print(line)
 
     def stage(self, name: str) -> None:
-        self.task, self.begun, self.left = None, time.monotonic(), None
+        if self.task is not None:
+            self.bars.update(self.task, total=1, completed=1)  # of the stage before: it has ended
+        self.begun, self.left = time.monotonic(), None
+        # Until a number comes the bar says no more than that something goes on.
+        self.task = self.bars.add_task(_WORDS.get(name, name), total=None, note="")
 
     def edited(self, facts: Mapping[str, float]) -> None:
         if self.plans and facts:
             told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in facts.items())
             self.out.print(f"edited      {told}")
 
+    def working(self, stage: str, done: int, total: int) -> None:
+        self._advance(stage, done, total, "")
+
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        note = f"loss {metrics['loss']:.4g}  {metrics['steps_per_second']:.1f} steps/s"
+        note = f"loss {metrics['loss']:.4g}"
         self.left = metrics.get("residual", self.left)
         if self.left is not None:
             note += f"  {self.left:.0%} of the concept left"
-        self._advance(f"train {self.name}", step, total, note)
+        self._advance(f"train {self.name}", step, total, "steps", note, metrics["steps_per_second"])
 
     def scoring(self, done: int, total: int) -> None:
-        rate = done / max(time.monotonic() - self.begun, 1e-9)
-        self._advance("evaluate", done, total, f"images  {rate:.1f}/s" if done < total else "images")
+        self._advance("evaluate", done, total, "images")
 
     def attacking(self, done: int, total: int) -> None:
         self._advance("attack", done, total, "U")
@@ -89,12 +98,22 @@ class Console(Reporter):
         self._advance("compare", done, total, "pairs")
 
     def note(self, text: str) -> None:
-        self.bars.console.print(f"note: {text}")
+        if not self.quiet:
+            self.bars.console.print(f"note: {text}")
 
-    def _advance(self, name: str, done: int, total: int, note: str) -> None:
+    def _advance(
+        self, name: str, done: int, total: int, unit: str, note: str = "", per_second: float | None = None
+    ) -> None:
         if self.task is None:
-            self.task = self.bars.add_task(name, total=total, note="")
-        self.bars.update(self.task, completed=done, total=total, note=note)
+            self.task, self.begun = self.bars.add_task(name, total=total, note=""), time.monotonic()
+        rate = done / max(time.monotonic() - self.begun, 1e-9) if per_second is None else per_second
+        said = " ".join(filter(None, [f"{done:,}/{total:,}", unit, f"{rate:.{1 if rate < 100 else 0}f}/s", note]))
+        self.bars.update(self.task, description=name, completed=done, total=total, note=said)
+        now = time.monotonic()
+        if self.logs and now - self.logged >= LOG_EVERY_S and done < total:
+            left = f", {duration((total - done) / rate)} left" if rate else ""
+            self.bars.console.print(f"{name}: {said}{left}")
+            self.logged = now
 
     def result(self, folder: Path, model: Path | None = None, ending: Ending | None = None) -> None:
         """Say where things are, how the training ended, and the verdict if there was an evaluation."""
@@ -127,6 +146,13 @@ class Console(Reporter):
         self.out.print(f"report: {folder / 'report.html'}")
 
 
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def terminal(**options: Any) -> Terminal:
     """A terminal that shows texts as they are: what a user wrote in brackets or between colons is no markup."""
     return Terminal(markup=False, emoji=False, highlight=False, **options)
@@ -144,32 +170,82 @@ def table(evaluations: Sequence[Evaluation]) -> None:
     if first.erasure:
         columns += [f"{first.concept} shown", "valid"]
     columns += [f"{name} kept" for name in attributes] + ["judged the same"] * bool(attributes)
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in (*columns, "retention R", "95 % interval", "R color", "distance"):
-        # Wide enough for the longest word, so that none is cut.
-        side: JustifyMethod = "left" if name == "model" else "right"
-        width = max(map(len, name.split() or [""]))
-        grid.add_column(name, justify=side, no_wrap=name == "95 % interval", min_width=width)
-    for evaluation in evaluations:
-        integrity, erasure, retain = evaluation.integrity, evaluation.erasure, evaluation.retain
-        cells = [evaluation.name]
-        if first.erasure:
-            cells += [_share(one) for one in ((erasure.shown, erasure.valid) if erasure else (None, None))]
-        if attributes:
-            accuracies = retain.attributes if retain else {}
-            cells += [_share(accuracies[name].accuracy if name in accuracies else None) for name in attributes]
-            cells.append(_share(retain.agreement if retain else None))
-        low, high = integrity.retention_ci95
-        color = integrity.color.retention if integrity.color else None
-        cells += [f"{integrity.retention:.3f}", f"{low:.3f} to {high:.3f}"]
-        cells += ["-" if color is None else f"{color:.3f}", f"{integrity.mean:.4f}"]
-        grid.add_row(*cells)
-    out = terminal(width=120)
-    out.print(grid)
+    columns += ["retention R", "95 % interval", "R color", "distance"]
+    rows = [_row(evaluation, attributes, erased=first.erasure is not None) for evaluation in evaluations]
+    out = terminal()
+    if not out.is_terminal:
+        out = terminal(width=120)
+    # A heading may be broken between words, a cell may not.
+    words = [[*name.split(), *(row[index] for row in rows)] for index, name in enumerate(columns)]
+    fits = not out.is_terminal or sum(max(map(len, column)) + 2 for column in words) <= out.width
+    out.print(_across(columns, rows) if fits else _down(columns, rows))
     if first.concepts:
         out.print(_concepts(evaluations))
     if first.judge:
         out.print(f"judge: {first.judge.name}, shown from a score of {first.judge.threshold:g} on")
+
+
+def _row(evaluation: Evaluation, attributes: Sequence[str], *, erased: bool) -> list[str]:
+    """One model's cells."""
+    integrity, erasure, retain = evaluation.integrity, evaluation.erasure, evaluation.retain
+    cells = [evaluation.name]
+    if erased:
+        cells += [_share(one) for one in ((erasure.shown, erasure.valid) if erasure else (None, None))]
+    if attributes:
+        accuracies = retain.attributes if retain else {}
+        cells += [_share(accuracies[name].accuracy if name in accuracies else None) for name in attributes]
+        cells.append(_share(retain.agreement if retain else None))
+    low, high = integrity.retention_ci95
+    color = integrity.color.retention if integrity.color else None
+    cells += [f"{integrity.retention:.3f}", f"{low:.3f} to {high:.3f}"]
+    return [*cells, "-" if color is None else f"{color:.3f}", f"{integrity.mean:.4f}"]
+
+
+def _across(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A model a line."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in columns:
+        # Wide enough for the longest word, so that none is cut.
+        side: JustifyMethod = "left" if name == "model" else "right"
+        width = max(map(len, name.split() or [""]))
+        grid.add_column(name, justify=side, no_wrap=name == "95 % interval", min_width=width)
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _down(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A model a column, where the lines would be too long for the terminal."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    grid.add_column(columns[0])
+    for row in rows:
+        grid.add_column(row[0], justify="right", overflow="fold")
+    for name, *cells in list(zip(columns, *rows, strict=True))[1:]:
+        grid.add_row(name, *cells)
+    return grid
+
+
+def pages(text: str) -> None:
+    """Print a long text: on a terminal its paragraphs are broken anew, but for those that are indented."""
+    out = terminal(soft_wrap=True)
+    if not out.is_terminal:
+        out.print(text)
+        return
+    parts = text.split("\n\n")
+    whole = (
+        part if any(line[:1].isspace() for line in part.splitlines()) else " ".join(part.split()) for part in parts
+    )
+    terminal().print("\n\n".join(whole))
+
+
+def listed(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names, and beside each what is said of it, on the terminal's width: one line or several, broken at words."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for name, text in rows:
+        grid.add_row(name, text)
+    return grid
 
 
 def _concepts(evaluations: Sequence[Evaluation]) -> Table:
@@ -229,51 +305,3 @@ def images_table(evaluation: FoldersEvaluation, folder: Path) -> None:
     for note in evaluation.notes:
         plain.print(f"note: {note}")
     plain.print(f"report: {folder / 'report.html'}")
-
-
-def info() -> None:
-    """Versions, devices, and which kernels, metrics and judges can run here."""
-    import torch
-    from fastunlearn_kernels.launch import describe
-
-    from ..judges import all_judges, broken_judges
-    from ..methods import all_methods
-    from ..metrics.base import all_metrics, broken_metrics
-    from ..metrics.distances import all_distances, broken_distances
-    from ..models.runtime import import_diffusers
-
-    out = terminal(soft_wrap=True)
-    out.print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("fastunlearn", "torch", "triton", "diffusers", "transformers", "lpips", "deepspeed", "xformers"):
-        out.print(f"{name:13} {_version(name)}")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            out.print(f"device        cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    out.print(f"device        cpu, {torch.get_num_threads()} threads")
-    for device, runs in describe().items():
-        out.print(f"kernels       {device}: {runs}")
-    import_diffusers()
-    _listed(out, "metric", all_distances().values(), broken_distances())
-    _listed(out, "metrics", all_metrics().values(), broken_metrics())
-    libraries = ("clean-fid", "torchmetrics", "open_clip_torch", "dreamsim")
-    out.print("libraries     " + ", ".join(f"{name} {_version(name)}" for name in libraries))
-    out.print(f"methods       {', '.join(all_methods())}")
-    out.print(f"judges        {', '.join(all_judges())}")
-    for name, why in broken_judges().items():
-        out.print(f"judges        {name}: cannot be loaded ({why})")
-
-
-def _listed(out: Terminal, title: str, known: Iterable[Any], broken: Mapping[str, str]) -> None:
-    """A line for each of a registry, under the flag that takes its name."""
-    for one in known:
-        out.print(f"{title:13} {one.name:14} {one.summary}")
-    for name, reason in broken.items():
-        out.print(f"{title:13} {name}: cannot be loaded ({reason})")
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

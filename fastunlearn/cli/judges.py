@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
-
 from ..judges import all_judges, broken_judges, find_judge
 from ..judges.factory import JudgeFactory
-from .console import terminal
+from .console import listed, pages, terminal
 
 
 def judges_table() -> None:
     """Every judge: what it is for, what it needs, its license, and whether it can run here."""
-    grid = Table()
-    for name in ("judge", "for", "needs", "license", "here"):
-        grid.add_column(name, overflow="fold", min_width=8 if name in ("judge", "here") else None)
-    for name in all_judges():
-        judge = find_judge(name)
-        if isinstance(judge, JudgeFactory):
-            grid.add_row(name, judge.purpose, judge.needs, judge.license, _here(judge))
-        else:
-            grid.add_row(name, _summary(judge), "another package, which is installed", "see that package", "yes")
+    rows = []
+    for fact in map(judge_facts, all_judges()):
+        said = f"{fact['for']}.\nNeeds {fact['needs']}. License: {fact['license']}.\nHere: {fact['here']}\n"
+        rows.append((fact["name"], said))
     out = terminal()
-    out.print(grid)
+    out.print(listed(rows))
     out.print(
         "`fastunlearn judges NAME` shows one, with its option; `--judge NAME[:OPTION]` takes it. In Python any "
         "function (images, concept) -> scores is a judge."
     )
     for name, why in broken_judges().items():
         out.print(f"{name}: cannot be loaded ({why})")
+
+
+def judge_facts(name: str) -> dict[str, Any]:
+    """What is known of a judge, as JSON can hold it."""
+    judge = find_judge(name)
+    if isinstance(judge, JudgeFactory):
+        told = {"for": judge.purpose, "needs": judge.needs, "license": judge.license, "here": _here(judge)}
+        return {"name": name, **told, "option": judge.option, "missing": judge.missing()}
+    told = {"for": _summary(judge), "needs": "another package, which is installed", "license": "see that package"}
+    return {"name": name, **told, "here": "yes", "option": "", "missing": ""}
 
 
 def judge_page(name: str) -> None:
@@ -50,7 +53,7 @@ def judge_page(name: str) -> None:
     ):
         out.print(f"{label:9} {text}")
     out.print()
-    out.print(judge.about)
+    pages(judge.about)
 
 
 def _here(judge: JudgeFactory) -> str:

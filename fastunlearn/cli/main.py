@@ -7,7 +7,9 @@ import dataclasses
 import io
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -20,14 +22,16 @@ from ..attacks.config import AttackConfig
 
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from ..distributed import ALONE, has_joined, world_of_environment
-from ..errors import UserError, explain, is_expected
+from ..errors import UserError, did_you_mean, explain, is_expected
 from ..evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesConfig
 from ..training.config import ApplyConfig, ExportConfig, MaskConfig, TrainConfig
+from .completion import SHELLS
 from .demo import DemoConfig
 from .flags import add_flags, build
 from .prompts import PromptsConfig, group_of, make_prompts
+from .voice import Done, Voice, add_voice, take_voice
 
-Command = Callable[[dict[str, Any]], int]
+Command = Callable[[dict[str, Any], Voice], Done | int]
 
 _DESCRIPTION = "Make a text-to-image diffusion model forget a concept, and prove that everything else is unchanged."
 _BUG = (
@@ -90,6 +94,13 @@ _PROMPTS_EXAMPLES = """examples:
 """
 
 
+_COMPLETION_EXAMPLES = """examples:
+  source <(fastunlearn completion bash)
+  fastunlearn completion zsh > "${fpath[1]}/_fastunlearn"
+  fastunlearn completion fish > ~/.config/fish/completions/fastunlearn.fish
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
@@ -146,10 +157,15 @@ def _run(args: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
     flags = {name: value for name, value in vars(args).items() if name != "command"}
     command: Command = args.command
-    return command(flags)
+    voice = take_voice(flags)
+    done = command(flags, voice)
+    if isinstance(done, int):
+        return done
+    voice.tell(done)
+    return 0
 
 
-def _train(flags: dict[str, Any]) -> int:
+def _train(flags: dict[str, Any], voice: Voice) -> Done | int:
     saved = Path(flags.get("output", "")) / "config.yaml"
     if flags.get("resume") and "output" in flags and flags.get("config") is None:
         if saved.is_file():
@@ -159,15 +175,14 @@ def _train(flags: dict[str, Any]) -> int:
     config = build(TrainConfig, flags)
     again = f"fastunlearn train --resume --output {shlex.quote(config.output)}"
     if config.num_processes is not None and world_of_environment().size == 1 and not config.dry_run:
-        return _train_in_processes(config, again)
+        return _train_in_processes(config, again, voice)
     from ..distributed import is_lost_peer
     from ..progress import Reporter
     from ..training.trainer import Interrupted
     from ..training.unlearn import unlearn
-    from .console import Console
 
     world = world_of_environment()
-    with Console(quiet=not world.is_main) as console:
+    with voice.console(silent=not world.is_main) as console:
         try:
             result = unlearn(config, reporter=console if world.is_main else Reporter())
         except Interrupted as stop:
@@ -187,13 +202,23 @@ def _train(flags: dict[str, Any]) -> int:
     if not world.is_main:
         return 0
     if result.model is None:
-        print("dry run: nothing was computed or written.")
-    else:
-        console.result(result.folder, result.model, result.record.ending if result.record else None)
-    return 0
+        plan = {"dry_run": True, "plan": console.told}
+        return Done(lambda: plan, lambda: print("dry run: nothing was computed or written."))
+
+    record, model = result.record, result.model
+    assert record is not None
+
+    def document() -> dict[str, Any]:
+        from ..schema import read_evaluation
+
+        path = result.folder / "evaluation.json"
+        evaluation = read_evaluation(path).to_dict() if path.is_file() else None
+        return {"output": config.output, "model": str(model), "run": record.to_dict(), "evaluation": evaluation}
+
+    return Done(document, lambda: console.result(result.folder, model, record.ending))
 
 
-def _train_in_processes(config: TrainConfig, again: str) -> int:
+def _train_in_processes(config: TrainConfig, again: str, voice: Voice) -> int:
     """Start ``--num-processes`` of this command, which see by their environment that they are already started."""
     import tempfile
 
@@ -204,7 +229,7 @@ def _train_in_processes(config: TrainConfig, again: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
-        failure = launch(["train", "--config", str(settings)], config.num_processes)
+        failure = launch(["train", "--config", str(settings), *voice.flags()], config.num_processes)
     if failure is None:
         return 0
     if failure.status not in (1, 2):  # else the process has said it
@@ -213,70 +238,76 @@ def _train_in_processes(config: TrainConfig, again: str) -> int:
     return 1 if failure.status == 1 else 2
 
 
-def _mask(flags: dict[str, Any]) -> int:
+def _mask(flags: dict[str, Any], voice: Voice) -> Done | int:
     config = build(MaskConfig, flags)
     from ..training.saliency import mask
-    from .console import Console
 
-    with Console():
-        result = mask(config)
-    print(f"mask: {config.output}, {result.total:,} elements of {len(result.names)} parameters (`train --mask`)")
-    return 0
+    with voice.console() as console:
+        result = mask(config, console)
+    said = f"mask: {config.output}, {result.total:,} elements of {len(result.names)} parameters (`train --mask`)"
+    found = {"mask": config.output, "elements": result.total, "parameters": list(result.names)}
+    return Done(lambda: found, lambda: print(said))
 
 
-def _apply(flags: dict[str, Any]) -> int:
+def _apply(flags: dict[str, Any], voice: Voice) -> Done | int:
     config = build(ApplyConfig, flags)
     from ..training.export import apply
 
-    print(f"model: {apply(config)}  (loads with diffusers.DiffusionPipeline.from_pretrained)")
-    return 0
+    model = apply(config)
+    said = f"model: {model}  (loads with diffusers.DiffusionPipeline.from_pretrained)"
+    return Done(lambda: {"model": str(model)}, lambda: print(said))
 
 
-def _export(flags: dict[str, Any]) -> int:
+def _export(flags: dict[str, Any], voice: Voice) -> Done | int:
     config = build(ExportConfig, flags)
     from ..training.formats import export_run
 
-    print(f"{config.format}: {export_run(config)}")
-    return 0
+    file = export_run(config)
+    found = {"format": config.format, "output": str(file)}
+    return Done(lambda: found, lambda: print(f"{config.format}: {file}"))
 
 
-def _evaluate(flags: dict[str, Any]) -> int:
+def _evaluate(flags: dict[str, Any], voice: Voice) -> Done | int:
     begun = _begun("evaluate", flags)
     config = build(EvaluateConfig, flags)
     from ..evaluation.evaluate import evaluate
-    from .console import Console
 
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    with Console() as console:
+    with voice.console() as console:
         try:
             report = evaluate(**settings, reporter=console)
         except KeyboardInterrupt:
             console.close()
             return _stopped("evaluate", config.output, begun)
-    if report.result is not None:
-        console.evaluated(report, Path(config.output))
-    return 0
+    if report.result is None:  # another process has the results
+        return 0
+    folder = Path(config.output)
+    evaluations = [result.evaluation.to_dict() for result in report.results]
+    document = {"output": config.output, "report": str(folder / "report.html"), "evaluations": evaluations}
+    return Done(lambda: document, lambda: console.evaluated(report, folder))
 
 
-def _attack(flags: dict[str, Any]) -> int:
+def _attack(flags: dict[str, Any], voice: Voice) -> Done | int:
     begun = _begun("attack", flags)
     config = build(AttackConfig, flags)
     from ..attacks.attack import attack
     from .attacks import attack_table
-    from .console import Console
 
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    with Console() as console:
+    with voice.console() as console:
         try:
             report = attack(**settings, reporter=console)
         except KeyboardInterrupt:
             console.close()
             return _stopped("attack", config.output, begun)
-    if report.record is not None:
-        attack_table(report.record, Path(config.output))
-    elif config.dry_run:
-        print("dry run: nothing was attacked or written.")
-    return 0
+    record, folder = report.record, Path(config.output)
+    if record is not None:
+        found = {"output": config.output, "report": str(folder / "report.html"), "attack": record.to_dict()}
+        return Done(lambda: found, lambda: attack_table(record, folder))
+    if not config.dry_run:  # another process has the results
+        return 0
+    plan = {"dry_run": True, "plan": console.told}
+    return Done(lambda: plan, lambda: print("dry run: nothing was attacked or written."))
 
 
 def _begun(command: str, flags: dict[str, Any]) -> Path:
@@ -292,96 +323,115 @@ def _stopped(command: str, output: str, begun: Path) -> int:
     return _fail(f"stopped. Continue with: {again}" if begun.is_file() else "stopped; nothing was recorded yet.")
 
 
-def _compare(flags: dict[str, Any]) -> int:
+def _compare(flags: dict[str, Any], voice: Voice) -> Done | int:
     config = build(CompareConfig, flags)
     from ..evaluation.compare import compare_runs
     from .console import comparison_table
 
-    comparison_table(compare_runs(config))
-    print(f"plot: {Path(config.output) / 'compare.png'}, page: {Path(config.output) / 'compare.html'}")
-    return 0
+    found, folder = compare_runs(config), Path(config.output)
+
+    def say() -> None:
+        comparison_table(found)
+        print(f"plot: {folder / 'compare.png'}, page: {folder / 'compare.html'}")
+
+    return Done(lambda: {"output": config.output, "comparison": found.to_dict()}, say)
 
 
-def _evaluate_images(flags: dict[str, Any]) -> int:
+def _evaluate_images(flags: dict[str, Any], voice: Voice) -> Done | int:
     config = build(EvaluateImagesConfig, flags)
     from ..evaluation.evaluate_images import evaluate_image_folders
-    from .console import Console, images_table
+    from .console import images_table
 
-    with Console() as console:
+    with voice.console() as console:
         found = evaluate_image_folders(config, console.comparing)
-    for folder, evaluation in found.items():
-        images_table(evaluation, folder)
-    return 0
+
+    def say() -> None:
+        for folder, evaluation in found.items():
+            images_table(evaluation, folder)
+
+    evaluations = [{"output": str(folder), "evaluation": one.to_dict()} for folder, one in found.items()]
+    return Done(lambda: {"output": config.output, "evaluations": evaluations}, say)
 
 
-def _demo(flags: dict[str, Any]) -> int:
+def _demo(flags: dict[str, Any], voice: Voice) -> Done | int:
     config = build(DemoConfig, flags)
     from ..reports.sentences import gap_sentence
     from ..training.trainer import Interrupted
-    from .console import Console, table
+    from .console import table
     from .demo import demo
 
     started = time.monotonic()
-    with Console(plans=False) as console:
+    with voice.console(plans=False) as console:
         try:
             found = demo(config, console)
         except Interrupted:
             raise KeyboardInterrupt from None  # a demo is too short to be continued
-    table(found.evaluations)
-    print(gap_sentence(found.comparison))
-    print(f"{time.monotonic() - started:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
-    unlearned = shlex.quote(str(Path(config.output) / found.evaluations[1].name))
-    print(
-        "Is it gone, also for somebody who looks for it? "
-        f"fastunlearn attack --original shapes --unlearned {unlearned} --gold shapes-gold-star --output attack"
-    )
-    return 0
+    seconds = time.monotonic() - started
+
+    def say() -> None:
+        table(found.evaluations)
+        print(gap_sentence(found.comparison))
+        print(f"{seconds:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
+        unlearned = shlex.quote(str(Path(config.output) / found.evaluations[1].name))
+        print(
+            "Is it gone, also for somebody who looks for it? "
+            f"fastunlearn attack --original shapes --unlearned {unlearned} --gold shapes-gold-star --output attack"
+        )
+
+    return Done(lambda: {"output": config.output, "demo": found.to_dict()}, say)
 
 
-def _methods(flags: dict[str, Any]) -> int:
-    from .methods import method_page, methods_table
-
-    if (name := flags.get("name")) is not None:
-        method_page(name)
-    else:
-        methods_table()
-    return 0
-
-
-def _judges(flags: dict[str, Any]) -> int:
-    from .judges import judge_page, judges_table
+def _methods(flags: dict[str, Any], voice: Voice) -> Done:
+    from ..methods import all_methods
+    from .methods import method_facts, method_page, methods_table
 
     if (name := flags.get("name")) is not None:
-        judge_page(name)
-    else:
-        judges_table()
-    return 0
+        return Done(lambda: method_facts(name), lambda: method_page(name))
+    return Done(lambda: [method_facts(one) for one in all_methods()], methods_table)
 
 
-def _prompts(flags: dict[str, Any]) -> int:
+def _judges(flags: dict[str, Any], voice: Voice) -> Done:
+    from ..judges import all_judges
+    from .judges import judge_facts, judge_page, judges_table
+
+    if (name := flags.get("name")) is not None:
+        return Done(lambda: judge_facts(name), lambda: judge_page(name))
+    return Done(lambda: [judge_facts(one) for one in all_judges()], judges_table)
+
+
+def _prompts(flags: dict[str, Any], voice: Voice) -> Done:
     config = build(PromptsConfig, flags)
     made = make_prompts(config)
-    if config.output is None:
-        for kind, prompt in made:
-            print(f"{kind:9} {prompt}")
-        return 0
-    kinds = list(dict.fromkeys(kind for kind, _ in made))
-    groups = ", ".join(dict.fromkeys(map(group_of, kinds)))
-    print(f"prompts: {config.output}, {len(made)} in the groups {groups} (`--prompts`, `--forget-prompts`)")
-    return 0
+    rows = [{"prompt": prompt, "group": group_of(kind), "kind": kind} for kind, prompt in made]
+
+    def say() -> None:
+        if config.output is None:
+            for kind, prompt in made:
+                print(f"{kind:9} {prompt}")
+            return
+        groups = ", ".join(dict.fromkeys(row["group"] for row in rows))
+        print(f"prompts: {config.output}, {len(made)} in the groups {groups} (`--prompts`, `--forget-prompts`)")
+
+    return Done(lambda: {"output": config.output, "prompts": rows}, say)
 
 
-def _attacks(flags: dict[str, Any]) -> int:
-    from .attacks import attacks_table
+def _attacks(flags: dict[str, Any], voice: Voice) -> Done:
+    from .attacks import attacks_facts, attacks_table
 
-    attacks_table()
-    return 0
+    return Done(attacks_facts, attacks_table)
 
 
-def _info(flags: dict[str, Any]) -> int:
-    from .console import info
+def _info(flags: dict[str, Any], voice: Voice) -> Done:
+    from .info import facts, say
 
-    info()
+    told = facts()
+    return Done(lambda: told, lambda: say(told))
+
+
+def _completion(flags: dict[str, Any], voice: Voice) -> int:
+    from .completion import script
+
+    print(script(flags["shell"], _parser()))
     return 0
 
 
@@ -395,20 +445,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastunlearn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    width = min(shutil.get_terminal_size((110, 24)).columns, 110)
 
-    def add(
-        name: str, command: Callable[[dict[str, Any]], int], help: str, kind: Any = None, examples: str = ""
-    ) -> argparse.ArgumentParser:
+    def add(name: str, command: Command, help: str, kind: Any = None, examples: str = "") -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
             epilog=examples,
             allow_abbrev=False,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, max_help_position=34 if width > 90 else 26, width=width
+            ),
         )
         if kind is not None:
             add_flags(sub, kind)
+        add_voice(sub, works=kind is not None)
         sub.set_defaults(command=command)
         return sub
 
@@ -439,13 +491,47 @@ def _parser() -> argparse.ArgumentParser:
     judges.add_argument("name", metavar="NAME", nargs="?", help="the judge to show")
     methods = add("methods", _methods, "list the methods, or show one: paper, equation, needs, options, defaults")
     methods.add_argument("name", metavar="NAME", nargs="?", help="the method to show")
-    add("info", _info, "show versions, devices, and which kernels and metrics can run here")
+    add("info", _info, "show versions, devices, what can run here, and what to install for what")
+    completion = commands.add_parser(
+        "completion",
+        help="print what completes commands and flags in a shell",
+        epilog=_COMPLETION_EXAMPLES,
+        description="Print what completes commands and flags in a shell.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    completion.set_defaults(command=_completion)
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with the name that was probably meant."""
+
     def error(self, message: str) -> NoReturn:
-        sys.exit(_fail(f"{message}. See `{self.prog} --help`."))
+        sys.exit(_fail(f"{message.rstrip('.?')}{'?' if message.endswith('?') else '.'} See `{self.prog} --help`."))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # What a command was given and does not know comes back to the first parser, which asks it.
+            parsers = {name: one for action in self._actions for name, one in (_commands_of(action) or {}).items()}
+            command = parsers.get(next((word for word in args or () if word in parsers), ""), self)
+            flags = [flag for action in command._actions for flag in action.option_strings]
+            meant = "".join(did_you_mean(word.partition("=")[0], flags) for word in unknown[:1] if word[:2] == "--")
+            command.error(f"unrecognized arguments: {' '.join(unknown)}.{meant}")
+        return known
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = did_you_mean(str(value), action.choices or ())
+            raise argparse.ArgumentError(action, f"{error.message}.{meant}") from None
+
+
+def _commands_of(action: argparse.Action) -> dict[str, argparse.ArgumentParser] | None:
+    return action.choices if isinstance(action, argparse._SubParsersAction) else None
 
 
 def _fail(message: str) -> int:
@@ -457,5 +543,9 @@ def _fail(message: str) -> int:
         if world.store is not None and not has_joined():
             return 2  # all processes that we started make the same checks: the first one tells
         message = f"process {world.rank}: {message}"
-    print(f"fastunlearn: {' '.join(message.split())}", file=sys.stderr)
+    line = f"fastunlearn: {' '.join(message.split())}"
+    if sys.stderr.isatty():  # a terminal would break it within a word
+        columns = max(40, shutil.get_terminal_size().columns)
+        line = textwrap.fill(line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
     return 2

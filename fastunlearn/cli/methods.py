@@ -10,25 +10,46 @@ from rich.table import Table
 from ..config import type_name
 from ..methods import Method, all_methods, broken_methods, get_method
 from ..methods.recipe import Defaults
-from .console import terminal
+from .console import listed, pages, terminal
 
 
 def methods_table() -> None:
-    """Every method: paper, what it needs, what it changes."""
-    from ..training.selection import GROUPS
-
-    grid = Table()
-    for name in ("method", "paper", "needs", "what it does", "changes by default"):
-        grid.add_column(name)
-    for method in all_methods().values():
-        selector = method.defaults["stable-diffusion"].trainable
-        changes = "nothing" if method.name == "identity" else f"{selector}: {GROUPS.get(selector, selector)}"
-        grid.add_row(method.name, method.paper, method.needs, method.summary, changes)
+    """Every method: what it does, paper, what it needs, what it changes."""
+    rows = [
+        (method.name, f"{method.summary}.\n{method.paper}. Needs {method.needs}. Changes {_changes(method)}.\n")
+        for method in all_methods().values()
+    ]
     out = terminal()
-    out.print(grid)
+    out.print(listed(rows))
     out.print("`fastunlearn methods NAME` shows one, with its options.")
     for name, why in broken_methods().items():
         out.print(f"{name}: cannot be loaded ({why})")
+
+
+def method_facts(name: str) -> dict[str, Any]:
+    """What is known of a method, as JSON can hold it."""
+    method = get_method(name)
+    return {
+        **{"name": method.name, "summary": method.summary, "paper": method.paper, "needs": method.needs},
+        **{"anchor": method.anchor, "changes": _changes(method), "is_control": method.is_control},
+        "options": {
+            field.name: {
+                "help": field.metadata.get("help", ""),
+                "type": type_name(method.options, field.name),
+                "default": _default(field),
+            }
+            for field in (dataclasses.fields(method.options) if method.options is not None else ())
+        },
+        "defaults": {key: _flat(method.defaults_for(key)) for key in method.defaults},
+    }
+
+
+def _changes(method: Method) -> str:
+    """What a method changes by default, in words."""
+    from ..training.selection import GROUPS
+
+    selector = method.defaults["stable-diffusion"].trainable
+    return "nothing" if method.name == "identity" else f"{selector}: {GROUPS.get(selector, selector)}"
 
 
 def method_page(name: str) -> None:
@@ -45,7 +66,7 @@ def method_page(name: str) -> None:
         out.print(f"{label:9} {text}")
     if method.about:
         out.print()
-        out.print(method.about)
+        pages(method.about)
     out.print()
     if method.options is None:
         out.print("It has no options of its own.")

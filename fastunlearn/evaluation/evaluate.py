@@ -123,6 +123,7 @@ def evaluate(
             if overwrite and ranks.launched:
                 raise UserError("`--overwrite`: launched ranks would not wait for it. Empty the folder first.")
             stack.enter_context(claimed(folder))
+        reporter.stage("loading")
         models, placebo_name = named_models(unlearned, placebo)
         runs = {name: run_of(model) for name, model in models.items()}
         spec = SamplerSpec(num_inference_steps, guidance_scale, batch_size, mixed_precision, decode_batch_size)

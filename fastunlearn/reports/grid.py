@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
 from ..files.atomic import whole_file
+from .fonts import font
 from .gallery import ImageArray, check_image, fit
 
 
@@ -38,7 +39,7 @@ def write_grid(
     for pixels in (pixels for line in images for pixels in line):
         check_image(pixels, "the grid")
 
-    text, strong = _font("DejaVuSans.ttf", 13), _font("DejaVuSans-Bold.ttf", 15)
+    text, strong = font(13), font(15, bold=True)
     gap, margin = 6, 16
     labels = [_wrap(label, text, cell - 4) for label in columns]
     row_labels = [_wrap(label, strong, 150) for label in rows]
@@ -57,7 +58,7 @@ def write_grid(
     canvas = Image.new("RGB", (x - gap + margin, top + len(rows) * (cell + gap) - gap + margin), "white")
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((margin, margin), title, fill="#111827", font=_font("DejaVuSans-Bold.ttf", 18))
+        draw.text((margin, margin), title, fill="#111827", font=font(18, bold=True))
     first = 0
     for name, count in spans:  # first: the column a group starts at
         x0, x1, y = starts[first], starts[first + count - 1] + cell, margin + title_height
@@ -78,30 +79,23 @@ def write_grid(
         canvas.save(unfinished, format="PNG", optimize=True)
 
 
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib, so that labels look alike on every machine."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def _wrap(label: str, font: ImageFont.FreeTypeFont, width: float, lines: int = 4) -> list[str]:
+def _wrap(label: str, face: ImageFont.FreeTypeFont, width: float, lines: int = 4) -> list[str]:
     """``label`` in at most ``lines`` lines of ``width`` pixels; what does not fit is cut off visibly."""
     wrapped = [""]
     for word in label.split() or [""]:
         longer = f"{wrapped[-1]} {word}".strip()
-        if not wrapped[-1] or font.getlength(longer) <= width:
+        if not wrapped[-1] or face.getlength(longer) <= width:
             wrapped[-1] = longer
         else:
             wrapped.append(word)
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], " ".join(wrapped[lines - 1 :])]
-    return [_shorten(line, font, width) for line in wrapped]
+    return [_shorten(line, face, width) for line in wrapped]
 
 
-def _shorten(line: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(line) <= width:
+def _shorten(line: str, face: ImageFont.FreeTypeFont, width: float) -> str:
+    if face.getlength(line) <= width:
         return line
-    while line and font.getlength(line + "…") > width:
+    while line and face.getlength(line + "…") > width:
         line = line[:-1]
     return line.rstrip() + "…"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
+from importlib.resources import files
 
 import jinja2
+import markupsafe
 
 from .gallery import data_uri
 from .sentences import distance_text, percent, percent_range
@@ -20,6 +24,10 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = files(__package__).joinpath("templates/script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The page's own script is the only one that a browser runs in it.
+    environment.globals.update(script=markupsafe.Markup(script), script_hash=f"sha256-{digest}")
     environment.filters.update(
         percent=percent,
         percent_range=percent_range,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from ..errors import UserError
 from ..methods.recipe import Inner, Recipe, Row, Search, found
 from ..methods.rules import Sum
 from ..models.base import Model, Tensors
+from ..progress import OnProgress, untold
 from .bank import Batch, build_bank, plan_bank
 from .engine import Engine
 
@@ -32,13 +34,23 @@ class SearchBudget:
     bank_batch_size: int | None = None
 
 
-def with_found(model: Model, recipe: Recipe, budget: SearchBudget) -> Recipe:
-    """The recipe with the embeddings that its searches have found."""
-    embeddings = {found(search.name): _found(model, search, budget) for search in recipe.searches}
+def with_found(model: Model, recipe: Recipe, budget: SearchBudget, on_progress: OnProgress = untold) -> Recipe:
+    """The recipe with the embeddings that its searches have found.  ``on_progress`` counts their steps."""
+    total, done = sum(search.steps for search in recipe.searches), 0
+    embeddings: dict[str, Mapping[str, torch.Tensor]] = {}
+    for search in recipe.searches:
+        embeddings[found(search.name)] = _found(model, search, budget, partial(_told, on_progress, done, total))
+        done += search.steps
     return dataclasses.replace(recipe, embeddings={**recipe.embeddings, **embeddings}, searches=())
 
 
-def _found(model: Model, search: Search, budget: SearchBudget) -> Mapping[str, torch.Tensor]:
+def _told(on_progress: OnProgress, before: int, total: int, step: int) -> None:
+    on_progress(before + step, total)
+
+
+def _found(
+    model: Model, search: Search, budget: SearchBudget, on_step: Callable[[int], None]
+) -> Mapping[str, torch.Tensor]:
     # A row that stores both predictions at each point: the concept's as its own prompt's, then the neutral one's.
     target = {search.concept: 1.0} if search.neutral is None else {search.concept: 2.0, search.neutral: -1.0}
     recipe = Recipe([Row("forget", search.concept, search.concept, target)], Sum())
@@ -71,6 +83,7 @@ def _found(model: Model, search: Search, budget: SearchBudget) -> Mapping[str, t
         (gradient,) = torch.autograd.grad(agreement, [offset])
         offset.grad = gradient  # only this step's: gradients do not add up
         optimizer.step()
+        on_step(step + 1)
     if not offset.isfinite().all():
         raise UserError("the search for an embedding leads to no finite numbers. Use a smaller rate of the search.")
     states = (start[STATES] + _behind_first(offset)).detach()

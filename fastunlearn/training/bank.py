@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..methods.recipe import NOISE, ROLES, UNCONDITIONAL, Recipe, Role, Row, picture
 from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
+from ..progress import OnProgress, untold
 from .pictures import encode_pictures, noise_share, prediction_towards
 
 BATCH_SIZE = 64  # trajectories
@@ -187,13 +188,20 @@ def plan_bank(
 
 @torch.no_grad()
 def build_bank(
-    model: Model, recipe: Recipe, plan: BankPlan, *, micro_batch_size: int | None = None, purpose: str = _PURPOSE
+    model: Model,
+    recipe: Recipe,
+    plan: BankPlan,
+    *,
+    micro_batch_size: int | None = None,
+    purpose: str = _PURPOSE,
+    on_progress: OnProgress = untold,
 ) -> Bank:
     """Sample every trajectory of the plan, batched, and keep each point with its predictions.
 
     A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once, and
     as many prompts are encoded: 64 of both, if nothing is said; another number may change the last bit.  No evaluation
-    shares their noise, nor does another ``purpose``.  Rows of a picture need no sampler.  Raises UserError for
+    shares their noise, nor does another ``purpose``.  Rows of a picture need no sampler.  ``on_progress`` counts rows.
+    Raises UserError for
     predictions that are no numbers, and for pictures that cannot be read or have another size.
     """
     pictures = {picture(name): latents for name, latents in encode_pictures(model, recipe.pictures).items()}
@@ -229,6 +237,7 @@ def build_bank(
                     latents[rows[:, number]] = point.latents
                     timesteps[rows[:, number]] = point.timestep.float()
                     teacher_preds[: len(asked), rows[:, number]] = point.predictions
+                    on_progress(first * points + (number + 1) * len(group), total)
             ends = point.next_latents
         for row, branch, where, seed, end in zip(kinds, branches, rows, seeds, ends, strict=True):
             if row.trajectory in pictures or NOISE in row.target:
@@ -257,6 +266,7 @@ def build_bank(
                 weights[where] *= noise_share(model, timesteps[where]) ** row.noise_power
             window = row.window(points)
             role_rows.setdefault(row.role, []).append(where[window.start : window.stop].cpu())
+        on_progress((first + len(group)) * points, total)
     if not (latents.isfinite().all() and teacher_preds.isfinite().all()):
         raise UserError(
             f"{model.name}'s {type(model.pipeline.scheduler).__name__} leads to latents that are no finite numbers: "

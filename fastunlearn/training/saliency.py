@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..models.options import ModelOptions
 from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
-from ..progress import Reporter
+from ..progress import OnProgress, Reporter, untold
 from .bank import Bank, build_bank, plan_bank
 from .concept import forget_prompts
 from .config import MaskConfig
@@ -43,6 +44,7 @@ def mask(config: MaskConfig, reporter: Reporter | None = None) -> Selection:
 
 
 def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
+    reporter.stage("loading")
     device = resolve_device(config.device)
     placement = Placement.of("fp32", device, offload=config.offload)
     model = load_model(config.model, device, ModelOptions.of(config), placement=placement)
@@ -74,6 +76,7 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
         bank_batch_size=config.bank_batch_size,
         seed=config.seed,
         mixed_precision=config.mixed_precision,
+        on_progress=partial(reporter.working, "mask"),
     )
     save_mask(result, path, model)
     return result
@@ -93,6 +96,7 @@ def make_mask(
     bank_batch_size: int | None = None,
     seed: int,
     mixed_precision: str = "no",
+    on_progress: OnProgress = untold,
 ) -> Selection:
     """SalUn's mask: the share ``density`` of the elements on which the concept's denoising loss is steepest.
 
@@ -112,6 +116,7 @@ def make_mask(
         bank_batch_size=bank_batch_size,
         seed=seed,
         mixed_precision=mixed_precision,
+        on_progress=on_progress,
     )
     bits = saliency_mask(list(totals.values()), density, granularity=granularity)
     selection = Selection.of(
@@ -139,10 +144,12 @@ def concept_gradient(
     bank_batch_size: int | None = None,
     seed: int,
     mixed_precision: str = "no",
+    on_progress: OnProgress = untold,
 ) -> dict[str, torch.Tensor]:
     """name -> the gradient of ``|(1 + w) S(c) - w S("") - noise|^2``, w = ``guidance``, over all forget rows, float32.
 
     Signs and all: the mean over the rows.  With a guidance of 0 it is the concept's usual training loss.
+    ``on_progress`` counts the rows twice: when they are made, and when they are in the gradient.
     """
     rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
     recipe = Recipe(rows, Sum())
@@ -154,9 +161,14 @@ def concept_gradient(
         guidance_scale=trajectory_guidance_scale,
         seed=seed,
     )
-    bank = build_bank(model, recipe, plan, micro_batch_size=bank_batch_size)
+    bank = build_bank(
+        *(model, recipe, plan),
+        micro_batch_size=bank_batch_size,
+        on_progress=lambda done, total: on_progress(done, 2 * total),
+    )
     parameters = _parameters(model, names)
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    done = len(bank)
     try:
         for index in torch.arange(len(bank), device=model.device).split(micro_batch_size):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
@@ -164,6 +176,8 @@ def concept_gradient(
             loss = (predicted - bank.teacher_preds[0, index]).square().mean() * (len(index) / len(bank))
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
             accumulate_saliency_(list(totals.values()), list(gradients), mode="signed")
+            done += len(index)
+            on_progress(done, 2 * len(bank))
     finally:
         model.denoiser.requires_grad_(False)
     return totals

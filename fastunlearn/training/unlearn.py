@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ class _Run:
         if config.resume:
             check_settings(config, folder)
         device = device_of(self.world, config.device)
+        self.reporter.stage("loading")
         model = self._model(device)
         model.name = self.name
         plan = plan_training(config, method, model, self.world)
@@ -184,13 +186,14 @@ class _Run:
                 bank_batch_size=config.bank_batch_size,
             )
             with self._stage("search"):
-                recipe = with_found(model, recipe, budget)
+                recipe = with_found(model, recipe, budget, partial(self.reporter.working, "search"))
             if held is not None:
                 found = dataclasses.replace(held.recipe, embeddings=recipe.embeddings, searches=())
                 held = dataclasses.replace(held, recipe=found)
         with self._stage("bank"):
             batch = config.bank_batch_size
-            bank = build_bank(model, recipe, plan.bank, micro_batch_size=batch)
+            told = partial(self.reporter.working, "bank")
+            bank = build_bank(model, recipe, plan.bank, micro_batch_size=batch, on_progress=told)
             return bank, Evidence(model, held, batch) if held else None
 
     def _start(self, recipe: Recipe, plan: TrainPlan, model: Model, selection: Selection) -> None:
@@ -203,7 +206,9 @@ class _Run:
 
     def _gradient(self, plan: TrainPlan, model: Model) -> Mapping[str, torch.Tensor]:
         names = plan.selection.names
-        return concept_gradient(model, plan.concept.forget_prompts, names, guidance=0.0, **self._gradient_budget(plan))
+        told = partial(self.reporter.working, "edit")
+        budget = self._gradient_budget(plan)
+        return concept_gradient(model, plan.concept.forget_prompts, names, guidance=0.0, on_progress=told, **budget)
 
     def _gradient_budget(self, plan: TrainPlan) -> dict[str, Any]:
         return {
@@ -231,6 +236,7 @@ class _Run:
                 plan.selection.names,
                 density=settings.mask_density,
                 granularity=config.mask_granularity,
+                on_progress=partial(self.reporter.working, "mask"),
                 **self._gradient_budget(plan),
             )
 
