@@ -71,6 +71,7 @@ FLAGS = {
         *("seed", "device", "num-processes", "dry-run", "resume", "overwrite"),
     },
     "attacks": set(),
+    "card": {"config", "run", "evaluation", "attack", "base-model", "overwrite"},
     "compare": {"config", "output", "margin", "overwrite"},
     "prompts": {
         *("config", "concept", "output", "kinds", "category", "aliases", "hints", "near", "per-kind", "seed"),
@@ -252,7 +253,7 @@ def test_train_writes_a_run_and_says_where(cli, tmp_path):
     answer = cli(*TRAIN, "--output", tmp_path / "run")
     assert (answer.status, answer.err) == (0, "")
     assert str(tmp_path / "run" / "model") in answer.out
-    names = {"checkpoints", "config.yaml", "metrics.jsonl", "model", "run-key.json", "run.json"}
+    names = {"README.md", "checkpoints", "config.yaml", "metrics.jsonl", "model", "run-key.json", "run.json"}
     assert names_in(tmp_path / "run") == names
     assert not temporary_files_in(tmp_path)
 

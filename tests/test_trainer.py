@@ -283,6 +283,7 @@ def test_identity_exports_the_original(tmp_path, bundled):
 
 def test_a_run_leaves_its_files_and_no_scraps(finished):
     assert names_in(finished) == {
+        "README.md",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",

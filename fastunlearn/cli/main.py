@@ -23,7 +23,7 @@ from ..attacks.config import AttackConfig
 # Heavy modules are imported inside the commands: `--help` and mistakes answer at once.
 from ..distributed import ALONE, has_joined, world_of_environment
 from ..errors import UserError, did_you_mean, explain, is_expected
-from ..evaluation.config import CompareConfig, EvaluateConfig, EvaluateImagesConfig
+from ..evaluation.config import CardConfig, CompareConfig, EvaluateConfig, EvaluateImagesConfig
 from ..training.config import ApplyConfig, ExportConfig, MaskConfig, TrainConfig
 from .completion import SHELLS
 from .demo import DemoConfig
@@ -76,6 +76,9 @@ _ATTACK_EXAMPLES = """examples:
   fastunlearn attack --original shapes --unlearned run --gold shapes-gold-star --output attack
   fastunlearn attack --original ./sd15 --unlearned run --judge clip --attacks seeds,embedding --dry-run --output attack
   fastunlearn attack --resume --output attack
+"""
+_CARD_EXAMPLES = """examples:
+  fastunlearn card --run run --evaluation evaluation --attack attack --base-model stabilityai/stable-diffusion-2-1
 """
 _COMPARE_EXAMPLES = """examples:
   fastunlearn compare evaluation-esd evaluation-ovw --output comparison
@@ -310,6 +313,14 @@ def _attack(flags: dict[str, Any], voice: Voice) -> Done | int:
     return Done(lambda: plan, lambda: print("dry run: nothing was attacked or written."))
 
 
+def _card(flags: dict[str, Any], voice: Voice) -> Done | int:
+    config = build(CardConfig, flags)
+    from ..evaluation.cards import card
+
+    file = card(config)
+    return Done(lambda: {"card": str(file)}, lambda: print(f"card: {file}"))
+
+
 def _begun(command: str, flags: dict[str, Any]) -> Path:
     """Where a journal keeps the settings that it was begun with; `--resume --output FOLDER` says enough, then."""
     begun = Path(flags.get("output", "")) / "journal" / f"{command}.yaml"
@@ -479,6 +490,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("attack", _attack, "try to bring the concept back, with controls", AttackConfig, _ATTACK_EXAMPLES)
     add("attacks", _attacks, "list the attacks: what each does, what it looks for, whose it is, what it costs")
+    add("card", _card, "write a run's model card, with its evaluation and an attack", CardConfig, _CARD_EXAMPLES)
     add("compare", _compare, "tell which of several evaluated models keeps more", CompareConfig, _COMPARE_EXAMPLES)
     add(
         "prompts",

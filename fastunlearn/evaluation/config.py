@@ -1,8 +1,9 @@
-"""The settings of what measures models: `evaluate`, `evaluate-images`, `compare`."""
+"""The settings of what measures models, and tells of it: `evaluate`, `evaluate-images`, `compare`, `card`."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from ..config import above, at_least, check_weights_dtype, expand_home, setting
@@ -143,3 +144,28 @@ class CompareConfig:
         above(self, 0, "margin")
         if len(self.runs) < 2:
             raise UserError(f"a comparison needs at least 2 runs, got {len(self.runs)}: name their folders.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """What `card` does."""
+
+    run: str = setting("folder of the run, into which the card is written as README.md", path=True)
+    evaluation: str | None = setting(
+        "folder of an evaluation of the run's model; default: the one that the run's folder holds", None, path=True
+    )
+    attack: str | None = setting("folder of an attack on the run's model", None, path=True)
+    base_model: str | None = setting(
+        "OWNER/NAME of the base on the hub; default: what `train --model` named, where it is such a name", None
+    )
+    overwrite: bool = setting("replace a card that was changed by hand", False)
+
+    def __post_init__(self) -> None:
+        expand_home(self)
+        if self.base_model is not None and not is_hub_name(self.base_model):
+            raise UserError(f"`--base-model` {self.base_model!r} is no name of the hub: give OWNER/NAME.")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text can be the name of a model on the hub, OWNER/NAME."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text, re.ASCII) is not None

@@ -29,6 +29,7 @@ _OWNED = {
             "config.yaml",
             "run-key.json",
             "run.json",
+            "README.md",
             "metrics.jsonl",
             "mask.safetensors",
             "delta.safetensors",

@@ -13,6 +13,7 @@ import torch
 
 from ..concepts import read_concepts, title
 from ..errors import UserError
+from ..evaluation.cards import write_card
 from ..evaluation.evaluator import evaluate_models
 from ..evaluation.plan import default_metric, file_groups, world_groups
 from ..evaluation.results import EvaluationReport, write_results
@@ -81,8 +82,8 @@ def conclude(
     scoring: Scoring | None,
     reporter: Reporter,
 ) -> RunRecord:
-    """Write run.json beside what was exported, and, with ``scoring``, the evaluation.  Returns the record."""
-    folder, unlearned = exported.parent, exported
+    """Write run.json and the card beside what was exported, and, with ``scoring``, the evaluation: the record."""
+    folder, unlearned, evaluation = exported.parent, exported, None
     with contextlib.ExitStack() as scratch:
         if config.save == "delta":
             unlearned = Path(scratch.enter_context(tempfile.TemporaryDirectory()))
@@ -120,6 +121,8 @@ def conclude(
             )
             unseen = not set(scoring.groups.retain) & plan.prompts()
             write_results(folder, EvaluationReport(result, scoring.groups, unseen=unseen))
+            evaluation = result.results[0].evaluation
+    write_card(folder, record, evaluation)
     return record
 
 
