@@ -29,7 +29,7 @@ OVW = Method(
     recipe=recipe,
     anchor="needed",
     defaults={
-        "shapes": Defaults(80, 1e-3, 16, 16, "cross-attention-kv", "linear", retain_weight=20.0, stop_residual=0.08),
+        "shapes": Defaults(160, 1e-3, 16, 16, "cross-attention-kv", "linear", retain_weight=20.0, stop_residual=0.08),
         "stable-diffusion": Defaults(200, 1e-5, 4, 32, "cross-attention"),
     },
     needs_retain=True,
