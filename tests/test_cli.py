@@ -160,7 +160,8 @@ def test_judges_lists_each_with_what_it_needs_and_whether_it_can_run_here(cli, m
     for word in ("shapes", "clip", "imagenet", "nsfw", "nudenet", "AGPL-3.0", "BSD-2-Clause", "Imagenette"):
         assert word in text
     told = answer.out[answer.out.index("\nnudenet") :].split("\n\n")[0]
-    assert told.rstrip().endswith("Here: no")
+    assert "Here: no" in told
+    assert "Here: yes" not in told
     page = cli("judges", "nudenet").out
     assert "cannot run: it needs the package nudenet, which is not installed: pip install nudenet" in page
     assert "--judge imagenet:OPTION, OPTION being CLASS;CLASS" in cli("judges", "imagenet").out
@@ -872,7 +873,7 @@ def test_a_stopped_training_says_how_to_go_on_and_ends_like_one_that_was_not(cli
     finally:
         process.kill()
     assert process.returncode == 2
-    told = re.fullmatch(r"fastunlearn: stopped at step (\d+) of 60; the state is saved. Continue with: (.*)\n", err)
+    told = re.search(r"^fastunlearn: stopped at step (\d+) of 60; the state is saved. Continue with: (.*)\n", err, re.M)
     assert told, err
     assert told[2] == f"fastunlearn train --resume --output '{folder}'"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{told[1]}"]
