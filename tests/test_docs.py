@@ -297,6 +297,10 @@ def test_every_key_of_every_file_is_explained(kind):
     assert all(text.strip(" .") for text in explained(kind).values())
 
 
+def test_what_every_file_begins_with_is_said():
+    assert "Each file begins with ``schema``, ``kind``" in SITE["files.md"]
+
+
 def test_every_method_has_a_page_that_says_what_is_measured():
     for method in our_methods():
         page = SITE[f"methods/{method.name}.md"]

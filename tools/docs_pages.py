@@ -308,7 +308,7 @@ _EXPLAINED = re.compile(r"((?:``\w+``,\s+)*``\w+``):\s")
 
 def keys_section() -> str:
     """Every result file, and after them the parts that they are made of."""
-    lines: list[str] = []
+    lines = [inspect.cleandoc(record.__doc__ or "").split("\n\n")[1], ""]  # what every file begins with
     parts: list[type] = []
     for title, kind in FILES:
         lines += [f"## {title}", "", *about(kind), *keys_table(kind, parts), ""]
