@@ -210,7 +210,7 @@ def defaults_lines(method: Method) -> list[str]:
 def measured_lines(name: str) -> list[str]:
     """What the results files say of a method; nothing where it was not measured."""
     lines: list[str] = []
-    demo, edits, board = results("demo"), results("edits"), results("leaderboard")
+    demo, edits, board, attacks = map(results, ("demo", "edits", "leaderboard", "attacks"))
     for one in demo["evaluations"] if demo else ():
         if one["method"] == name:
             low, high = one["integrity"]["retention_ci95"]
@@ -229,6 +229,19 @@ def measured_lines(name: str) -> list[str]:
             low, high = row["retention_ci95"]
             shares = " | ".join(f"{row[key]:.1%}" for key in ("shown", "shown_original", "valid"))
             lines.append(f"| {concept} | {shares} | {row['retention']:.3f} ({low:.3f} to {high:.3f}) |")
+        lines.append("")
+    if attacks and name in attacks["models"]:
+        lines += [
+            f"Attacked for {attacks['concept']}, one training, one seed ([all models](../attacks.md)): "
+            "prompts broken, of this model, of the original, and of a model that never saw it:",
+            "",
+            "| attack | this model | original | gold |",
+            "|---|---|---|---|",
+        ]
+        for attack in attacks["models"][name]["attacks"]:
+            sides = (attacks["models"][model]["attacks"][attack] for model in (name, "original", "gold"))
+            shares = " | ".join(f"{one['broken']} of {one['n_prompts']}" for one in sides)
+            lines.append(f"| `{attack}` | {shares} |")
         lines.append("")
     if cells := [one for one in (board["cells"] if board else ()) if one["method"] == name]:
         lines += [
