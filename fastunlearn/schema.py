@@ -431,13 +431,12 @@ class Evaluation(Record):
     """evaluation.json of ``evaluate``, of one unlearned model beside its original.
 
     ``name``: of the unlearned model, here and in tables.  ``method``: of the run that made it.  ``model``: the
-    original.  ``integrity``: what the retain prompts kept.  ``concepts``: of several concepts each by itself.
-    ``groups``: by group of prompts.  ``controls``: what an unchanged model does.  ``metrics``: of ``--metrics``, by
-    name.  ``spec``: how it was made: sampler, steps, guidance, resolution, batch size, seeds, versions, device, and
-    under ``hashes`` the SHA-256 of both models' weights.
-    ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to look at.
-    ``is_reconstruction``: the method is made after a paper whose full text was not at hand.
-    ``concept``: the concept, or the title of several; then ``concepts`` has a part for each of them.
+    original.  ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to
+    look at.  ``is_reconstruction``: the method is made after a paper whose full text was not at hand.  ``concept``: the
+    concept, or the title of several; then ``concepts`` has a part for each of them.  ``concepts``: of several concepts
+    each by itself.  ``integrity``: what the retain prompts kept.  ``groups``: by group of prompts.  ``controls``: what
+    an unchanged model does.  ``metrics``: of ``--metrics``, by name.  ``spec``: how it was made: sampler, steps,
+    guidance, resolution, batch size, seeds, versions, device, and under ``hashes`` the SHA-256 of both models' weights.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -469,8 +468,8 @@ class FoldersEvaluation(Record):
 
     ``notes``: sentences about the images that a reader must know.  ``integrity``: distances of the retain pairs.
     ``groups``: by group of prompts.  ``metrics``: of ``--metrics``, by name.  ``spec``: batch size, precision,
-    versions, and under ``hashes`` the SHA-256 of both folders' images.
-    ``judge``, ``calibration``, ``erasure``, ``retain``: absent where there was no judge, or nothing for it to look at.
+    versions, and under ``hashes`` the SHA-256 of both folders' images.  ``judge``, ``calibration``, ``erasure``,
+    ``retain``: absent where there was no judge, or nothing for it to look at.
     """
 
     kind: ClassVar[str] = "images"
