@@ -29,7 +29,12 @@ from fastunlearn.methods import Method, all_methods  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: Files outside of docs/ that have a page in the site.
-MOVED = {"README.md": "index.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
+MOVED = {
+    "README.md": "index.md",
+    "SECURITY.md": "security.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 KEYS_MARK = "<!-- every key -->"
 
 
@@ -41,8 +46,9 @@ def on_config(config: Any) -> Any:
     for entry in config.nav:
         if "Methods" in entry:
             entry["Methods"] = ["methods/index.md", *(f"methods/{method.name}.md" for method in our_methods())]
-    if (ROOT / "CHANGELOG.md").is_file():
-        config.nav.append({"Changelog": "changelog.md"})
+    for title in ("Contributing", "Changelog"):
+        if (ROOT / f"{title.upper()}.md").is_file():
+            config.nav.append({title: f"{title.lower()}.md"})
     return config
 
 
