@@ -64,6 +64,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return filled(markdown)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """The roles of docstrings, which Markdown does not know, lose their names."""
+    return re.sub(r":(?:func|class|meth|mod|data|attr):<code>~?(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", html)
+
+
 # ---- all pages -------------------------------------------------------------------------------------------------------
 
 
@@ -298,10 +303,10 @@ def commands_page() -> str:
             lines += ["| flag | what |", "|---|---|"]
         for action in actions:
             words = ", ".join(action.option_strings) or action.dest.upper()
-            value = "|".join(map(str, action.choices)) if action.choices else str(action.metavar or "")
+            value = f"{{{','.join(map(str, action.choices))}}}" if action.choices else str(action.metavar or "")
             told = f"{words} {value}".strip() if action.option_strings and action.nargs != 0 else words
             text = (action.help or "").replace("%%", "%").replace("<", "&lt;")
-            lines.append(f"| {cell(f'`{told}`')} | {cell(text)} |")
+            lines.append(f"| `{told}` | {cell(text)} |")
         if parser.epilog:
             lines += ["", *(f"    {line.removeprefix('  ')}" for line in parser.epilog.splitlines()[1:])]
     return "\n".join(lines) + "\n"
