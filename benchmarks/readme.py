@@ -61,6 +61,7 @@ def render(text: str) -> str:
         "families": lambda: families_section(_read("models.json")),
         "demo": lambda: demo_section(Demo.read(RESULTS / "demo.json")),
         "edits": lambda: edits_section(_read("edits.json")),
+        "attacked": lambda: attacked_section(_read("attacks.json")),
         "leaderboard": lambda: leaderboard_section(RESULTS / "leaderboard.json"),
         "training": lambda: training_section(_read("training_cpu.json")),
         "coverage": lambda: coverage_section(_read("coverage.json")),
@@ -119,6 +120,21 @@ def edits_section(edits: dict[str, Any]) -> str:
         f"Without training, in closed form, over {len(edits['concepts'])} concepts of the bundled model: the concept "
         f"is shown, on average, by {', by '.join(words)}; an edit takes at most {max(seconds):.1f} s "
         "([table](docs/edits.md))."
+    )
+
+
+def attacked_section(result: dict[str, Any]) -> str:
+    """What the attack that learns an embedding brought back, in a sentence."""
+    shares = {}
+    for model, found in result["models"].items():
+        if (one := found["attacks"].get("embedding")) is not None:
+            shares[model] = f"{one['broken']} of {one['n_prompts']}"
+    models = [name for name in shares if name not in ("original", "gold", "placebo")]
+    named = ", ".join(f"`{name}` {shares[name]}" for name in models)
+    return (
+        f"Attacked by an embedding that is learned, which prompts show the {result['concept']} again: {named}; the "
+        f"original {shares['original']}, a model that never saw it {shares['gold']} (one training each, "
+        "[all attacks](docs/attacks.md))."
     )
 
 

@@ -172,7 +172,7 @@ def test_links_lead_somewhere_in_the_repository_too(path):
     for target, _ in links_of((ROOT / path).read_text(encoding="utf-8")):
         if target and not re.match(r"https?:", target):
             name = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-            assert (ROOT / name).is_file() or name in made, f"{path}: {target}"
+            assert (ROOT / name).exists() or name in made, f"{path}: {target}"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -295,6 +295,10 @@ def test_every_key_of_every_file_is_explained(kind):
     unsaid = [field.name for field in dataclasses.fields(kind) if field.name not in explained(kind)]
     assert not unsaid
     assert all(text.strip(" .") for text in explained(kind).values())
+
+
+def test_what_every_file_begins_with_is_said():
+    assert "Each file begins with ``schema``, ``kind``" in SITE["files.md"]
 
 
 def test_every_method_has_a_page_that_says_what_is_measured():

@@ -29,7 +29,12 @@ from fastunlearn.methods import Method, all_methods  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: Files outside of docs/ that have a page in the site.
-MOVED = {"README.md": "index.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
+MOVED = {
+    "README.md": "index.md",
+    "SECURITY.md": "security.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 KEYS_MARK = "<!-- every key -->"
 
 
@@ -41,8 +46,9 @@ def on_config(config: Any) -> Any:
     for entry in config.nav:
         if "Methods" in entry:
             entry["Methods"] = ["methods/index.md", *(f"methods/{method.name}.md" for method in our_methods())]
-    if (ROOT / "CHANGELOG.md").is_file():
-        config.nav.append({"Changelog": "changelog.md"})
+    for title in ("Contributing", "Changelog"):
+        if (ROOT / f"{title.upper()}.md").is_file():
+            config.nav.append({title: f"{title.lower()}.md"})
     return config
 
 
@@ -56,6 +62,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return filled(markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """The roles of docstrings, which Markdown does not know, lose their names."""
+    return re.sub(r":(?:func|class|meth|mod|data|attr):<code>~?(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", html)
 
 
 # ---- all pages -------------------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ def defaults_lines(method: Method) -> list[str]:
 def measured_lines(name: str) -> list[str]:
     """What the results files say of a method; nothing where it was not measured."""
     lines: list[str] = []
-    demo, edits, board = results("demo"), results("edits"), results("leaderboard")
+    demo, edits, board, attacks = map(results, ("demo", "edits", "leaderboard", "attacks"))
     for one in demo["evaluations"] if demo else ():
         if one["method"] == name:
             low, high = one["integrity"]["retention_ci95"]
@@ -229,6 +240,19 @@ def measured_lines(name: str) -> list[str]:
             low, high = row["retention_ci95"]
             shares = " | ".join(f"{row[key]:.1%}" for key in ("shown", "shown_original", "valid"))
             lines.append(f"| {concept} | {shares} | {row['retention']:.3f} ({low:.3f} to {high:.3f}) |")
+        lines.append("")
+    if attacks and name in attacks["models"]:
+        lines += [
+            f"Attacked for {attacks['concept']}, one training, one seed ([all models](../attacks.md)): "
+            "prompts broken, of this model, of the original, and of a model that never saw it:",
+            "",
+            "| attack | this model | original | gold |",
+            "|---|---|---|---|",
+        ]
+        for attack in attacks["models"][name]["attacks"]:
+            sides = (attacks["models"][model]["attacks"][attack] for model in (name, "original", "gold"))
+            shares = " | ".join(f"{one['broken']} of {one['n_prompts']}" for one in sides)
+            lines.append(f"| `{attack}` | {shares} |")
         lines.append("")
     if cells := [one for one in (board["cells"] if board else ()) if one["method"] == name]:
         lines += [
@@ -279,10 +303,10 @@ def commands_page() -> str:
             lines += ["| flag | what |", "|---|---|"]
         for action in actions:
             words = ", ".join(action.option_strings) or action.dest.upper()
-            value = "|".join(map(str, action.choices)) if action.choices else str(action.metavar or "")
+            value = f"{{{','.join(map(str, action.choices))}}}" if action.choices else str(action.metavar or "")
             told = f"{words} {value}".strip() if action.option_strings and action.nargs != 0 else words
             text = (action.help or "").replace("%%", "%").replace("<", "&lt;")
-            lines.append(f"| {cell(f'`{told}`')} | {cell(text)} |")
+            lines.append(f"| `{told}` | {cell(text)} |")
         if parser.epilog:
             lines += ["", *(f"    {line.removeprefix('  ')}" for line in parser.epilog.splitlines()[1:])]
     return "\n".join(lines) + "\n"
@@ -308,7 +332,7 @@ _EXPLAINED = re.compile(r"((?:``\w+``,\s+)*``\w+``):\s")
 
 def keys_section() -> str:
     """Every result file, and after them the parts that they are made of."""
-    lines: list[str] = []
+    lines = [inspect.cleandoc(record.__doc__ or "").split("\n\n")[1], ""]  # what every file begins with
     parts: list[type] = []
     for title, kind in FILES:
         lines += [f"## {title}", "", *about(kind), *keys_table(kind, parts), ""]
