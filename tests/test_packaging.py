@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -81,6 +82,8 @@ def imported(path, *, at_import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         if isinstance(node, ast.ImportFrom) and not node.level:
             yield node.module.split(".")[0]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            yield from (arg.value.split(".")[0] for arg in node.args[:1] if isinstance(arg, ast.Constant))
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
@@ -107,6 +110,45 @@ def test_what_is_imported_is_required_and_what_is_required_is_small():
     everything = set().union(*(imported(path, at_import=False) for path in files))
     assert required - {"triton", "fastunlearn-kernels"} <= everything, "what nothing imports is required for nothing"
     assert "matplotlib" not in everything
+
+
+@pytest.mark.slow
+def test_evaluating_opens_no_gold_and_loads_none_of_the_extras(tmp_path):
+    script = """
+import json, sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from fastunlearn.cli.main import main
+status = main(sys.argv[1:])
+heavy = {"deepspeed", "matplotlib", "peft", "pandas", "timm", "open_clip", "onnxruntime"}
+found = [status, sorted(heavy & set(sys.modules)), [file for file in opened if "weights" in file and "worlds" in file]]
+print(json.dumps(found), file=sys.stderr)
+"""
+    words = [
+        "evaluate",
+        "--original",
+        "shapes",
+        "--unlearned",
+        "shapes",
+        "--forget",
+        "star",
+        "--num-inference-steps",
+        1,
+    ]
+    words += [
+        "--prompts",
+        "a red ring;a blue heart",
+        "--batch-size",
+        2,
+        "--control-pairs",
+        2,
+        "--output",
+        tmp_path / "e",
+    ]
+    status, loaded, opened = json.loads(run(sys.executable, "-c", script, *words, cwd=ROOT).splitlines()[-1])
+    assert (status, loaded) == (0, [])
+    assert opened
+    assert not [file for file in opened if "gold" in file]
 
 
 def test_the_sdist_leaves_out_nothing_that_tests_read():
