@@ -267,20 +267,12 @@ def setuptools_is_here():
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
     """What a clone of this tree holds."""
-    leave = ignore_patterns(
-        ".git",
-        ".*cache",
-        ".venv*",
-        ".hypothesis",
-        ".benchmarks",
-        "__pycache__",
-        "_native.so",
-        "*.egg-info",
-        "build",
-        "dist",
-        "demo",
-        "run",
-    )
+    anywhere = (".git", ".*cache", ".venv*", ".hypothesis", ".benchmarks", "__pycache__", "_native.so", "*.egg-info")
+    ignore = ignore_patterns(*anywhere, "build", "dist")
+
+    def leave(folder, names):
+        return ignore(folder, names) | ({"demo", "run"} if Path(folder) == ROOT else set())
+
     return copytree(ROOT, tmp_path_factory.mktemp("clone") / "source", ignore=leave, symlinks=True)
 
 
