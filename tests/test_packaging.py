@@ -113,16 +113,16 @@ def test_what_is_imported_is_required_and_what_is_required_is_small():
 
 
 @pytest.mark.slow
-def test_evaluating_opens_no_gold_and_loads_none_of_the_extras(tmp_path):
+def test_evaluating_opens_no_gold_and_needs_none_of_the_extras(tmp_path):
     script = """
 import json, sys
+extras = ("deepspeed", "matplotlib", "peft", "pandas", "timm", "open_clip", "onnxruntime", "torchmetrics", "cleanfid")
+sys.modules.update(dict.fromkeys(extras))  # none of them can be imported
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from fastunlearn.cli.main import main
 status = main(sys.argv[1:])
-heavy = {"deepspeed", "matplotlib", "peft", "pandas", "timm", "open_clip", "onnxruntime"}
-found = [status, sorted(heavy & set(sys.modules)), [file for file in opened if "weights" in file and "worlds" in file]]
-print(json.dumps(found), file=sys.stderr)
+print(json.dumps([status, [file for file in opened if "weights" in file and "worlds" in file]]), file=sys.stderr)
 """
     words = [
         "evaluate",
@@ -145,8 +145,8 @@ print(json.dumps(found), file=sys.stderr)
         "--output",
         tmp_path / "e",
     ]
-    status, loaded, opened = json.loads(run(sys.executable, "-c", script, *words, cwd=ROOT).splitlines()[-1])
-    assert (status, loaded) == (0, [])
+    status, opened = json.loads(run(sys.executable, "-c", script, *words, cwd=ROOT).splitlines()[-1])
+    assert status == 0
     assert opened
     assert not [file for file in opened if "gold" in file]
 
@@ -178,7 +178,7 @@ def test_the_workflows_call_what_is_there():
 
 def test_the_lowest_versions_are_those_of_the_project():
     lines = run(sys.executable, ROOT / "tools" / "lowest.py", "lora", cwd=ROOT).split()
-    assert {"numpy==2.0", "peft==0.17"} <= set(lines)
+    assert {"numpy==2.0", "peft==0.18"} <= set(lines)
     asked = (ROOT / ".ci" / "lowest").read_text(encoding="utf-8")
     for file in re.findall(r"tests/\w+\.py", asked):
         assert (ROOT / file).is_file()
