@@ -208,6 +208,7 @@ def test_a_table_is_sorted_by_its_headings(opened, width):
     table = "section:has(h2:text-is('Side by side')) table"
     heading = page.get_by_role("columnheader", name=re.compile("retention R")).first
     names = column(page, table, 1)
+    assert "Valid images" in page.locator(table).get_by_role("columnheader").all_text_contents()
     heading.get_by_role("button").click()
     assert heading.get_attribute("aria-sort") == "ascending"
     rising = column(page, table, 1)

@@ -68,6 +68,7 @@ def test_the_notebook_holds_what_a_run_shows(monkeypatch):
     path = EXAMPLES / "first_look.ipynb"
     held = notebook.said(notebook.nbformat.read(path, as_version=4))
     assert [shown[-1] for shown in held][-1] == "an image"
+    assert sys.prefix not in path.read_text(encoding="utf-8"), "it names no folder of the machine that ran it"
     # The kernel is a process of its own, and finds the packages where this one does.
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     assert notebook.said(notebook.executed(path)) == held

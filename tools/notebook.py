@@ -6,6 +6,7 @@ With `--check` the file stays as it is, and what a run prints must be what it ho
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "first_look.ipynb"
 def executed(path: Path) -> nbformat.NotebookNode:
     """The notebook after a run in an empty folder, without what differs from run to run."""
     notebook = nbformat.read(path, as_version=4)
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of the kernel: warnings name folders of this machine
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
     for number, cell in enumerate(notebook.cells):

@@ -28,21 +28,14 @@ def methods_table() -> None:
 
 def method_facts(name: str) -> dict[str, Any]:
     """What is known of a method, as JSON can hold it."""
-    method = get_method(name)
-    kind = method.options
+    method, options = get_method(name), {}
+    if method.options is not None:
+        for field in dataclasses.fields(method.options):
+            kind = type_name(method.options, field.name)
+            options[field.name] = {"help": field.metadata.get("help", ""), "type": kind, "default": _default(field)}
     return {
         **{"name": method.name, "summary": method.summary, "paper": method.paper, "needs": method.needs},
-        **{"anchor": method.anchor, "changes": _changes(method), "is_control": method.is_control},
-        "options": {
-            field.name: {
-                "help": field.metadata.get("help", ""),
-                "type": type_name(kind, field.name),
-                "default": _default(field),
-            }
-            for field in dataclasses.fields(kind)
-        }
-        if kind is not None
-        else {},
+        **{"anchor": method.anchor, "changes": _changes(method), "is_control": method.is_control, "options": options},
         "defaults": {key: _flat(method.defaults_for(key)) for key in method.defaults},
     }
 

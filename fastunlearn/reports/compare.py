@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from ..files.atomic import whole_file, write_text
 from ..schema import Comparison
-from .fonts import font
+from .fonts import font, shortened
 from .pages import templates
 from .sentences import judges_words
 
@@ -24,7 +24,8 @@ def write_plot(path: Path, result: Comparison) -> None:
     """
     text, small = font(26), font(22)
     names = [f"{row.a} \u2212 {row.b}" for row in result.comparisons]
-    left, right = 60 + min(700, max(round(text.getlength(name)) for name in names)), WIDTH - 60
+    names = [shortened(name, text, 700) for name in names]
+    left, right = 60 + max(round(text.getlength(name)) for name in names), WIDTH - 60
     step, reach = 80, _reach(result)
     bottom = 40 + step * len(names)
     canvas = Image.new("RGB", (WIDTH, bottom + 150), "white")

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
 from ..files.atomic import whole_file
-from .fonts import font
+from .fonts import font, shortened
 from .gallery import ImageArray, check_image, fit
 
 
@@ -62,7 +62,7 @@ def write_grid(
     first = 0
     for name, count in spans:  # first: the column a group starts at
         x0, x1, y = starts[first], starts[first + count - 1] + cell, margin + title_height
-        draw.text(((x0 + x1) / 2, y), _shorten(name, strong, x1 - x0), fill="#111827", font=strong, anchor="ma")
+        draw.text(((x0 + x1) / 2, y), shortened(name, strong, x1 - x0), fill="#111827", font=strong, anchor="ma")
         draw.line((x0, y + 22, x1, y + 22), fill="#9ca3af", width=2)
         first += count
     for x, label in zip(starts, labels, strict=True):
@@ -90,12 +90,4 @@ def _wrap(label: str, face: ImageFont.FreeTypeFont, width: float, lines: int = 4
             wrapped.append(word)
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], " ".join(wrapped[lines - 1 :])]
-    return [_shorten(line, face, width) for line in wrapped]
-
-
-def _shorten(line: str, face: ImageFont.FreeTypeFont, width: float) -> str:
-    if face.getlength(line) <= width:
-        return line
-    while line and face.getlength(line + "…") > width:
-        line = line[:-1]
-    return line.rstrip() + "…"
+    return [shortened(line, face, width) for line in wrapped]

@@ -8,7 +8,6 @@ import hashlib
 from importlib.resources import files
 
 import jinja2
-import markupsafe
 
 from .gallery import data_uri
 from .sentences import distance_text, percent, percent_range
@@ -27,7 +26,7 @@ def templates() -> jinja2.Environment:
     script = files(__package__).joinpath("templates/script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The page's own script is the only one that a browser runs in it.
-    environment.globals.update(script=markupsafe.Markup(script), script_hash=f"sha256-{digest}")
+    environment.globals.update(script=script, script_hash=f"sha256-{digest}")
     environment.filters.update(
         percent=percent,
         percent_range=percent_range,

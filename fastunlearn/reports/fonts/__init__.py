@@ -12,3 +12,12 @@ def font(size: float, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font in ``size`` pixels."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(io.BytesIO(files(__package__).joinpath(name).read_bytes()), size)
+
+
+def shortened(line: str, face: ImageFont.FreeTypeFont, width: float) -> str:
+    """The line, its end cut off visibly where it is wider than ``width`` pixels."""
+    if face.getlength(line) <= width:
+        return line
+    while line and face.getlength(line + "…") > width:
+        line = line[:-1]
+    return line.rstrip() + "…"

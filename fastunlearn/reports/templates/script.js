@@ -21,6 +21,7 @@ for (const table of document.querySelectorAll("table")) {
   headings.forEach((heading, column) => {
     const button = document.createElement("button");
     button.type = "button";
+    heading.querySelectorAll("br").forEach((one) => one.before(" "));
     button.append(...heading.childNodes);
     heading.append(button);
     button.addEventListener("click", () => {
