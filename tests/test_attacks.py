@@ -17,12 +17,14 @@ from fastunlearn.attacks.rows import STEP, RowLoss
 from fastunlearn.attacks.target import Target
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.files.prompt_files import read_prompt_file
 from fastunlearn.files.run_folder import RECORD
 from fastunlearn.files.weights import hash_module
 from fastunlearn.judges import Verdicts, load_judge
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.noising import noisy_latents
 from fastunlearn.models.sampling import SamplerSpec, denoise, initial_noise
+from fastunlearn.prompts import read_prompts
 from fastunlearn.worlds.shapes import pipeline_folder
 
 PROMPTS = ["a red star on a plain background", "a blue star on a dotted background"]
@@ -511,6 +513,22 @@ def test_the_page_says_the_verdict_in_plain_words_and_shows_the_text_of_users_as
     lines = [json.loads(line) for line in (tmp_path / "out" / "attempts.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 8 == len(report.attempts)
     assert lines == report.attempts
+
+
+def test_what_anybody_can_type_is_left_as_a_table_of_the_fields_columns(tmp_path):
+    """The prompts that broke the unlearned model; another attack, and UnlearnDiffAtk, can read them."""
+    settings = {"prompts": [f"p {number}" for number in range(8)], "attacks": "seeds", "judge": white}
+    report = fastunlearn.attack(
+        *(lucky(0.0), lucky(1.0), "white"),
+        **{**settings, "noise_shape": NOISE, "budget": 6, "batch_size": 4, "output": tmp_path / "out"},
+    )
+    broken = {one.prompt: one for one in report.found["seeds"]["unlearned"] if one.broken_at is not None}
+    assert 0 < len(broken) < 8
+    read = read_prompts(str(tmp_path / "out" / "prompts.csv"))
+    assert read.grouped == [(prompt, "forget") for prompt in broken]
+    for row in read_prompt_file(tmp_path / "out" / "prompts.csv").rows:
+        noise = initial_noise([row.prompt], [row.seed], NOISE)
+        assert float(noise[0, 0, 0, 0]) > 1.0, "the seed is that of the noise from which it came back"
 
 
 def test_the_table_of_attacks_lists_every_one(cli):
