@@ -245,7 +245,7 @@ def test_what_was_injected_is_what_the_encoder_reads():
     for slot in slots.slots:
         ids = model.pipeline.tokenizer("moon", add_special_tokens=False).input_ids
         assert len(ids) == len(slot.ids)
-    values = [slot.weight[ids][None] for slot in slots.slots]
+    values = [slot.embedded(ids)[None] for slot in slots.slots]
     with torch.no_grad():
         made, wanted = slots.encode(["a star x"], values), model.encode_texts(["a moon x"])
     for name in wanted:
@@ -262,6 +262,23 @@ def test_an_unchanged_copy_is_broken_as_the_original_is(tmp_path):
         assert result.models["unlearned"] == result.models["original"], result.name
         found = report.found[result.name]
         assert [one.tries for one in found["unlearned"]] == [one.tries for one in found["original"]]
+
+
+@pytest.mark.slow
+def test_every_attack_breaks_an_unchanged_copy_as_it_breaks_the_original(tmp_path):
+    copy = shutil.copytree(pipeline_folder("shapes"), tmp_path / "copy")
+    report = fastunlearn.attack("shapes", copy, "star", attacks=EVERY, budget=42, **TINY)
+    assert [result.name for result in report.record.attacks] == EVERY.split(",")
+    for result in report.record.attacks:
+        found = report.found[result.name]
+        if result.name != "completion":  # which costs the original nothing, and goes on from what it would repeat
+            copied, own = ([(one.tries, one.asked) for one in found[side]] for side in ("unlearned", "original"))
+            assert copied == own, result.name
+            continue
+        for copied, own in zip(found["unlearned"], found["original"], strict=True):
+            assert [t.shown for t in copied.tries] == [t.shown for t in own.tries][: len(copied.tries)]
+            for a, b in zip(copied.tries, own.tries, strict=False):
+                assert a.score == pytest.approx(b.score, abs=0.02)
 
 
 @pytest.mark.parametrize("option", ["relearn", "relearn:unrelated"])
@@ -410,12 +427,7 @@ def test_one_two_and_three_processes_and_a_plain_call_give_the_same_bytes(cli, t
         "--device",
         "cpu",
     ]
-    words += [
-        "--prompts",
-        ";".join([*PROMPTS, "a pink star", "a star"]),
-        "--attacks",
-        "seeds,embedding,relearn:unrelated,completion",
-    ]
+    words += ["--prompts", ";".join([*PROMPTS, "a pink star", "a star"]), "--attacks", EVERY]
     words += ["--num-inference-steps", "2", "--batch-size", "4", "--budget", "30"]
     for count in (1, 2, 3):
         answer = cli(*words, "--num-processes", count, "--output", tmp_path / str(count))
