@@ -17,12 +17,14 @@ from fastunlearn.attacks.rows import STEP, RowLoss
 from fastunlearn.attacks.target import Target
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.files.prompt_files import read_prompt_file
 from fastunlearn.files.run_folder import RECORD
 from fastunlearn.files.weights import hash_module
 from fastunlearn.judges import Verdicts, load_judge
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.noising import noisy_latents
 from fastunlearn.models.sampling import SamplerSpec, denoise, initial_noise
+from fastunlearn.prompts import read_prompts
 from fastunlearn.worlds.shapes import pipeline_folder
 
 PROMPTS = ["a red star on a plain background", "a blue star on a dotted background"]
@@ -243,7 +245,7 @@ def test_what_was_injected_is_what_the_encoder_reads():
     for slot in slots.slots:
         ids = model.pipeline.tokenizer("moon", add_special_tokens=False).input_ids
         assert len(ids) == len(slot.ids)
-    values = [slot.weight[ids][None] for slot in slots.slots]
+    values = [slot.embedded(ids)[None] for slot in slots.slots]
     with torch.no_grad():
         made, wanted = slots.encode(["a star x"], values), model.encode_texts(["a moon x"])
     for name in wanted:
@@ -260,6 +262,23 @@ def test_an_unchanged_copy_is_broken_as_the_original_is(tmp_path):
         assert result.models["unlearned"] == result.models["original"], result.name
         found = report.found[result.name]
         assert [one.tries for one in found["unlearned"]] == [one.tries for one in found["original"]]
+
+
+@pytest.mark.slow
+def test_every_attack_breaks_an_unchanged_copy_as_it_breaks_the_original(tmp_path):
+    copy = shutil.copytree(pipeline_folder("shapes"), tmp_path / "copy")
+    report = fastunlearn.attack("shapes", copy, "star", attacks=EVERY, budget=42, **TINY)
+    assert [result.name for result in report.record.attacks] == EVERY.split(",")
+    for result in report.record.attacks:
+        found = report.found[result.name]
+        if result.name != "completion":  # which costs the original nothing, and goes on from what it would repeat
+            copied, own = ([(one.tries, one.asked) for one in found[side]] for side in ("unlearned", "original"))
+            assert copied == own, result.name
+            continue
+        for copied, own in zip(found["unlearned"], found["original"], strict=True):
+            assert [t.shown for t in copied.tries] == [t.shown for t in own.tries][: len(copied.tries)]
+            for a, b in zip(copied.tries, own.tries, strict=False):
+                assert a.score == pytest.approx(b.score, abs=0.02)
 
 
 @pytest.mark.parametrize("option", ["relearn", "relearn:unrelated"])
@@ -408,12 +427,7 @@ def test_one_two_and_three_processes_and_a_plain_call_give_the_same_bytes(cli, t
         "--device",
         "cpu",
     ]
-    words += [
-        "--prompts",
-        ";".join([*PROMPTS, "a pink star", "a star"]),
-        "--attacks",
-        "seeds,embedding,relearn:unrelated,completion",
-    ]
+    words += ["--prompts", ";".join([*PROMPTS, "a pink star", "a star"]), "--attacks", EVERY]
     words += ["--num-inference-steps", "2", "--batch-size", "4", "--budget", "30"]
     for count in (1, 2, 3):
         answer = cli(*words, "--num-processes", count, "--output", tmp_path / str(count))
@@ -511,6 +525,22 @@ def test_the_page_says_the_verdict_in_plain_words_and_shows_the_text_of_users_as
     lines = [json.loads(line) for line in (tmp_path / "out" / "attempts.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 8 == len(report.attempts)
     assert lines == report.attempts
+
+
+def test_what_anybody_can_type_is_left_as_a_table_of_the_fields_columns(tmp_path):
+    """The prompts that broke the unlearned model; another attack, and UnlearnDiffAtk, can read them."""
+    settings = {"prompts": [f"p {number}" for number in range(8)], "attacks": "seeds", "judge": white}
+    report = fastunlearn.attack(
+        *(lucky(0.0), lucky(1.0), "white"),
+        **{**settings, "noise_shape": NOISE, "budget": 6, "batch_size": 4, "output": tmp_path / "out"},
+    )
+    broken = {one.prompt: one for one in report.found["seeds"]["unlearned"] if one.broken_at is not None}
+    assert 0 < len(broken) < 8
+    read = read_prompts(str(tmp_path / "out" / "prompts.csv"))
+    assert read.grouped == [(prompt, "forget") for prompt in broken]
+    for row in read_prompt_file(tmp_path / "out" / "prompts.csv").rows:
+        noise = initial_noise([row.prompt], [row.seed], NOISE)
+        assert float(noise[0, 0, 0, 0]) > 1.0, "the seed is that of the noise from which it came back"
 
 
 def test_the_table_of_attacks_lists_every_one(cli):

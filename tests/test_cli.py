@@ -75,7 +75,7 @@ FLAGS = {
     "compare": {"config", "output", "margin", "overwrite"},
     "prompts": {
         *("config", "concept", "output", "kinds", "category", "aliases", "hints", "near", "per-kind", "seed"),
-        "overwrite",
+        *("columns", "overwrite"),
     },
     "judges": set(),
     "methods": set(),

@@ -57,6 +57,8 @@ def test_the_demo_leaves_its_files(demo):
     for method in ("esd", "ovw", "placebo"):
         names = names_in(demo / method)
         assert {"config.yaml", "run.json", "metrics.jsonl", "model", "pairs.jsonl", "evaluation.json"} <= names
+        card = (demo / method / "README.md").read_text()
+        assert f"| {summaries(demo)[method]['integrity']['retention']:.3f} |" in card
         lines = (demo / method / "pairs.jsonl").read_text().splitlines()
         assert len(lines) == 105
     assert not list(demo.rglob("*.tmp"))

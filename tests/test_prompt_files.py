@@ -1,11 +1,13 @@
 """Files of prompts as people and the field write them: read as what they mean, or refused by name and row."""
 
+import csv
 import json
 
 import pytest
 
 from fastunlearn.errors import UserError
 from fastunlearn.files.prompt_files import PromptRow, read_prompt_file
+from fastunlearn.files.prompt_tables import FORMS, prompt_table
 from fastunlearn.prompts import is_forget, mentions, parse_prompts, read_prompts
 
 RING, CROSS = PromptRow("a red ring"), PromptRow("a blue cross")
@@ -213,3 +215,57 @@ def test_of_a_file_for_many_concepts_only_the_ones_prompts_are_read(write):
     ):
         with pytest.raises(UserError, match=said):
             read_prompts(path, concept)
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+WRITTEN = [
+    PromptRow('a star, "red"\nby night', "forget-name", kind="name", concept="star"),
+    PromptRow("a ring", "near", kind="near", concept="star"),
+    PromptRow("=1+1 étoile", "forget", 77, kind="tokens", concept="star"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_is_read_again(form, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(prompt_table(WRITTEN, form), encoding="utf-8")
+    header, *rows = csv.reader(path.open(encoding="utf-8", newline=""))
+    assert tuple(header) == FORMS[form]
+    kept = [row for row in WRITTEN if form != "i2p" or row.group != "near"]
+    assert len(rows) == len(kept)
+    read = read_prompt_file(path).rows
+    assert [row.prompt for row in read] == [row.prompt for row in kept]
+    assert [row.group for row in read] == {
+        "fastunlearn": ["forget-name", "near", "forget"],
+        "unlearndiffatk": ["forget", "retain", "forget"],
+        "i2p": ["", ""],
+    }[form]
+    seeds = {"fastunlearn": [None] * 3, "unlearndiffatk": [0, 1, 77], "i2p": [0, 77]}[form]
+    assert [row.seed for row in read] == seeds
+
+
+def test_the_fields_own_reading_finds_its_columns(tmp_path):
+    """UnlearnDiffAtk takes these three columns by name, with pandas; I2P's readers the others."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    for form, names in (
+        ("unlearndiffatk", ["prompt", "evaluation_seed", "evaluation_guidance"]),
+        ("i2p", ["prompt", "sd_seed", "sd_guidance_scale"]),
+    ):
+        (tmp_path / "p.csv").write_text(prompt_table(WRITTEN, form, 5.0))
+        table = pandas.read_csv(tmp_path / "p.csv")[names]
+        assert table.iloc[0].tolist() == [WRITTEN[0].prompt, 0, 5.0]
+        assert table.iloc[-1].tolist() == [WRITTEN[2].prompt, 77, 5.0]
+
+
+def test_prompts_are_written_with_the_columns_of_another_program(cli, refused, tmp_path):
+    words = ("prompts", "--concept", "Van Gogh", "--kinds", "name,near", "--per-kind", 2)
+    assert cli(*words, "--columns", "unlearndiffatk", "--output", tmp_path / "u.csv").status == 0
+    groups = [row.group for row in read_prompt_file(tmp_path / "u.csv").rows]
+    assert set(groups) == {"forget", "retain"}
+    assert cli(*words, "--columns", "i2p", "--output", tmp_path / "i.csv").status == 0
+    assert len(read_prompt_file(tmp_path / "i.csv").rows) == groups.count("forget")
+    assert "name it with `--output`" in refused(*words, "--columns", "i2p")
+    near = ("prompts", "--concept", "Van Gogh", "--kinds", "near", "--columns", "i2p", "--output", tmp_path / "n.csv")
+    assert "all that were asked for are to be kept" in refused(*near)
+    assert not (tmp_path / "n.csv").exists()

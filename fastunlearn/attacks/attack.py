@@ -205,12 +205,20 @@ def _by_attack(plan: AttackPlan, done: Mapping[str, list[Attempt]]) -> dict[str,
 @contextlib.contextmanager
 def _unchanged(sources: Mapping[str, Source]) -> Iterator[None]:
     """An attack that leaves a model other than it was is a bug, of ours or of a plug-in."""
-    networks = {name: one.model.denoiser for name, one in sources.items() if isinstance(one, PipelineSource)}
-    before = {name: hash_module(network) for name, network in networks.items()}
+    before = {name: _hashes(one) for name, one in sources.items()}
     yield
-    changed = [name for name, network in networks.items() if hash_module(network) != before[name]]
+    changed = [name for name, one in sources.items() if _hashes(one) != before[name]]
     if changed:
         raise RuntimeError(f"an attack has changed the weights of {', '.join(changed)}")
+
+
+def _hashes(source: Source) -> list[str]:
+    """Of every network of a pipeline; none of what is no pipeline."""
+    if not isinstance(source, PipelineSource):
+        return []
+    model = source.model
+    networks = {id(one): one for one in (model.denoiser, *model.pipeline.components.values())}
+    return [hash_module(one) for one in networks.values() if isinstance(one, torch.nn.Module)]
 
 
 def _seconds_per_forward(source: Source) -> float | None:

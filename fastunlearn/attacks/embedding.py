@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import prompts as words
+from ..errors import UserError
 from ..models.base import Model, Tensors
 from .base import STATES, Attack, Attempt, Bouts, Costs, Order, check_states
 from .injection import Slots, check
@@ -77,10 +78,15 @@ class _Word:
     def __init__(self, target: Target, prompts: Sequence[str]) -> None:
         self._prompts = [with_concept(prompt, target.concept) for prompt in prompts]
         self._slots = Slots(target.model, target.concept.strip(), self._prompts)
+        if not self._slots.slots:
+            raise UserError(
+                f"the attack embedding:word cannot serve these prompts: {target.model.name} ({target.model.family}) "
+                f"reads {target.concept!r} as other tokens in some than in others. Name it in the midst of each."
+            )
         starts = [slot.start.expand(len(prompts), -1, -1).clone() for slot in self._slots.slots]
         self._embeddings = [start.requires_grad_() for start in starts]
         self.values = [{"params": [one]} for one in self._embeddings]
-        self.sizes = [_size(slot.weight) for slot in self._slots.slots]
+        self.sizes = [slot.size for slot in self._slots.slots]
 
     def conditions(self, left: list[int]) -> Tensors:
         return self._slots.encode([self._prompts[i] for i in left], [one[left] for one in self._embeddings])

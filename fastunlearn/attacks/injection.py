@@ -1,7 +1,8 @@
 """Puts unknown embeddings in the place of a prompt's tokens, inside the text encoders and with their gradient.
 
-Every encoder of transformers has one layer that turns tokens into embeddings; a hook on it exchanges those of a run of
-tokens.  What reads the prompt before and after (templates, lower case, poolings) is the family's own ``encode_texts``.
+In every encoder of transformers one layer turns tokens into embeddings; a hook on it exchanges those of a run.  It is
+the layer that ``get_input_embeddings`` gives or, as in T5, another with the same weights.  What reads the prompt before
+and after (templates, lower case, poolings) is the family's own ``encode_texts``.
 """
 
 from __future__ import annotations
@@ -22,20 +23,33 @@ _PARTS = ("", "_2", "_3")
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A run of tokens in one text encoder: ``ids``, and ``layer``, which embeds them, (V, D) its ``weight``."""
+    """A run of tokens in one text encoder: ``ids``, and ``layer``, which embeds them."""
 
-    layer: nn.Module
-    weight: torch.Tensor
+    layer: nn.Embedding
     ids: tuple[int, ...]
 
     @property
     def start(self) -> torch.Tensor:
         """(T, D), the embeddings that the run has by itself."""
-        return self.weight[list(self.ids)].detach().float()
+        return self.embedded(self.ids)
+
+    @property
+    def size(self) -> float:
+        """The root mean square of the layer's embeddings."""
+        weight = self.layer.weight.detach().float()
+        scale = self.start.norm() / weight[list(self.ids)].norm()  # 1 but where the layer scales
+        return float(weight.square().mean().sqrt() * scale)
+
+    @torch.no_grad()
+    def embedded(self, ids: Sequence[int]) -> torch.Tensor:
+        """(N, D), what the layer makes of tokens, which some scale."""
+        device = next(self.layer.parameters()).device
+        made: torch.Tensor = self.layer(torch.tensor(list(ids), device=device))
+        return made.float()
 
 
 class Slots:
-    """The run of tokens that ``text`` becomes in the prompts that hold it, in every text encoder that sees it.
+    """The run of tokens that ``text`` becomes in all of the prompts, in every text encoder that sees it in each.
 
     ``first_only``: in the first such encoder alone.
     """
@@ -74,18 +88,34 @@ def _slot(model: Model, part: str, text: str, prompts: Sequence[str]) -> Slot | 
     tokenizer = getattr(model.pipeline, f"tokenizer{part}", None)
     if encoder is None or tokenizer is None:
         return None
-    layer = encoder.get_input_embeddings()
-    seen: list[torch.Tensor] = []
-    with torch.no_grad(), _watched(layer, seen):
-        model.encode_texts(list(prompts[:1]))
+    seen: list[tuple[nn.Embedding, torch.Tensor]] = []
+    with torch.no_grad(), _watched(_embedding_layers(encoder), seen):
+        model.encode_texts(list(prompts))
     if not seen:
         return None
-    # A word is other tokens behind a space, in lower case, or alone, as the tokenizer and the family have it.
+    layer = seen[0][0]
+    rows = [row for one, ids in seen if one is layer for row in ids]
+    for ids in _spelt(tokenizer, text):
+        if all(_starts(row, ids) for row in rows):
+            return Slot(layer, ids)
+    return None
+
+
+def _embedding_layers(encoder: Any) -> list[nn.Embedding]:
+    """The layers that may turn an encoder's tokens into embeddings: they have the same weights."""
+    named = encoder.get_input_embeddings()
+    layers = [one for one in encoder.modules() if isinstance(one, nn.Embedding) and one is not named]
+    return [named, *(one for one in layers if one.weight.data_ptr() == named.weight.data_ptr())]
+
+
+def _spelt(tokenizer: Any, text: str) -> Iterator[tuple[int, ...]]:
+    """A word as tokens: they are others behind a space, in lower case, or behind a template's line break."""
     for spelt in (text, f" {text}", text.lower(), f" {text.lower()}"):
         ids = tuple(tokenizer(spelt, add_special_tokens=False).input_ids)
-        if ids and all(_starts(row, ids) for row in seen[0]):
-            return Slot(layer, layer.weight, ids)
-    return None
+        if ids:
+            yield ids
+        if len(ids) > 1 and not tokenizer.decode(ids[:1]).strip():  # a mark of the space alone
+            yield ids[1:]
 
 
 def _starts(row: torch.Tensor, ids: Sequence[int]) -> list[int]:
@@ -95,12 +125,16 @@ def _starts(row: torch.Tensor, ids: Sequence[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _watched(layer: nn.Module, seen: list[torch.Tensor]) -> Iterator[None]:
-    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach().cpu()))
+def _watched(layers: Sequence[nn.Embedding], seen: list[tuple[nn.Embedding, torch.Tensor]]) -> Iterator[None]:
+    def note(module: nn.Embedding, inputs: Any, output: torch.Tensor) -> None:
+        seen.append((module, inputs[0].detach().cpu()))
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

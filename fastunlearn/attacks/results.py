@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..evaluation.plan import spread
-from ..files.atomic import write_lines
+from ..files.atomic import write_lines, write_text
+from ..files.prompt_files import PromptRow
+from ..files.prompt_tables import GUIDANCE_SCALE, prompt_table
 from ..schema import AttackRecord, Evaluation
-from . import CONTROL
+from . import CONTROL, parse_attacks
 from .attempts import lines_of
 from .base import Attempt
 from .plan import UNLEARNED
@@ -84,6 +86,22 @@ class AttackReport:
             )
         return galleries
 
+    def prompts(self) -> list[PromptRow]:
+        """The prompts that anybody can type and that brought the concept back in the unlearned model, each once.
+
+        ``kind``: the attack.  ``seed``: of our noise, from which it came back.
+        """
+        rows: dict[str, PromptRow] = {}
+        for label, models in self.found.items():
+            asks = parse_attacks(label)[label][0].asks_only
+            for one in models.get(UNLEARNED, ()):
+                if one.broken_at is None or not (asks or one.asked is not None):
+                    continue
+                prompt = one.prompt if one.asked is None else one.asked
+                row = PromptRow(prompt, "forget", len(one.tries) - 1, kind=label, concept=self._record.concept)
+                rows.setdefault(prompt, row)
+        return list(rows.values())
+
     @property
     def _record(self) -> AttackRecord:
         if self.record is None:
@@ -96,6 +114,8 @@ def write_results(folder: Path, report: AttackReport) -> None:
 
     assert report.record is not None
     write_lines(folder / "attempts.jsonl", map(dict, report.attempts))
+    scale = float(report.record.spec.get("guidance_scale", GUIDANCE_SCALE))
+    write_text(folder / "prompts.csv", prompt_table(report.prompts(), "unlearndiffatk", scale))
     report.record.write(folder / "attack.json")
     models = list(next(iter(report.found.values())))
     shown = [

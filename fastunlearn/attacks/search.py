@@ -43,14 +43,13 @@ class WordSearch:
                 f"words cannot be searched for in {model.name} ({model.family}): none of its text encoders sees "
                 f"{count} words in front of a prompt. Leave the attacks `tokens` and `text` out."
             )
-        weight = self._slots.slots[0].weight.detach().float()
         self._ids = torch.tensor(ids)
-        self._vocabulary = weight[ids]
+        self._vocabulary = self._slots.slots[0].embedded(ids)
         self._directions = torch.nn.functional.normalize(self._vocabulary, dim=1)
         self.size = float(self._vocabulary.square().mean().sqrt())
         generator = torch.Generator().manual_seed(seed)
         first = torch.randint(len(ids), (len(prompts), count), generator=generator)
-        self.embeddings = self._vocabulary[first.to(weight.device)].clone().requires_grad_()
+        self.embeddings = self._vocabulary[first.to(self._vocabulary.device)].clone().requires_grad_()
 
     @torch.no_grad()
     def nearest(self, left: Sequence[int]) -> torch.Tensor:

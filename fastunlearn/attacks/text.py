@@ -14,7 +14,7 @@ import torch
 
 from .. import prompts as words
 from ..models.base import Model
-from .base import STATES, Attack, Attempt, Bouts, Order, check_states
+from .base import STATES, Attack, Attempt, Bouts, Order, check_states, refuse
 from .embedding import with_concept
 from .search import WordSearch
 from .target import Target
@@ -65,7 +65,9 @@ def _found(target: Target, goal: torch.Tensor, count: int, seed: int) -> list[st
 
 def _check(model: Model, concept: str, option: str) -> None:
     check_states(model, "text", concept)
-    WordSearch(model, [""], 1, 0, avoid=concept)
+    search = WordSearch(model, [""], 1, 0, avoid=concept)
+    if not search.conditions([0])[STATES].requires_grad:
+        raise refuse(model, "text", "the encoder whose words can be searched gives its denoiser no states")
 
 
 TEXT = Attack(

@@ -38,6 +38,7 @@ class DemoConfig:
 
 def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     """Run the demonstration and return what it found."""
+    from ..evaluation.cards import write_card
     from ..evaluation.compare import comparison, read_run
     from ..evaluation.evaluator import evaluate_models
     from ..evaluation.plan import world_groups
@@ -47,7 +48,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     from ..metrics.distances import load_perceptual
     from ..models.loading import load_model
     from ..models.sampling import SamplerSpec
-    from ..schema import Demo
+    from ..schema import Demo, RunRecord
     from ..training.conclude import describe_run
     from ..training.config import TrainConfig
     from ..training.unlearn import unlearn
@@ -87,6 +88,8 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
         )
         write_results(folder, EvaluationReport(result, groups, placebo="placebo", unseen=True))
         evaluations = [model.evaluation for model in result.results]
+        for one in evaluations:
+            write_card(folder / one.name, RunRecord.read(folder / one.name / "run.json"), one)
         seconds = round(time.monotonic() - started, 1)
         compared = comparison([read_run(folder / method) for method in METHODS if method != "placebo"]).comparisons[0]
         found = Demo(seconds=seconds, evaluations=tuple(evaluations), comparison=compared)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +10,8 @@ from ..concept_prompts import KEPT_KINDS, KINDS, concept_prompts
 from ..config import at_least, expand_home, setting
 from ..errors import UserError
 from ..files.atomic import write_text
+from ..files.prompt_files import PromptRow
+from ..files.prompt_tables import prompt_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,9 @@ class PromptsConfig:
 
     concept: str = setting('what the prompts ask for, e.g. "Van Gogh"')
     output: str | None = setting("FILE.csv with the columns prompt, group, kind; default: show them", None, path=True)
+    columns: Literal["fastunlearn", "unlearndiffatk", "i2p"] = setting(
+        "those of another program's files, with a seed per row; i2p's hold prompts to forget alone", "fastunlearn"
+    )
     kinds: str | None = setting(
         f"which, separated by commas: {', '.join(KINDS)}; default: all that can be made for the concept", None
     )
@@ -44,6 +47,8 @@ class PromptsConfig:
 def make_prompts(config: PromptsConfig) -> list[tuple[str, str]]:
     """(kind, prompt) as the settings say; written to the output file where there is one."""
     path = Path(config.output) if config.output is not None else None
+    if path is None and config.columns != "fastunlearn":
+        raise UserError("`--columns` are a file's: name it with `--output`.")
     if path is not None:
         if path.is_dir() or (path.exists() and not config.overwrite):
             kind = "is a folder" if path.is_dir() else "exists: use another name, or `--overwrite`"
@@ -60,12 +65,13 @@ def make_prompts(config: PromptsConfig) -> list[tuple[str, str]]:
         per_kind=config.per_kind,
         seed=config.seed,
     )
+    if config.columns == "i2p":
+        made = [(kind, prompt) for kind, prompt in made if kind not in KEPT_KINDS]
+        if not made:
+            raise UserError("`--columns i2p` are of prompts to forget, and all that were asked for are to be kept.")
     if path is not None:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("prompt", "group", "kind"))
-        writer.writerows((prompt, group_of(kind), kind) for kind, prompt in made)
-        write_text(path, text.getvalue())
+        rows = [PromptRow(prompt, group_of(kind), kind=kind, concept=config.concept.strip()) for kind, prompt in made]
+        write_text(path, prompt_table(rows, config.columns))
     return made
 
 

@@ -39,7 +39,7 @@ _OWNED = {
         *("checkpoints/step-*/state.json", "checkpoints/step-*/rank-*.safetensors"),
     ),
     "evaluate": (*_RESULTS, "journal/*"),
-    "attack": ("attack.json", "attempts.jsonl", "grid.png", "report.html", "journal/*"),
+    "attack": ("attack.json", "attempts.jsonl", "prompts.csv", "grid.png", "report.html", "journal/*"),
     "evaluate-images": _RESULTS,
     "compare": ("compare.json", "compare.png", "compare.html"),
     "demo": ("demo.json", *_RESULTS),
