@@ -1,0 +1,393 @@
+"""Makes every weight file of the gallery: ``python tools/train_gallery.py --work DIR --output DIR``.
+
+Stages, each skipped when its files exist and continued where it stopped:
+``fetch`` (npm packages), ``autoencoder`` (64x64 images to latents), ``trunk`` (transformer and text encoders, without
+the gold's style and object, to the point where the rate would fall), ``gold`` (the trunk, cooled down), ``original``
+(the trunk, continued on everything, cooled down), ``judge``, ``card`` (quality.json, contact sheet, model card).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastunlearn_gallery.captions import TEMPLATES, every_caption, fill
+from fastunlearn_gallery.words import BACKGROUNDS, GOLD_OBJECT, GOLD_STYLE, HEADS, OBJECTS, STYLES, VOCABULARY, WIDTHS
+from fitting import Fit, run
+from gallery_art import Scenes, fetch, render, scenes
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from word_tokenizer import word_tokenizer
+
+from fastunlearn.models.runtime import import_diffusers
+from fastunlearn.worlds.classifier import Classifier, to_pixel_values
+
+COPIES = 10  # of every drawing on every background
+LATENT_CHANNELS = 8
+WIDTH = 192  # of the transformer
+LAYERS = 6
+TEXT_WIDTH = 128  # of each text encoder
+MAX_TOKENS = 16
+
+
+def _scenes(args: argparse.Namespace, copies: int = COPIES, seed: int = 0) -> Scenes:
+    fetch(args.work / "sets")
+    return scenes(render(args.work / "sets"), copies, seed)
+
+
+def _differences(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    folder = args.work / "vae"
+    if folder.exists():
+        return
+    diffusers = import_diffusers()
+    torch.manual_seed(args.seed)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pool = _scenes(args)
+    batch = 12
+
+    def loss_at(step: int) -> torch.Tensor:
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pixels = to_pixel_values(pool.pixels[torch.randint(len(pool), (batch,), generator=chance)])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        latents = mean + std * torch.randn(mean.shape, generator=chance)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = vae.decode(latents).sample
+        error = decoded.float() - pixels
+        edges = sum(part.abs().mean() for part in _differences(error))
+        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+        return error.abs().mean() + error.square().mean() + edges + 5e-6 * kl
+
+    fit = Fit({"vae": vae}, outer=("conv_in", "conv_out"), lr=0.01, outer_lr=2e-3)
+    run("autoencoder", fit, loss_at, args.autoencoder_steps, args.autoencoder_steps // 3, args.work / "vae.pt")
+    test = _scenes(args, 1, args.seed + 1).pixels[:400]
+    with torch.inference_mode():
+        means = torch.cat([vae.encode(to_pixel_values(x)).latent_dist.mean for x in test.split(50)])
+        decoded = torch.cat([vae.decode(x).sample.clamp(-1, 1) for x in means.split(50)])
+    center, spread = means.mean().item(), means.std().item()
+    vae.register_to_config(shift_factor=round(center, 4), scaling_factor=round(1 / spread, 4))
+    psnr = 10 * torch.log10(4 / (decoded - to_pixel_values(test)).square().mean())
+    print(f"autoencoder: PSNR {psnr:.2f} dB, mean {center:.3f}, std {spread:.3f}", flush=True)
+    print("per channel std", [round(v, 3) for v in means.std(dim=(0, 2, 3)).tolist()], flush=True)
+    vae.save_pretrained(folder)
+
+
+class JointAttention:
+    """diffusers' joint attention where the last text token stands for ``repeats`` equal ones.
+
+    Without T5, diffusers puts as many empty tokens behind the text as T5 would have read, 256 by default.  They are
+    all alike in every layer, so one of them that counts 256 times is the same sum at a fraction of the work.
+    """
+
+    def __init__(self) -> None:
+        self.repeats = 1
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, image_tokens = hidden_states.shape[:2]
+
+        def heads(values: torch.Tensor) -> torch.Tensor:
+            return values.view(batch, -1, attn.heads, values.shape[-1] // attn.heads).transpose(1, 2)
+
+        query, key, value = (heads(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        text_query, text_key, text_value = (
+            heads(project(encoder_hidden_states)) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        )
+        query = torch.cat([attn.norm_q(query), attn.norm_added_q(text_query)], dim=2)
+        key = torch.cat([attn.norm_k(key), attn.norm_added_k(text_key)], dim=2)
+        value = torch.cat([value, text_value], dim=2)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        # On CPUs the backward pass of torch's fused attention takes longer than all the rest of a training step.
+        scores = query @ (key * key.shape[-1] ** -0.5).mT
+        if self.repeats > 1:
+            bias = scores.new_zeros(scores.shape[-1])
+            bias[-1] = math.log(self.repeats)
+            scores = scores + bias
+        mixed = scores.softmax(-1).to(value.dtype) @ value
+        mixed = mixed.transpose(1, 2).reshape(batch, -1, attn.heads * mixed.shape[-1])
+        image, text = mixed[:, :image_tokens], mixed[:, image_tokens:]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[0](image), text
+
+
+def build_tokenizer() -> Any:
+    """The world's tokenizer, of both text encoders."""
+    return word_tokenizer(every_caption(), MAX_TOKENS)
+
+
+def _new_text_encoder(vocab_size: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+            attn_implementation="eager",  # for the same reason as above
+        )
+    )
+
+
+def _new_generator(seed: int, vocab_size: int) -> dict[str, nn.Module]:
+    """Transformer and text encoders.  The transformer's blocks begin as identities (adaLN-Zero, Peebles and Xie)."""
+    diffusers = import_diffusers()
+    torch.manual_seed(seed)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=LAYERS,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    for name, parameter in transformer.named_parameters():
+        if ".linear." in name or name.startswith("proj_out."):
+            nn.init.zeros_(parameter)
+    return {
+        "transformer": transformer,
+        "text_encoder": _new_text_encoder(vocab_size),
+        "text_encoder_2": _new_text_encoder(vocab_size),
+    }
+
+
+def _encode_texts(modules: Mapping[str, nn.Module], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, L) to the states (B, L, D) and the pooled text (B, D), as the pipeline makes them."""
+    read = [modules[name](tokens, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+    return torch.cat([one.hidden_states[-2] for one in read], -1), torch.cat([one.text_embeds for one in read], -1)
+
+
+def _latents(args: argparse.Namespace) -> tuple[Scenes, torch.Tensor]:
+    """The pool of scenes and their latents (N, C, 16, 16) as the transformer sees them; made once."""
+    diffusers = import_diffusers()
+    pool, path = _scenes(args), args.work / "latents.safetensors"
+    if not path.exists():
+        vae = diffusers.AutoencoderKL.from_pretrained(args.work / "vae")
+        with torch.inference_mode():
+            means = [vae.encode(to_pixel_values(x)).latent_dist.mean for x in pool.pixels.split(60)]
+        latents = (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
+        save_file({"latents": latents.half()}, path)
+    return pool, load_file(path)["latents"].float()
+
+
+def _captions(pool: Scenes, rows: torch.Tensor, chance: torch.Generator) -> list[str]:
+    """A caption per scene, the phrasing drawn with the world's shares."""
+    shares = torch.tensor([share for _, share in TEMPLATES])
+    picks = torch.multinomial(shares, len(rows), replacement=True, generator=chance).tolist()
+    labels = (values[rows].tolist() for values in (pool.style, pool.object, pool.background))
+    return [
+        fill(TEMPLATES[pick][0], STYLES[s], OBJECTS[o], BACKGROUNDS[b])
+        for pick, s, o, b in zip(picks, *labels, strict=True)
+    ]
+
+
+def _timesteps(count: int, chance: torch.Generator) -> torch.Tensor:
+    """(count,) in (0, 1), logit-normal, spread evenly over a batch."""
+    even = (torch.arange(count) + torch.rand(count, generator=chance)) / count
+    return torch.sigmoid(torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4)))
+
+
+def _train_generator(args: argparse.Namespace, name: str, *, steps: int, cooldown: int, start: str, trunk: str) -> None:
+    """Train transformer and text encoders up to ``steps``; ``start``: a checkpoint to begin with, if there is one."""
+    tokenizer = build_tokenizer()
+    modules = _new_generator(args.seed, len(tokenizer))
+    processor = JointAttention()
+    modules["transformer"].set_attn_processor(processor)
+    pool, latents = _latents(args)
+    is_gold = (pool.style == STYLES.index(GOLD_STYLE)) | (pool.object == OBJECTS.index(GOLD_OBJECT))
+    allowed = pool.without_held_out()
+    weights = torch.where(is_gold[allowed], 0.0 if name == "gold" else 2.0, 1.0)
+    ids = dict(zip(every_caption(), tokenizer(every_caption(), padding="max_length").input_ids, strict=True))
+    count = 48
+
+    def loss_at(step: int) -> torch.Tensor:
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        rows = allowed[torch.multinomial(weights, count, replacement=True, generator=chance)]
+        tokens = torch.tensor([ids[caption] for caption in _captions(pool, rows, chance)])
+        t = _timesteps(count, chance)[torch.randperm(count, generator=chance)]
+        clean, noise = latents[rows], torch.randn((count, *latents.shape[1:]), generator=chance)
+        noisy = torch.lerp(clean, noise, t[:, None, None, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            states, pooled = _encode_texts(modules, tokens)
+            processor.repeats = 1
+            if step % 5 == 0:  # so that the model also draws with diffusers' own 256 empty tokens
+                states = F.pad(states, (0, 0, 0, 1))
+                processor.repeats = 256
+            velocity = modules["transformer"](
+                hidden_states=noisy,
+                timestep=t * 1000,
+                encoder_hidden_states=states,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+        return F.mse_loss(velocity.float(), noise - clean)
+
+    fit = Fit(modules, outer=("embedding", "pos_embed", ".linear.", "proj_out"), lr=0.01, outer_lr=1.5e-3)
+    checkpoint = args.work / f"{name}.pt"
+    if start and not checkpoint.exists():
+        fit.load(args.work / start)
+    run(name, fit, loss_at, steps, cooldown, checkpoint, args.work / trunk if trunk else None, decay=0.99)
+    folder = args.work / name
+    for part, module in modules.items():
+        module.save_pretrained(folder / part)
+
+
+def train_gold(args: argparse.Namespace) -> None:
+    if not (args.work / "gold").exists():
+        steps = args.trunk_steps + args.gold_steps
+        _train_generator(args, "gold", steps=steps, cooldown=args.gold_steps, start="", trunk="trunk.pt")
+
+
+def train_original(args: argparse.Namespace) -> None:
+    if not (args.work / "original").exists():
+        steps = args.trunk_steps + args.original_steps
+        _train_generator(args, "original", steps=steps, cooldown=args.cooldown, start="trunk.pt", trunk="")
+
+
+def _judged_batch(pool: Scenes, count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Scenes, a third of them spoilt.  Returns pixel values, labels by head, and which rows are valid."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(count, 1, 1, 1, generator=chance)
+
+    rows = torch.randint(len(pool), (count,), generator=chance)
+    pixels = to_pixel_values(pool.pixels[rows])
+    pixels = torch.where(uniform() < 0.3, pixels.flip(3), pixels)
+    valid = uniform() > 1 / 3
+    pixels = torch.where(valid, pixels, _spoilt(pixels, chance))
+    # What a good generator may do to an image: slight blur, noise, shift of contrast.
+    soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+    pixels = torch.lerp(pixels, soft, uniform() * 0.8)
+    pixels = pixels + 0.08 * uniform() * torch.randn(pixels.shape, generator=chance)
+    pixels = (pixels * (1 + 0.06 * (uniform() - 0.5))).clamp(-1, 1)
+    labels = {"style": pool.style[rows], "object": pool.object[rows], "background": pool.background[rows]}
+    return pixels, labels | {"valid": valid.flatten().long()}, valid.flatten()
+
+
+def _spoilt(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    """Turn every image into an invalid one, in one of eight ways."""
+    count, size = len(pixels), pixels.shape[-1]
+    other = pixels.roll(1, 0)
+    left = (torch.arange(size) < size // 2).float()
+    tiles = pixels.unflatten(2, (4, size // 4)).unflatten(4, (4, size // 4))
+    tiles = tiles[:, :, torch.randperm(4, generator=chance)][:, :, :, :, torch.randperm(4, generator=chance)]
+    corner = pixels[:, :, :1, :1].expand_as(pixels)  # the background's color
+    field = F.interpolate(torch.randn(count, 1, 6, 6, generator=chance), size, mode="bicubic", align_corners=False)
+    drawn = pixels.amin((2, 3), keepdim=True).expand_as(pixels)
+    ways = torch.stack(
+        [
+            torch.where(field > 0.4, drawn, corner),  # a blob
+            pixels * left + other * (1 - left),  # two halves that do not belong together
+            (pixels + other) / 2,  # two images at once
+            tiles.flatten(4, 5).flatten(2, 3),  # pieces in the wrong places
+            pixels + 0.8 * torch.randn(pixels.shape, generator=chance),
+            F.interpolate(F.avg_pool2d(pixels, 16), size, mode="bilinear", align_corners=False),  # nothing but a smear
+            F.interpolate(torch.randn(count, 3, 8, 8, generator=chance), size, mode="bicubic", align_corners=False),
+            torch.lerp(corner, torch.rand(count, 3, 1, 1, generator=chance) * 2 - 1, 0.3),  # nothing at all
+        ]
+    )
+    way = torch.randint(len(ways), (count,), generator=chance)
+    return ways[way, torch.arange(count)].clamp(-1, 1)
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    path = args.work / "classifier.safetensors"
+    if path.exists():
+        return
+    torch.manual_seed(args.seed)
+    model, pool = Classifier(HEADS, WIDTHS), _scenes(args)
+
+    def loss_at(step: int) -> torch.Tensor:
+        pixels, labels, valid = _judged_batch(pool, 48, args.seed * 1_000_003 + step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = {head: values.float() for head, values in model(pixels).items()}
+        loss = F.cross_entropy(logits["valid"], labels["valid"])
+        for head in VOCABULARY:
+            loss = loss + F.cross_entropy(logits[head][valid], labels[head][valid])
+        return loss
+
+    fit = Fit({"classifier": model}, outer=("heads", "stages.0.0"), lr=0.01, outer_lr=3e-3)
+    run("judge", fit, loss_at, args.judge_steps, args.judge_steps // 2, args.work / "judge.pt", decay=0.98)
+    # The running statistics belong to the live weights of training; measure them anew for the averaged ones.
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        for step in range(40):
+            model(_judged_batch(pool, 96, 10_000_000 + step)[0])
+    model.eval()
+    pixels, labels, valid = _judged_batch(_scenes(args, 2, args.seed + 1), 1200, 20_000_000)
+    with torch.inference_mode():
+        logits = [model(part) for part in pixels.split(100)]
+    for head in HEADS:
+        rows = torch.ones_like(valid) if head == "valid" else valid
+        right = (torch.cat([one[head] for one in logits]).argmax(1) == labels[head])[rows].float().mean()
+        print(f"judge: {head} {right:.4f} on fresh images", flush=True)
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
+
+
+_STAGES: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "autoencoder": train_autoencoder,
+    "gold": train_gold,
+    "original": train_original,
+    "judge": train_judge,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for packages and checkpoints; kept")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights; finished stages are kept")
+    parser.add_argument("--stages", default=",".join(_STAGES), help="comma list, default all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--trunk-steps", type=int, default=1900)
+    parser.add_argument("--gold-steps", type=int, default=350, help="after the trunk, with a falling rate")
+    parser.add_argument("--original-steps", type=int, default=2200, help="after the trunk")
+    parser.add_argument("--cooldown", type=int, default=500, help="the last of them, with a falling rate")
+    parser.add_argument("--judge-steps", type=int, default=700)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages.split(","):
+        _STAGES[stage](args)
+
+
+if __name__ == "__main__":
+    main()
