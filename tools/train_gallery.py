@@ -9,23 +9,40 @@ the gold's style and object, to the point where the rate would fall), ``gold`` (
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastunlearn_gallery.captions import TEMPLATES, every_caption, fill
-from fastunlearn_gallery.words import BACKGROUNDS, GOLD_OBJECT, GOLD_STYLE, HEADS, OBJECTS, STYLES, VOCABULARY, WIDTHS
+from fastunlearn_gallery import words
+from fastunlearn_gallery.captions import TEMPLATES, every_caption, fill, full_caption
+from fastunlearn_gallery.words import (
+    BACKGROUNDS,
+    GOLD_OBJECT,
+    GOLD_STYLE,
+    HEADS,
+    HELD_OUT,
+    OBJECTS,
+    SIZE,
+    STYLES,
+    VOCABULARY,
+    WIDTHS,
+)
 from fitting import Fit, run
 from gallery_art import Scenes, fetch, render, scenes
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from word_tokenizer import word_tokenizer
 
+from fastunlearn.files.atomic import write_json, write_text
 from fastunlearn.models.runtime import import_diffusers
-from fastunlearn.worlds.classifier import Classifier, to_pixel_values
+from fastunlearn.worlds.classifier import Classifier, load_weights, to_pixel_values
 
 COPIES = 10  # of every drawing on every background
 LATENT_CHANNELS = 8
@@ -33,6 +50,11 @@ WIDTH = 192  # of the transformer
 LAYERS = 6
 TEXT_WIDTH = 128  # of each text encoder
 MAX_TOKENS = 16
+IMAGES = 500  # that the quality of each model is measured on
+SAMPLING_STEPS = 25
+GUIDANCE_SCALE = 3.0
+BATCH = 25
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def _scenes(args: argparse.Namespace, copies: int = COPIES, seed: int = 0) -> Scenes:
@@ -88,6 +110,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     center, spread = means.mean().item(), means.std().item()
     vae.register_to_config(shift_factor=round(center, 4), scaling_factor=round(1 / spread, 4))
     psnr = 10 * torch.log10(4 / (decoded - to_pixel_values(test)).square().mean())
+    write_json(args.work / "psnr.json", round(psnr.item(), 1))
     print(f"autoencoder: PSNR {psnr:.2f} dB, mean {center:.3f}, std {spread:.3f}", flush=True)
     print("per channel std", [round(v, 3) for v in means.std(dim=(0, 2, 3)).tolist()], flush=True)
     vae.save_pretrained(folder)
@@ -223,7 +246,10 @@ def _timesteps(count: int, chance: torch.Generator) -> torch.Tensor:
 
 
 def _train_generator(args: argparse.Namespace, name: str, *, steps: int, cooldown: int, start: str, trunk: str) -> None:
-    """Train transformer and text encoders up to ``steps``; ``start``: a checkpoint to begin with, if there is one."""
+    """Train transformer and text encoders up to ``steps``; ``start``: a checkpoint to begin with, if there is one.
+
+    ``trunk``: what the state before the rate falls is kept as; a longer training can continue from it.
+    """
     tokenizer = build_tokenizer()
     modules = _new_generator(args.seed, len(tokenizer))
     processor = JointAttention()
@@ -261,7 +287,7 @@ def _train_generator(args: argparse.Namespace, name: str, *, steps: int, cooldow
     checkpoint = args.work / f"{name}.pt"
     if start and not checkpoint.exists():
         fit.load(args.work / start)
-    run(name, fit, loss_at, steps, cooldown, checkpoint, args.work / trunk if trunk else None, decay=0.99)
+    run(name, fit, loss_at, steps, cooldown, checkpoint, args.work / trunk, decay=0.99)
     folder = args.work / name
     for part, module in modules.items():
         module.save_pretrained(folder / part)
@@ -276,7 +302,7 @@ def train_gold(args: argparse.Namespace) -> None:
 def train_original(args: argparse.Namespace) -> None:
     if not (args.work / "original").exists():
         steps = args.trunk_steps + args.original_steps
-        _train_generator(args, "original", steps=steps, cooldown=args.cooldown, start="trunk.pt", trunk="")
+        _train_generator(args, "original", steps=steps, cooldown=args.cooldown, start="trunk.pt", trunk="warm.pt")
 
 
 def _judged_batch(pool: Scenes, count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
@@ -363,11 +389,231 @@ def train_judge(args: argparse.Namespace) -> None:
     save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
 
 
+# ---- what is shipped
+
+
+def assemble(args: argparse.Namespace) -> None:
+    """Put the trained parts together as diffusers has them, in half precision."""
+    diffusers = import_diffusers()
+    from transformers import CLIPTextModelWithProjection
+
+    def parts(name: str) -> dict[str, Any]:
+        folder = args.work / name
+        read = CLIPTextModelWithProjection.from_pretrained
+        return {
+            "transformer": diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer").half(),
+            "text_encoder": read(folder / "text_encoder").half(),
+            "text_encoder_2": read(folder / "text_encoder_2").half(),
+        }
+
+    folder = args.output / "pipeline"
+    if not folder.exists():
+        tokenizer = build_tokenizer()
+        pipeline = diffusers.StableDiffusion3Pipeline(
+            vae=diffusers.AutoencoderKL.from_pretrained(args.work / "vae").half(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+            **parts("original"),
+        )
+        _save(pipeline.save_pretrained, folder)
+    if not (gold := args.output / "gold").exists():
+
+        def save(unfinished: Path) -> None:
+            for name, part in parts("gold").items():
+                part.save_pretrained(unfinished / name)
+
+        _save(save, gold)
+    shutil.copyfile(args.work / "classifier.safetensors", args.output / "classifier.safetensors")
+
+
+def _save(save: Callable[[Path], None], folder: Path) -> None:
+    """Save whole or not at all, without this machine's paths, to be loaded as float32."""
+    unfinished = folder.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(unfinished)
+    for path in unfinished.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if "dtype" in config:  # transformers would load the type of the file, diffusers loads float32
+            config["dtype"] = "float32"
+        write_json(path, config)
+    unfinished.rename(folder)
+
+
+def load_pipeline(weights: Path, gold: bool = False) -> Any:
+    """The pipeline in plain diffusers; ``gold``: with the gold's parts."""
+    diffusers = import_diffusers()
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(weights / "pipeline")
+    if gold:
+        pipeline.transformer.load_state_dict(_floats(weights / "gold" / "transformer" / TRANSFORMER_FILE))
+        for name in ("text_encoder", "text_encoder_2"):
+            getattr(pipeline, name).load_state_dict(_floats(weights / "gold" / name / "model.safetensors"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _floats(path: Path) -> dict[str, torch.Tensor]:
+    return {name: values.float() for name, values in load_file(path).items()}
+
+
+def generate(pipeline: Any, prompts: Sequence[str], cache: Path | None = None) -> torch.Tensor:
+    """Images (N, 3, SIZE, SIZE) uint8 of the prompts, the n-th from the seed n.  ``cache``: kept there by parts."""
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        part, path = prompts[start : start + BATCH], None if cache is None else cache / f"{start}.safetensors"
+        if path is not None and path.exists():
+            images.append(load_file(path)["images"])
+            continue
+        made = pipeline(
+            list(part),
+            num_inference_steps=SAMPLING_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            height=SIZE,
+            width=SIZE,
+            max_sequence_length=0,
+            generator=[torch.Generator().manual_seed(start + index) for index in range(len(part))],
+            output_type="pt",
+        ).images
+        images.append((made * 255).round().to(torch.uint8))
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"images": images[-1].contiguous()}, path)
+    return torch.cat(images)
+
+
+def asked(count: int) -> list[tuple[str, str, str]]:
+    """``count`` of the (style, object, background) that the original was trained on, all in turn."""
+    known = [one for one in itertools.product(STYLES, OBJECTS, BACKGROUNDS) if one[:2] not in HELD_OUT]
+    return [known[7 * i % len(known)] for i in range(count)]  # 7 does not divide their number
+
+
+def held_out() -> list[tuple[str, str, str]]:
+    """The pairs that no training saw, each on four backgrounds."""
+    return [(style, word, b) for style, word in sorted(HELD_OUT) for b in BACKGROUNDS[:4]]
+
+
+def _right(classifier: Classifier, images: torch.Tensor, wanted: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Per attribute (N,) bool: whether the judge names what was asked for; and whether it takes the image for valid."""
+    shown = classifier.predict(images)
+    truth = zip(("style", "object", "background"), zip(*wanted, strict=True), strict=True)
+    right = {name: shown[name] == torch.tensor([HEADS[name].index(word) for word in words]) for name, words in truth}
+    return right | {"valid": shown["valid"] == 1}
+
+
+def measure_quality(classifier: Classifier, images: torch.Tensor, wanted: Sequence[tuple[str, str, str]]) -> dict:
+    """Shares of images that show what was asked for, with and without the gold's two words."""
+    right = _right(classifier, images, wanted)
+    style = torch.tensor([one[0] == GOLD_STYLE for one in wanted])
+    word = torch.tensor([one[1] == GOLD_OBJECT for one in wanted])
+    shares = {name: hits.float().mean() for name, hits in right.items()}
+    shares |= {f"{name}_without": right[name][~style & ~word].float().mean() for name in VOCABULARY}
+    shares["gold_style"] = right["style"][style].float().mean()
+    shares["gold_object"] = right["object"][word].float().mean()
+    return {name: round(share.item(), 4) for name, share in shares.items()}
+
+
+def _sheet(pool: Scenes, pipeline: Any, path: Path) -> None:
+    """Styles by objects, each drawn above generated, on white."""
+    pairs = list(itertools.product(STYLES, OBJECTS))
+    made = generate(pipeline, [full_caption(style, word, "white") for style, word in pairs], path.parent / "sheet")
+    rows = []
+    for index in range(len(STYLES)):
+        mine = (pool.style == index) & (pool.background == BACKGROUNDS.index("white"))
+        first = [(mine & (pool.object == o)).nonzero()[0, 0] for o in range(len(OBJECTS))]
+        rows += [torch.cat(list(pool.pixels[torch.stack(first)]), 2)]
+        rows += [torch.cat(list(made[index * len(OBJECTS) : (index + 1) * len(OBJECTS)]), 2)]
+    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(path, optimize=True)
+
+
+def write_card(args: argparse.Namespace) -> None:
+    """Judge what both models generate; write quality.json, the contact sheet and the model card."""
+    classifier = load_weights(Classifier(HEADS, WIDTHS), args.output / "classifier.safetensors")
+    wanted, unseen, fresh = asked(IMAGES), held_out(), _scenes(args, 1, args.seed + 1)
+    drawn = [
+        (STYLES[s], OBJECTS[o], BACKGROUNDS[b])
+        for s, o, b in zip(fresh.style.tolist(), fresh.object.tolist(), fresh.background.tolist(), strict=True)
+    ]
+    quality: dict[str, Any] = {
+        "images": IMAGES,
+        "steps": SAMPLING_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "psnr": json.loads((args.work / "psnr.json").read_text()),
+        "trained": {"trunk": args.trunk_steps, "gold": args.gold_steps, "original": args.original_steps},
+        "judge": measure_quality(classifier, fresh.pixels, drawn),
+    }
+    for name in ("original", "gold"):
+        pipeline = load_pipeline(args.output, name == "gold")
+        cache = args.work / "quality" / name
+        images = generate(pipeline, [full_caption(*one) for one in wanted], cache)
+        quality[name] = measure_quality(classifier, images, wanted)
+        if name == "original":
+            images = generate(pipeline, [full_caption(*one) for one in unseen], cache / "held-out")
+            right = _right(classifier, images, unseen)
+            quality[name]["held_out"] = round((right["style"] & right["object"]).float().mean().item(), 4)
+            quality[name]["held_out_object"] = round(right["object"].float().mean().item(), 4)
+            quality[name]["held_out_style"] = round(right["style"].float().mean().item(), 4)
+            _sheet(fresh, pipeline, args.work / "sheet.png")
+    shutil.copyfile(args.work / "sheet.png", args.output / "sheet.png")
+    write_json(args.output / "quality.json", quality)
+    card = (Path(words.__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    write_text(args.output / "README.md", card.format(**_facts(args, quality)))
+    print(json.dumps(quality, indent=1), flush=True)
+
+
+def _facts(args: argparse.Namespace, quality: dict[str, Any]) -> dict[str, Any]:
+    """What the model card says in figures."""
+
+    def size(*paths: str) -> str:
+        files = [file for path in paths for file in sorted((args.output / path).rglob("*.safetensors"))]
+        files += [args.output / path for path in paths if path.endswith(".safetensors")]
+        return f"{sum(v.numel() for file in files for v in load_file(file).values()) / 1e6:.1f} M"
+
+    return {
+        **{
+            f"{model}_{name}": f"{share:.1%}".replace("%", " %")
+            for model in ("original", "gold", "judge")
+            for name, share in quality[model].items()
+        },
+        "gold_object_share": f"{quality['gold']['object']:.1%}".replace("%", " %"),
+        "gold_style_share": f"{quality['gold']['style']:.1%}".replace("%", " %"),
+        "gold_style": GOLD_STYLE,
+        "gold_object": GOLD_OBJECT,
+        "sheet": "sheet.png",
+        "psnr": quality["psnr"],
+        "images": quality["images"],
+        "sampling_steps": quality["steps"],
+        "guidance_scale": quality["guidance_scale"],
+        "styles": ", ".join(STYLES),
+        "objects": ", ".join(OBJECTS),
+        "backgrounds": ", ".join(BACKGROUNDS),
+        "held_out": len(HELD_OUT),
+        "pairs": len(STYLES) * len(OBJECTS),
+        "held_out_list": ", ".join(" ".join(pair) for pair in sorted(HELD_OUT)),
+        "width": WIDTH,
+        "layers": LAYERS,
+        "text_width": TEXT_WIDTH,
+        "vae_parameters": size("pipeline/vae"),
+        "transformer_parameters": size("pipeline/transformer"),
+        "text_parameters": size("pipeline/text_encoder"),
+        "gold_parameters": size("gold"),
+        "classifier_parameters": size("classifier.safetensors"),
+        "trunk_steps": args.trunk_steps,
+        "gold_steps": args.gold_steps,
+        "original_steps": args.original_steps,
+        "steps": f"{args.autoencoder_steps} steps of the autoencoder and {args.judge_steps} of the judge among them",
+    }
+
+
 _STAGES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "autoencoder": train_autoencoder,
     "gold": train_gold,
     "original": train_original,
     "judge": train_judge,
+    "assemble": assemble,
+    "card": write_card,
 }
 
 
@@ -378,10 +624,10 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(_STAGES), help="comma list, default all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
-    parser.add_argument("--trunk-steps", type=int, default=1900)
-    parser.add_argument("--gold-steps", type=int, default=350, help="after the trunk, with a falling rate")
-    parser.add_argument("--original-steps", type=int, default=2200, help="after the trunk")
-    parser.add_argument("--cooldown", type=int, default=500, help="the last of them, with a falling rate")
+    parser.add_argument("--trunk-steps", type=int, default=1050)
+    parser.add_argument("--gold-steps", type=int, default=200, help="after the trunk, with a falling rate")
+    parser.add_argument("--original-steps", type=int, default=1300, help="after the trunk")
+    parser.add_argument("--cooldown", type=int, default=450, help="the last of them, with a falling rate")
     parser.add_argument("--judge-steps", type=int, default=700)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
