@@ -52,7 +52,10 @@ def check_installed(name: str) -> None:
             continue
         if world in found.broken:
             raise UserError(f"{package} cannot be loaded: {found.broken[world]}. Mend that package.")
-        raise UserError(f"{name!r} comes with the package {package}, which is not installed: pip install {package}")
+        raise UserError(
+            f"{name!r} comes with the package {package}, which is not installed: `pip install {package}`, or in a "
+            f"clone `pip install packaging/{world}`."
+        )
 
 
 def get_world(name: str) -> World | None:

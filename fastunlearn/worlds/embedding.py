@@ -28,13 +28,14 @@ class Embedding:
     """
 
     def __init__(self, name: str, classifier: Classifier, attributes: Callable[[str], dict[str, str]]) -> None:
-        self.name, self.module, self.attributes = name, classifier, attributes
-        self.trunk = Trunk(self.module)
-        self.widths = self.module.widths
+        self.name, self.attributes, self.classifier = name, attributes, classifier
+        self.module: nn.Module = classifier
+        self.trunk: nn.Module = Trunk(classifier)
+        self.widths: Sequence[int] = classifier.widths
 
     def _last(self, images: torch.Tensor) -> torch.Tensor:
         device = next(self.module.parameters()).device
-        return self.module.features(to_pixel_values(images.to(device)))[-1]
+        return self.classifier.features(to_pixel_values(images.to(device)))[-1]
 
     @torch.inference_mode()
     def averaged(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,8 +52,8 @@ class Embedding:
     def match(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """100 times the mean probability of what each prompt names; where it names nothing, of a valid image."""
         device = next(self.module.parameters()).device
-        logits = self.module(to_pixel_values(images.to(device)))
-        heads = self.module.labels
+        logits = self.classifier(to_pixel_values(images.to(device)))
+        heads = self.classifier.labels
         result = torch.cat([logits[head].softmax(1) for head in heads], dim=1).cpu()
         columns = [(head, label) for head, labels in heads.items() for label in labels]
         asked = [list(self.attributes(prompt).items()) or [("valid", "yes")] for prompt in prompts]
