@@ -16,7 +16,7 @@ class EvaluateConfig(ModelOptions):
 
     original: str = setting("`shapes`, `gallery`, a diffusers folder or .safetensors file, or a hub id", path=True)
     unlearned: tuple[str, ...] = setting(
-        "an unlearned pipeline: a run's folder, its model/ folder, or a gold (`shapes-gold-star`); may be given several times",
+        "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times",
         path=True,
     )
     output: str = setting("folder for the records and the report", path=True)

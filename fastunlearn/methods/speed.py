@@ -67,6 +67,8 @@ def invariants(concept: Concept, read: Read | None) -> Tensor:
 
     ((values, is_read),) = states(concept, [EMPTY], read)
     first, others = values[is_read][:1], values[is_read][1:]
+    if not len(others):
+        return first.T
     directions = torch.linalg.svd(others, full_matrices=False)[2][: concept.options.invariant_directions]
     return torch.cat([first, directions]).T
 

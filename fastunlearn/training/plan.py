@@ -201,7 +201,11 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
-        pooled=tuple(pooled_inputs(model, concept.forget_prompts[0])) if is_edit and not is_sketch(model) else (),
+        pooled=(
+            tuple(pooled_inputs(model, concept.forget_prompts[0], selection.names))
+            if is_edit and not is_sketch(model)
+            else ()
+        ),
     )
 
 
