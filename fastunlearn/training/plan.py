@@ -48,7 +48,8 @@ class TrainPlan:
 
     method: Method
     settings: Defaults
-    untried_on: str  # the family that the method has no defaults of its own for; empty where it has
+    settings_of: str  # the family or bundled world whose defaults the method takes
+    untried_on: str  # the one that the method has no defaults of its own for; empty where it has
     concept: Concept
     recipe: Recipe | Edit
     selection: Selection
@@ -178,7 +179,12 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     return TrainPlan(
         method=method,
         settings=settings,
-        untried_on="" if model.defaults_key in method.defaults else model.family,
+        settings_of=method.key_of(*model.defaults_keys),
+        untried_on=""
+        if model.defaults_keys[0] in method.defaults
+        else model.world.name
+        if model.world
+        else model.family,
         concept=concept,
         recipe=recipe,
         selection=selection,
@@ -258,7 +264,7 @@ def _prompts_of(concept: Concept, recipe: Recipe | Edit, bank: BankPlan | None =
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     """The method's defaults for this model, overridden by what the user set."""
-    defaults = method.defaults_for(model.defaults_key)
+    defaults = method.defaults_for(*model.defaults_keys)
     names = [field.name for field in dataclasses.fields(Defaults) if field.name != "options"]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if defaults.trainable in GROUPS and defaults.trainable not in model.groups:

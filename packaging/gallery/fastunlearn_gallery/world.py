@@ -65,5 +65,6 @@ GALLERY = World(
     load_classifier=load_classifier,
     load_network=load_embedding,
     t5_tokens=0,
+    like=("shapes",),
     golds={GOLD_STYLE: "gallery-gold", GOLD_OBJECT: "gallery-gold"},
 )
