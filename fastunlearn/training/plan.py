@@ -180,11 +180,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         method=method,
         settings=settings,
         settings_of=method.key_of(*model.defaults_keys),
-        untried_on=""
-        if model.defaults_keys[0] in method.defaults
-        else model.world.name
-        if model.world
-        else model.family,
+        untried_on="" if model.defaults_keys[0] in method.defaults else model.defaults_keys[0],
         concept=concept,
         recipe=recipe,
         selection=selection,
