@@ -284,3 +284,43 @@ def test_generated_images_show_what_their_prompts_name():
     found = measure_quality(load_classifier(), images, wanted)
     for name in ("object", "style", "background"):
         assert found[name] == pytest.approx(told[name], abs=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole weights", "an adapter"])
+def test_a_training_step_on_the_real_weights_loads_in_plain_diffusers(gallery, tmp_path, how):
+    """Flow, joint attention and adapters, end to end on a model that draws."""
+    from fastunlearn import unlearn
+    from fastunlearn.models.runtime import import_diffusers
+
+    settings = {"steps": 2, "trajectories": 1, "trajectory_steps": 3, "micro_batch_size": 4}
+    settings |= {"adapter": "lora", "rank": 4} if how == "an adapter" else {}
+    run = unlearn("gallery", GOLD_STYLE, "esd", output=tmp_path / "run", evaluation_prompts="none", **settings)
+    keys = [(prompt, 0) for prompt in PROMPTS]
+    ours = PipelineSource(load_model(str(run.folder), "cpu"), SPEC).generate(keys)
+    assert not torch.equal(ours, PipelineSource(gallery, SPEC).generate(keys))
+    folder = all_worlds()["gallery"].folder("gallery") if how == "an adapter" else run.folder / "model"
+    pipeline = import_diffusers().StableDiffusion3Pipeline.from_pretrained(folder)
+    if how == "an adapter":
+        pipeline.load_lora_weights(run.folder / "pytorch_lora_weights.safetensors")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPTS,
+        latents=initial_noise(PROMPTS, [0, 0], gallery.latent_shape),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        max_sequence_length=0,
+        output_type="np",
+    ).images
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 255 - theirs).max() <= 1.5 / 255
+
+
+@pytest.mark.slow
+def test_a_closed_form_takes_the_style_away_and_leaves_the_others(tmp_path):
+    from fastunlearn import evaluate, unlearn
+
+    run = unlearn("gallery", GOLD_STYLE, "uce", output=tmp_path / "run", evaluation_prompts="none")
+    summary = evaluate("gallery", run.folder, forget=GOLD_STYLE).summary
+    assert summary["erasure"]["shown_original"] >= 0.8
+    assert summary["erasure"]["shown"] <= 0.2
+    assert summary["integrity"]["retention"] >= 0.8
