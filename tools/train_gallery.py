@@ -9,6 +9,7 @@ the gold's style and object, to the point where the rate would fall), ``gold`` (
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -495,6 +496,13 @@ def held_out() -> list[tuple[str, str, str]]:
     return [(style, word, b) for style, word in sorted(HELD_OUT) for b in BACKGROUNDS[:4]]
 
 
+def _digest(weights: Path, name: str) -> str:
+    """What tells one version of a model's weights from another."""
+    folders = [weights / "pipeline" / "vae", weights / "gold"] if name == "gold" else [weights / "pipeline"]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
 def _right(classifier: Classifier, images: torch.Tensor, wanted: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
     """Per attribute (N,) bool: whether the judge names what was asked for; and whether it takes the image for valid."""
     shown = classifier.predict(images)
@@ -515,10 +523,10 @@ def measure_quality(classifier: Classifier, images: torch.Tensor, wanted: Sequen
     return {name: round(share.item(), 4) for name, share in shares.items()}
 
 
-def _sheet(pool: Scenes, pipeline: Any, path: Path) -> None:
+def _sheet(pool: Scenes, pipeline: Any, path: Path, cache: Path) -> None:
     """Styles by objects, each drawn above generated, on white."""
     pairs = list(itertools.product(STYLES, OBJECTS))
-    made = generate(pipeline, [full_caption(style, word, "white") for style, word in pairs], path.parent / "sheet")
+    made = generate(pipeline, [full_caption(style, word, "white") for style, word in pairs], cache / "sheet")
     rows = []
     for index in range(len(STYLES)):
         mine = (pool.style == index) & (pool.background == BACKGROUNDS.index("white"))
@@ -546,7 +554,7 @@ def write_card(args: argparse.Namespace) -> None:
     }
     for name in ("original", "gold"):
         pipeline = load_pipeline(args.output, name == "gold")
-        cache = args.work / "quality" / name
+        cache = args.work / "quality" / f"{name}-{_digest(args.output, name)}"
         images = generate(pipeline, [full_caption(*one) for one in wanted], cache)
         quality[name] = measure_quality(classifier, images, wanted)
         if name == "original":
@@ -555,8 +563,7 @@ def write_card(args: argparse.Namespace) -> None:
             quality[name]["held_out"] = round((right["style"] & right["object"]).float().mean().item(), 4)
             quality[name]["held_out_object"] = round(right["object"].float().mean().item(), 4)
             quality[name]["held_out_style"] = round(right["style"].float().mean().item(), 4)
-            _sheet(fresh, pipeline, args.work / "sheet.png")
-    shutil.copyfile(args.work / "sheet.png", args.output / "sheet.png")
+            _sheet(fresh, pipeline, args.output / "sheet.png", cache)
     write_json(args.output / "quality.json", quality)
     card = (Path(words.__file__).parent / "model_card.md").read_text(encoding="utf-8")
     write_text(args.output / "README.md", card.format(**_facts(args, quality)))
