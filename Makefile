@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/native.cpp
 
-.PHONY: demo test test-slow fuzz lint docs bench results readme weights clean
+.PHONY: demo test test-slow fuzz lint docs bench results readme weights gallery-weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
-$(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml constraints.txt $(NATIVE)
+$(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml packaging/gallery/pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable packaging/kernels --editable ".[test,dev,docs]"
+	  --editable packaging/kernels --editable packaging/gallery --editable ".[test,dev,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -63,5 +63,10 @@ readme:
 weights: $(VENV)/.installed
 	$(BIN)/python tools/train_shapes.py --output fastunlearn/worlds/shapes/weights
 
+# Needs npm, whose packages the drawings are. What is done stays in .benchmarks/gallery, so a stopped run continues.
+gallery-weights: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt resvg-py
+	$(BIN)/python tools/train_gallery.py --work .benchmarks/gallery --output packaging/gallery/fastunlearn_gallery/weights
+
 clean:
-	rm -rf $(VENV) demo site build dist *.egg-info packaging/kernels/build packaging/kernels/dist packaging/kernels/*.egg-info
+	rm -rf $(VENV) demo site build dist *.egg-info packaging/*/build packaging/*/dist packaging/*/*.egg-info

@@ -39,9 +39,9 @@ from fastunlearn.prompts import is_forget
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.selection import select_parameters
 from fastunlearn.training.unlearn import unlearn
+from fastunlearn.worlds.classifier import to_pixel_values
 from fastunlearn.worlds.shapes import BACKGROUNDS, COLORS, SHAPES, SHAPES_WORLD
 from fastunlearn.worlds.shapes.captions import full_caption, sample_captions
-from fastunlearn.worlds.shapes.classifier import to_pixel_values
 from fastunlearn.worlds.shapes.world import render, sample_scenes
 
 CONCEPT = "star"

@@ -35,7 +35,7 @@ EVALUATE = [*JUDGE, "--unlearned", "shapes"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 FLAGS = {
-    "demo": {"config", "output", "judge", "seed", "overwrite"},
+    "demo": {"config", "output", "model", "forget", "methods", "judge", "seed", "overwrite"},
     "train": {
         *("config", "model", "method", "forget", "anchor", "forget-prompts", "retain-prompts", "output"),
         *("mask", "mask-density", "mask-granularity", "clip-scope", "gradient-accumulation-steps", "save"),

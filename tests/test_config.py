@@ -348,11 +348,12 @@ def test_a_missing_setting_is_named_as_a_flag():
         build(TrainConfig, {})
 
 
-def test_the_demos_methods_exist():
-    from fastunlearn.cli.demo import METHODS
-    from fastunlearn.methods import all_methods
-
-    assert set(METHODS) <= set(all_methods())
+def test_the_demos_methods_exist_and_are_two_or_more():
+    assert DemoConfig().compared == ("esd", "ovw")
+    assert DemoConfig(methods="uce, esd,uce,placebo").compared == ("uce", "esd")
+    for given in ("esd", "esd,placebo", "esd,nobody"):
+        with pytest.raises(UserError):
+            _ = DemoConfig(methods=given).compared
 
 
 def test_a_tilde_is_the_users_home_wherever_it_is_written(tmp_path, monkeypatch):

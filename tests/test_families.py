@@ -40,7 +40,7 @@ from fastunlearn.models.families import all_families, family_of
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.training.bank import build_bank, plan_bank
-from fastunlearn.training.edit import pooled_inputs, text_layers, text_matrices
+from fastunlearn.training.edit import pooled_inputs, pooled_layers, text_layers, text_matrices
 from fastunlearn.training.plan import plan_training
 from fastunlearn.training.plan_words import plan_lines
 from fastunlearn.training.selection import select_parameters
@@ -270,6 +270,24 @@ def test_an_edit_sees_the_states_as_a_layer_reads_them_and_says_what_it_cannot_s
         case: pooled_inputs(load_model(str(folder_of(case)), "cpu"), "a dog") for case in ("sdxl", "sd3.5", "sana")
     }
     assert pooled == {"sdxl": ["text_embeds"], "sd3.5": ["pooled_projections"], "sana": []}
+
+
+def test_an_edit_changes_what_reads_the_whole_text_where_it_is_selected(folder_of, tmp_path):
+    """SD3's pooled text goes into one layer as it is; SDXL's goes in beside the sizes, which no edit can part."""
+    folder = folder_of("sd3.5")
+    model = load_model(str(folder), "cpu")
+    ((name, argument),) = pooled_layers(model).items()
+    assert (name, argument) == ("time_text_embed.text_embedder.linear_1.weight", "pooled_projections")
+    assert pooled_layers(load_model(str(folder_of("sdxl")), "cpu")) == {}
+    assert pooled_inputs(model, "a dog", [name]) == []
+    settings = {"steps": None, "learning_rate": None, "trainable": "context_embedder,text_embedder.linear_1"}
+    for method in ("uce", "speed"):
+        options = {"options": {"null_below": 0.9, "invariant_directions": 0}} if method == "speed" else {}
+        unlearn(settings_of(folder, tmp_path / method, method, **settings, **options))
+        edited = load_model(str(tmp_path / method / "model"), "cpu")
+        old, new = (dict(one.denoiser.named_parameters()) for one in (model, edited))
+        moved = {one for one in old if not torch.equal(old[one], new[one])}
+        assert moved == {name, "context_embedder.weight"}
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------

@@ -176,7 +176,8 @@ SAID = {*GROUND, "record", "schema"}
 WORDS = {*SAID, "worlds", "prompts", "concepts", "concept_prompts", "methods", "models"}
 DIRECTIONS = {
     **{"errors": set(), "batching": set(), "progress": set()},
-    **{name: {"errors"} for name in ("config", "distributed", "files", "plugins", "worlds")},
+    **{name: {"errors"} for name in ("config", "distributed", "files", "plugins")},
+    "worlds": {"errors", "plugins"},
     "prompts": {"errors", "files", "concepts"},
     "concept_prompts": {"errors"},
     "concepts": {"errors", "files"},

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from fastunlearn.metrics.distances import all_distances, load_perceptual
 from fastunlearn.metrics.lpips import PerceptualDistance, from_lpips
 from fastunlearn.models.runtime import mend_torchvision
-from fastunlearn.worlds.shapes.classifier import Classifier, to_pixel_values
+from fastunlearn.worlds import all_worlds
+from fastunlearn.worlds.classifier import Classifier, to_pixel_values
+from fastunlearn.worlds.shapes.classifier import HEADS
 
 
 def images(count: int, seed: int, size: int = 64) -> torch.Tensor:
@@ -33,8 +35,8 @@ def package(net: str):
 @pytest.fixture
 def random_classifier(monkeypatch):
     torch.manual_seed(0)
-    classifier = Classifier().eval()
-    monkeypatch.setattr("fastunlearn.worlds.shapes.embedding.load_classifier", lambda: classifier)
+    classifier = Classifier(HEADS).eval()
+    monkeypatch.setattr("fastunlearn.worlds.shapes.load_classifier", lambda: classifier)
     return classifier
 
 
@@ -230,8 +232,8 @@ def test_missing_package_says_what_to_do(monkeypatch):
 
 
 def test_unknown_name_lists_the_names():
-    assert list(all_distances()) == ["shapes", "lpips-alex", "lpips-vgg", "lpips-squeeze"]
-    with pytest.raises(ValueError, match=r"unknown perceptual distance 'lpips'\. There are: shapes, lpips-alex, "):
+    assert list(all_distances()) == [*all_worlds(), "lpips-alex", "lpips-vgg", "lpips-squeeze"]
+    with pytest.raises(ValueError, match=r"unknown perceptual distance 'lpips'\. There are: shapes, .*lpips-alex, "):
         load_perceptual("lpips")
 
 

@@ -107,7 +107,7 @@ def test_the_counts_are_what_torch_takes(tiny, name, options, one_thread):
     names = select_parameters(model, model.default_group if model.default_group in model.groups else "all")
     model.settle_denoiser(names)
     method = get_method("ovw")
-    settings = method.defaults_for(model.defaults_key)
+    settings = method.defaults_for(*model.defaults_keys)
     recipe = method.recipe(Concept("a painter", ("a Monet",), {"a Monet": "a painter"}, ("a dog", "a cat"), settings))
     plan = plan_bank(model, recipe, trajectories=4, num_inference_steps=3, guidance_scale=3.0, seed=0)
     precision = "bf16" if lean else "no"

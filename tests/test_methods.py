@@ -222,6 +222,12 @@ def test_a_world_or_a_family_picks_its_defaults(key, chosen):
     assert defaults.options == method.options()
 
 
+def test_where_a_world_has_no_defaults_those_of_its_like_come_before_the_fields():
+    assert get_method("esd").key_of("a-world", "shapes") == "shapes"
+    assert get_method("uce").key_of("gallery", "shapes") == "gallery"
+    assert get_method("uce").key_of("a-world") == "stable-diffusion"
+
+
 @pytest.mark.parametrize("target", [{}, {"a": 0.5}, {"a": 1.0, "": 1.0}, {"a": float("nan")}, {"a": 1 + 1e-6}], ids=str)
 def test_a_target_that_is_no_mix_of_predictions_is_refused(target):
     with pytest.raises(ValueError, match="must sum to 1"):

@@ -1,4 +1,4 @@
-"""The two distributions: what each ships and requires, and that one command installs both, in a clone and in place."""
+"""The distributions: what each ships and requires, and that one command installs engine and kernels."""
 
 import ast
 import importlib.metadata
@@ -25,7 +25,9 @@ from fastunlearn.methods import all_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "packaging" / "kernels"
+GALLERY = ROOT / "packaging" / "gallery"
 PROJECTS = {"fastunlearn": ROOT, "fastunlearn_kernels": KERNELS}
+EVERY = {**PROJECTS, "fastunlearn_gallery": GALLERY}
 
 
 def project_of(folder):
@@ -42,11 +44,12 @@ def run(*command, cwd):
 # ---- what the files say
 
 
-def test_both_have_one_version():
+def test_all_have_one_version():
     (pin,) = (d for d in project_of(ROOT)["dependencies"] if d.startswith("fastunlearn-kernels"))
     assert pin == f"fastunlearn-kernels=={fastunlearn.__version__}"
     assert fastunlearn_kernels.__version__ == fastunlearn.__version__
-    for name in PROJECTS:
+    assert project_of(GALLERY)["dependencies"] == [f"fastunlearn=={fastunlearn.__version__}"]
+    for name in EVERY:
         assert importlib.metadata.version(name) == fastunlearn.__version__
 
 
@@ -199,7 +202,7 @@ def test_the_kernels_require_torch_and_triton_as_the_engine_does():
     assert set(kernels) < set(engine)
 
 
-@pytest.mark.parametrize("name", PROJECTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_installed_top_level_name_is_ours_alone(name):
     """A top-level `kernels`, `packaging`, `tests` or `benchmarks` would shadow, or be shadowed by, other packages."""
     assert importlib.metadata.distribution(name).read_text("top_level.txt").split() == [name]
@@ -281,7 +284,7 @@ def built(clone, tmp_path_factory):
     """Name -> what `python -m build` made: sdist, the wheel made from it, and what it printed."""
     pytest.importorskip("build", reason="`build` is of the extra `dev`")
     result = {}
-    for name, folder in PROJECTS.items():
+    for name, folder in EVERY.items():
         out = tmp_path_factory.mktemp(name)
         isolation = ["--no-isolation"] if setuptools_is_here() else []
         source = clone / folder.relative_to(ROOT)
@@ -310,10 +313,10 @@ def serves_the_cpu(python, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROJECTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_wheel_ships_its_package_whole_and_nothing_else(built, name):
     _, wheel, printed = built[name]
-    package = (ROOT / "kernels/torch-ext" if name == "fastunlearn_kernels" else ROOT) / name
+    package = {"fastunlearn_kernels": ROOT / "kernels/torch-ext"}.get(name, EVERY[name]) / name
     files = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
     shipped = {file for file in wheel.namelist() if ".dist-info/" not in file}
     library = "fastunlearn_kernels/_native.so"  # compiled for the wheel, wherever the tree has one, too
@@ -335,15 +338,35 @@ def test_the_engine_ships_its_weights_templates_and_command(built):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROJECTS)
+@pytest.mark.parametrize("name", EVERY)
+def test_no_wheel_is_larger_than_40_mb(built, name):
+    assert Path(built[name][1].filename).stat().st_size < 40e6
+
+
+@pytest.mark.slow
+def test_the_gallery_is_found_by_its_entry_point_and_says_who_drew(built):
+    wheel = built["fastunlearn_gallery"][1]
+    (entries,) = (file for file in wheel.namelist() if file.endswith(".dist-info/entry_points.txt"))
+    assert wheel.read(entries).decode().split() == [
+        "[fastunlearn.worlds]",
+        "gallery",
+        "=",
+        "fastunlearn_gallery.world:GALLERY",
+    ]
+    assert any(file.endswith("licenses/fastunlearn_gallery/NOTICE") for file in wheel.namelist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
 def test_what_is_published_names_no_folder(built, name):
     sdist, wheel, _ = built[name]
     (metadata,) = (wheel.read(file).decode() for file in wheel.namelist() if file.endswith(".dist-info/METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     assert required
     assert not [requirement for requirement in required if "@" in requirement]
-    ours = {requirement for requirement in required if requirement.startswith("fastunlearn-kernels")}
-    assert ours == ({f"fastunlearn-kernels=={fastunlearn.__version__}"} if name == "fastunlearn" else set())
+    ours = {requirement for requirement in required if re.match(r"fastunlearn(-kernels)?==", requirement)}
+    needed = {"fastunlearn": "fastunlearn-kernels", "fastunlearn_gallery": "fastunlearn"}.get(name)
+    assert ours == ({f"{needed}=={fastunlearn.__version__}"} if needed else set())
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() or member.isdir() for member in archive)  # no link leaves it
         tops = {member.name.split("/")[1] for member in archive if member.name.count("/") > 0 and member.isdir()}

@@ -9,8 +9,9 @@ from train_shapes import build_tokenizer, measure_quality
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.worlds import shapes
+from fastunlearn.worlds.classifier import to_pixel_values
 from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
-from fastunlearn.worlds.shapes.classifier import HEADS, to_pixel_values, training_batch
+from fastunlearn.worlds.shapes.classifier import HEADS, training_batch
 from fastunlearn.worlds.shapes.prompts import attributes
 from fastunlearn.worlds.shapes.world import SIZE, render, sample_scenes
 

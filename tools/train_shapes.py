@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from word_tokenizer import word_tokenizer
 
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.files.atomic import write_json, write_text
@@ -29,9 +30,10 @@ from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.models.sampling import SamplerSpec
 from fastunlearn.worlds import shapes
+from fastunlearn.worlds.classifier import Classifier, to_pixel_values
 from fastunlearn.worlds.shapes import load_classifier
 from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
-from fastunlearn.worlds.shapes.classifier import HEADS, Classifier, to_pixel_values, training_batch
+from fastunlearn.worlds.shapes.classifier import HEADS, training_batch
 from fastunlearn.worlds.shapes.world import BACKGROUNDS, COLORS, SHAPES, render, sample_scenes
 
 POOL = 40_000  # images a stage trains on, drawn once
@@ -108,7 +110,7 @@ def train_classifier(args: argparse.Namespace) -> None:
     if path.exists():
         return
     torch.manual_seed(args.seed)
-    model = Classifier()
+    model = Classifier(HEADS)
 
     def loss_at(step: int) -> torch.Tensor:
         pixels, labels, valid = training_batch(64, seed=args.seed * 1_000_000 + step)
@@ -176,24 +178,8 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def build_tokenizer() -> Any:
-    """A CLIP byte-level BPE tokenizer in which each word of the world is one token and any other text is letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    import_diffusers()
-    from transformers import CLIPTokenizer
-
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator(
-        every_caption(), trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
-    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, model_max_length=_MAX_TOKENS
-    )
+    """The world's tokenizer."""
+    return word_tokenizer(every_caption(), _MAX_TOKENS)
 
 
 def _new_denoiser(seed: int, vocab_size: int, eos_token_id: int) -> tuple[Any, Any]:

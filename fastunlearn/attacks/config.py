@@ -15,7 +15,7 @@ ATTACKS = "seeds,embedding,completion,prompts"
 class AttackConfig:
     """What `attack` does."""
 
-    original: str = setting("`shapes`, a diffusers folder, or a hub id", path=True)
+    original: str = setting("`shapes`, `gallery`, a diffusers folder, or a hub id", path=True)
     unlearned: str = setting("the unlearned pipeline: a run's folder, its model/ folder, or a name", path=True)
     output: str = setting("folder for the records and the report", path=True)
     concept: str | None = setting("what to look for; default: what the unlearned run's record says", None)

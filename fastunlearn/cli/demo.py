@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import at_least, expand_home, setting
+from ..errors import UserError
 from ..progress import Reporter
 
 if TYPE_CHECKING:
     from ..schema import Demo
 
-CONCEPT = "star"
-METHODS = ("esd", "ovw", "uce", "placebo")
+CONTROL = "placebo"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What `demo` does: forget "star" in three ways, beside a control, and show them side by side."""
+    """What `demo` does: forget one concept of a bundled model in several ways and show them side by side."""
 
     output: str = setting("folder of the runs and the report", "demo", path=True)
+    model: str = setting("a bundled model: `shapes` or `gallery`", "shapes")
+    forget: str | None = setting("a word that the model knows; default: star, of the gallery the style twemoji", None)
+    methods: str = setting("two methods or more, by commas; a placebo goes with them", "esd,ovw,uce")
     judge: str | None = setting(
-        "who says whether an image shows a star: NAME or NAME:OPTION; default: the bundled model's", None
+        "who says whether an image shows the concept: NAME or NAME:OPTION; default: the bundled model's", None
     )
     seed: int = setting("of trajectories and row order", 0)
     overwrite: bool = setting("replace an earlier demo", False)
@@ -34,6 +37,17 @@ class DemoConfig:
     def __post_init__(self) -> None:
         expand_home(self)
         at_least(self, 0, "seed")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The methods, each once, in order.  Raises UserError for fewer than two and for unknown ones."""
+        from ..methods import get_method
+
+        names = dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip())
+        names.pop(CONTROL, None)
+        if len(names) < 2:
+            raise UserError(f"`--methods {self.methods}`: a demonstration compares two or more. Use `esd,ovw`.")
+        return tuple(get_method(name).name for name in names)
 
 
 def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
@@ -45,53 +59,65 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     from ..evaluation.results import EvaluationReport, write_results
     from ..files.run_folder import check_output, claimed, own, prepare_output
     from ..judges import check_concept, load_judge
-    from ..metrics.distances import load_perceptual
+    from ..metrics.distances import default_distance, load_perceptual
     from ..models.loading import load_model
     from ..models.sampling import SamplerSpec
     from ..schema import Demo, RunRecord
     from ..training.conclude import describe_run
     from ..training.config import TrainConfig
     from ..training.unlearn import unlearn
+    from ..worlds import check_installed, world_with_model
 
     reporter = reporter or Reporter()
     folder = Path(config.output).expanduser()
     started = time.monotonic()
     check_output(folder, "demo", overwrite=config.overwrite)
+    compared_methods = config.compared
+    methods = (*compared_methods, CONTROL)
+    world = world_with_model(config.model)
+    if world is None:
+        check_installed(config.model)
+        raise UserError(f"`--model {config.model}` is no bundled model. For others there are `train` and `evaluate`.")
+    concept = world.find(config.forget or world.default_concept)[1]
     judge = load_judge(config.judge) if config.judge is not None else None
     if judge is not None:
-        check_concept(judge, CONCEPT)
+        check_concept(judge, concept)
     with claimed(folder):
         prepare_output(folder, "demo", overwrite=config.overwrite)
-        own(folder, "demo", [f"{method}/{file}" for method in METHODS for file in ("pairs.jsonl", "evaluation.json")])
+        own(folder, "demo", [f"{method}/{file}" for method in methods for file in ("pairs.jsonl", "evaluation.json")])
         runs = {
             method: TrainConfig(
-                forget=CONCEPT, method=method, output=str(folder / method), seed=config.seed, evaluation_prompts="none"
+                model=config.model,
+                forget=concept,
+                method=method,
+                output=str(folder / method),
+                seed=config.seed,
+                evaluation_prompts="none",
             )
-            for method in METHODS
+            for method in methods
         }
         for run in runs.values():
             unlearn(run, reporter=reporter)
         reporter.stage("evaluation")
-        original = load_model("shapes")
-        assert original.world is not None
-        groups = world_groups(original.world, CONCEPT)
+        original = load_model(config.model)
+        groups = world_groups(world, concept)
         result = evaluate_models(
             original,
-            {method: load_model(str(folder / method / "model")) for method in METHODS},
+            {method: load_model(str(folder / method / "model")) for method in methods},
             groups,
-            load_perceptual("shapes"),
+            load_perceptual(default_distance(world)),
             SamplerSpec(),
-            placebo="placebo",
+            placebo=CONTROL,
             judge=judge,
-            describe={method: describe_run(run, [CONCEPT]) for method, run in runs.items()},
+            describe={method: describe_run(run, [concept]) for method, run in runs.items()},
             on_progress=reporter.scoring,
         )
-        write_results(folder, EvaluationReport(result, groups, placebo="placebo", unseen=True))
+        write_results(folder, EvaluationReport(result, groups, placebo=CONTROL, unseen=True))
         evaluations = [model.evaluation for model in result.results]
         for one in evaluations:
             write_card(folder / one.name, RunRecord.read(folder / one.name / "run.json"), one)
         seconds = round(time.monotonic() - started, 1)
-        compared = comparison([read_run(folder / method) for method in METHODS if method != "placebo"]).comparisons[0]
+        compared = comparison([read_run(folder / method) for method in compared_methods]).comparisons[0]
         found = Demo(seconds=seconds, evaluations=tuple(evaluations), comparison=compared)
         found.write(folder / "demo.json")
     return found

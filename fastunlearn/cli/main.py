@@ -383,13 +383,21 @@ def _demo(flags: dict[str, Any], voice: Voice) -> Done | int:
         table(found.evaluations)
         print(gap_sentence(found.comparison))
         print(f"{seconds:.0f} s in all. Open {Path(config.output) / 'report.html'} in a browser.")
-        unlearned = shlex.quote(str(Path(config.output) / found.evaluations[1].name))
-        print(
-            "Is it gone, also for somebody who looks for it? "
-            f"fastunlearn attack --original shapes --unlearned {unlearned} --gold shapes-gold-star --output attack"
-        )
+        evaluation = found.evaluations[1]
+        attack = ["attack", "--original", config.model, "--unlearned", str(Path(config.output) / evaluation.name)]
+        if gold := _gold_of(config.model, evaluation.concept):
+            attack += ["--gold", gold]
+        print(f"Is it gone, also for somebody who looks for it? fastunlearn {shlex.join(attack)} --output attack")
 
     return Done(lambda: {"output": config.output, "demo": found.to_dict()}, say)
+
+
+def _gold_of(model: str, concept: str | None) -> str | None:
+    """The bundled model that never saw the concept, where there is one."""
+    from ..worlds import world_with_model
+
+    world = world_with_model(model)
+    return world.golds.get(concept) if world is not None and concept is not None else None
 
 
 def _methods(flags: dict[str, Any], voice: Voice) -> Done:

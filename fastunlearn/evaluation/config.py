@@ -15,7 +15,7 @@ from ..models.options import ModelOptions, check_guided, check_precision
 class EvaluateConfig(ModelOptions):
     """What `evaluate` does."""
 
-    original: str = setting("`shapes`, a diffusers folder or .safetensors file, or a hub id", path=True)
+    original: str = setting("`shapes`, `gallery`, a diffusers folder or .safetensors file, or a hub id", path=True)
     unlearned: tuple[str, ...] = setting(
         "an unlearned pipeline: a run's folder, its model/ folder, or `shapes-gold-star`; may be given several times",
         path=True,

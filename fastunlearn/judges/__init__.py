@@ -64,8 +64,8 @@ def _registry() -> Registry[Factory]:
     from .clip import CLIP
     from .imagenet import IMAGENET
     from .nsfw import NSFW, NUDENET
-    from .shapes import SHAPES
+    from .worlds import judges_of_worlds
 
-    ours: dict[str, Factory] = {one.name: one for one in (SHAPES, CLIP, IMAGENET, NSFW, NUDENET)}
+    ours: dict[str, Factory] = {one.name: one for one in (*judges_of_worlds(), CLIP, IMAGENET, NSFW, NUDENET)}
     wanted = "a function (device, option) -> Judge"
     return registry("judge", "fastunlearn.judges", ours, callable, wanted=wanted, command="judges")

@@ -48,9 +48,13 @@ class Method:
                     f"the method {self.name} has defaults with options of another kind: {defaults.options!r}"
                 )
 
-    def defaults_for(self, key: str) -> Defaults:
-        """The defaults of a family or a bundled world; those of ``stable-diffusion`` where it has none of its own."""
-        defaults = self.defaults.get(key, self.defaults["stable-diffusion"])
+    def key_of(self, *keys: str) -> str:
+        """The first of the keys, families or bundled worlds, that the method has defaults of; else stable-diffusion."""
+        return next((key for key in keys if key in self.defaults), "stable-diffusion")
+
+    def defaults_for(self, *keys: str) -> Defaults:
+        """The defaults of a family or a bundled world, of which there may be several to ask in turn."""
+        defaults = self.defaults[self.key_of(*keys)]
         if defaults.options is None and self.options is not None:
             defaults = dataclasses.replace(defaults, options=self.options())
         return defaults

@@ -21,7 +21,7 @@ _MASK = "encoder_attention_mask"
 #: Of a matrix that is solved with.  Above it, fewer than four digits of a float64 solution mean anything.
 MAX_CONDITION = 1e12
 
-Read = Callable[["Tensor"], "Tensor"]
+Read = Callable[[Mapping[str, "Tensor"]], "Tensor"]
 Refine = Callable[["Tensor", "Sums", "Tensor", Weights, Sequence[str]], "Tensor"]
 
 
@@ -43,13 +43,13 @@ def by_input(weights: Weights, method: str) -> list[tuple[list[str], Read | None
 
     Raises UserError where none is selected.
     """
-    if not weights.text:
+    if not (weights.text or weights.pooled):
         raise UserError(
             f"{method} changes the matrices that read the text states, and `--trainable` selects none of them. Use "
             "cross-attention-kv, or a name such as context_embedder."
         )
     groups: dict[Read | None, list[str]] = {}
-    for name in weights.text:
+    for name in (*weights.text, *weights.pooled):
         groups.setdefault(weights.before.get(name), []).append(name)
     return [(names, read) for read, names in groups.items()]
 
@@ -58,9 +58,8 @@ def states(concept: Concept, prompts: Sequence[str], read: Read | None = None) -
     """For the prompts, some at a time: their states (n, L, D) float64, and which of them are read, (n, L) bool."""
     for start in range(0, len(prompts), _PROMPTS):
         encoded = concept.encode(prompts[start : start + _PROMPTS])
-        values = encoded["encoder_hidden_states"]
-        values = (values if read is None else read(values)).double()
-        mask = encoded.get(_MASK)
+        values = (encoded["encoder_hidden_states"] if read is None else read(encoded)).double()
+        mask = encoded.get(_MASK) if values.shape[1] > 1 else None  # a vector of the whole text has no places
         yield values, values.new_ones(values.shape[:2]).bool() if mask is None else mask.bool()
 
 

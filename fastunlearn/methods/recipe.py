@@ -196,7 +196,9 @@ class Weights:
 
     ``parameters``: the denoiser's parameters that may change, name -> float32; an edit must not write to them.
     ``text``: the names of those that are the matrix W of a layer W c, or W c + b, on the text encoder's states c.
-    ``before``: for those of them that are given f(c) instead, as where a norm comes first, f: (n, L, D) -> (n, L, D).
+    ``pooled``: likewise of a layer on one vector of the whole text, which some families have beside the states.
+    ``before``: for those of them that are given something else than the states, as where a norm comes first, what it
+    is: from the denoiser's conditions, by argument, to (n, L, D).
     ``facts``: numbers by name that the edit wants the record to state, such as a condition number; it adds to them.
     ``gradient``: computes the gradient of the concept's denoising loss, ``|S(x_t, t, c) - noise|^2`` on its own
     generations, name -> float32.
@@ -204,7 +206,8 @@ class Weights:
 
     parameters: Mapping[str, Tensor]
     text: tuple[str, ...]
-    before: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    pooled: tuple[str, ...] = ()
+    before: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = dataclasses.field(default_factory=dict)
     facts: dict[str, float] = dataclasses.field(default_factory=dict)
     gradient: Callable[[], Mapping[str, Tensor]] = _no_gradient
 

@@ -67,6 +67,8 @@ def invariants(concept: Concept, read: Read | None) -> Tensor:
 
     ((values, is_read),) = states(concept, [EMPTY], read)
     first, others = values[is_read][:1], values[is_read][1:]
+    if not len(others):
+        return first.T
     directions = torch.linalg.svd(others, full_matrices=False)[2][: concept.options.invariant_directions]
     return torch.cat([first, directions]).T
 
@@ -131,6 +133,10 @@ SPEED = Method(
     defaults={
         "shapes": Defaults(
             0, 1e-3, 16, 16, "cross-attention-kv", options=Options(null_below=0.005, filter_prior=False)
+        ),
+        "gallery": Defaults(
+            *(0, 1e-3, 16, 16, "context_embedder,text_embedder.linear_1"),
+            options=Options(null_below=0.005, filter_prior=False, invariant_directions=0),
         ),
         "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
     },

@@ -198,9 +198,9 @@ class Model(Placed, ABC):
         return hash_adapted(hash_pipeline(self.source), self.adapter_files)
 
     @property
-    def defaults_key(self) -> str:
-        """Whose defaults a method takes: the bundled world's, else the family's."""
-        return self.world.name if self.world else self.family
+    def defaults_keys(self) -> tuple[str, ...]:
+        """Whose defaults a method takes, the first that it has: the bundled world's and its like, else the family's."""
+        return (self.world.name, *self.world.like) if self.world else (self.family,)
 
     @property
     def sample_size(self) -> Any:

@@ -25,7 +25,7 @@ from ..files.weights import (
     snapshot_of,
     weight_files,
 )
-from ..worlds import all_worlds, world_with_model
+from ..worlds import all_worlds, check_installed, world_with_model
 from .adapter_files import FILE, adapter_for, base_of, is_adapter_run, read_adapter
 from .adapters import merge, put_on, set_values
 from .base import Conditions, Model
@@ -64,7 +64,7 @@ def load_model(
     placement: Placement = Placement(),  # noqa: B008 - immutable
     **changes: Any,
 ) -> Model:
-    """Load ``shapes`` (the bundled model), ``shapes-gold-star``, a diffusers folder, file or hub id.
+    """Load ``shapes`` (the bundled model), ``shapes-gold-star``, ``gallery``, a diffusers folder, file or hub id.
 
     The folder of a run that left an adapter stands for its base with the adapter merged, in memory alone.
 
@@ -204,6 +204,7 @@ def resolve_source(name: str, options: SourceOptions | None = None) -> Path:
             "that."
         )
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        check_installed(name)
         known = ", ".join(model for world in all_worlds().values() for model in world.models)
         raise UserError(
             f"unknown model {name!r}: it is no folder. Use {known}, a diffusers folder, a .safetensors file or a hub "

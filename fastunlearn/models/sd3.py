@@ -39,14 +39,20 @@ class StableDiffusion3(Model):
     def reader(self) -> tuple[Any, int]:
         """T5, which reads further than the CLIPs; without it, these."""
         tokenizer = self.pipeline.tokenizer_3
-        return (tokenizer, T5_TOKENS) if self.pipeline.text_encoder_3 is not None else super().reader
+        return (tokenizer, self.t5_tokens) if self.pipeline.text_encoder_3 is not None else super().reader
+
+    @property
+    def t5_tokens(self) -> int:
+        """How many places the text has for T5's tokens, also where it is missing."""
+        own = self.world.t5_tokens if self.world else None
+        return T5_TOKENS if own is None else own
 
     def encode_texts(self, texts: list[str]) -> Tensors:
         states, _, pooled, _ = self.pipeline.encode_prompt(
             *(texts, texts, texts),
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=T5_TOKENS,
+            max_sequence_length=self.t5_tokens,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 

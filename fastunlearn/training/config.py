@@ -22,7 +22,7 @@ class TrainConfig(ModelOptions):
     )
     output: str = setting("folder of the run", path=True)
     model: str = setting(
-        "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
+        "`shapes` or `gallery` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
     )
     lora: str | None = setting("FILE of a LoRA that the model carries (peft's or kohya's names)", None, path=True)
     method: str = setting("see `fastunlearn methods`", "ovw")
@@ -93,7 +93,9 @@ class TrainConfig(ModelOptions):
     )
     checkpoint_every: int = setting("steps between checkpoints; 0: only at the end or when stopped", 50)
     log_every: int = setting("steps between lines of metrics.jsonl", 5)
-    evaluation_prompts: str | None = setting("prompts to evaluate on after training: FILE, `shapes` or `none`", None)
+    evaluation_prompts: str | None = setting(
+        "prompts to evaluate on after training: FILE, `none`, or `shapes` or `gallery` for its own", None
+    )
     judge: str | None = setting(
         "who says, in that evaluation, whether an image shows the concept: NAME or NAME:OPTION (`fastunlearn judges`); "
         "default: the bundled model's, and none for other models",
@@ -155,7 +157,7 @@ class MaskConfig(ModelOptions):
     forget: str = setting('the concept whose weights to find, e.g. "star"; several as in `train`')
     output: str = setting("FILE for the mask, e.g. star.mask.safetensors", path=True)
     model: str = setting(
-        "`shapes` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
+        "`shapes` or `gallery` (bundled), a diffusers folder, a .safetensors file, or a hub id", "shapes", path=True
     )
     density: float = setting("share of the trainable elements to select", 0.5)
     granularity: Literal["element", "sector", "row"] = setting(
@@ -217,7 +219,7 @@ class ApplyConfig(SourceOptions):
     """What `apply` does."""
 
     model: str = setting(
-        "the original: `shapes` (bundled), a diffusers folder or .safetensors file, or a hub id", path=True
+        "the original: `shapes` or `gallery` (bundled), a diffusers folder or .safetensors file, or a hub id", path=True
     )
     delta: str = setting("FILE that `train --save delta` wrote", path=True)
     output: str = setting("folder for the pipeline", path=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,8 +43,14 @@ def edit_weights(
     """
     named = dict(model.denoiser.named_parameters())
     given = {name: named[name].detach().float() for name in selection.names}
-    layers = {name: before for name, before in text_layers(model).items() if name in given}
-    weights = Weights(given, tuple(layers), {name: before for name, before in layers.items() if before is not None})
+    layers = {name: norm for name, norm in text_layers(model).items() if name in given}
+    pooled = {name: argument for name, argument in pooled_layers(model).items() if name in given}
+    readers: dict[Any, Callable[[Mapping[str, torch.Tensor]], torch.Tensor]] = {
+        **{norm: functools.partial(_normed, norm) for norm in layers.values() if norm is not None},
+        **{argument: functools.partial(_whole, argument) for argument in pooled.values()},
+    }
+    before = {name: readers[what] for name, what in (*layers.items(), *pooled.items()) if what is not None}
+    weights = Weights(given, tuple(layers), tuple(pooled), before)
     new = edit.change(weights if gradient is None else dataclasses.replace(weights, gradient=gradient))
     for name, values in new.items():
         if name not in given:
@@ -111,8 +119,49 @@ def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     return {name: found[name] for name, _ in model.denoiser.named_parameters() if name in found}
 
 
-def pooled_inputs(model: Model, prompt: str) -> list[str]:
-    """The arguments by which text enters the denoiser beside its states, such as a pooled vector; no edit sees them."""
+def _normed(norm: Callable[[torch.Tensor], torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return norm(conditions["encoder_hidden_states"])
+
+
+def _whole(argument: str, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A vector of the whole text (n, D) as if it were the state of one place, (n, 1, D)."""
+    return conditions[argument][:, None]
+
+
+@torch.no_grad()
+def pooled_layers(model: Model) -> dict[str, str]:
+    """The names of the weights of linear layers that read a vector of the whole text, each with its argument."""
+    conditions = model.encode([EMPTY]).rows([0])
+    texts = {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
+    vectors = {name: values.to(model.dtype) for name, values in texts.items()}
+    found: dict[str, str] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+            given = inputs[0] if inputs else None
+            for argument, values in vectors.items():
+                if isinstance(given, torch.Tensor) and given.shape == values.shape and torch.equal(given, values):
+                    found[f"{name}.weight"] = argument
+
+        return hook
+
+    layers = [(name, module) for name, module in model.denoiser.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in layers]
+    try:
+        latents = torch.zeros(1, *model.latent_shape, device=model.device)
+        model.predict(latents, model.new_scheduler(1).timesteps[:1], conditions)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def pooled_inputs(model: Model, prompt: str, names: Collection[str] = ()) -> list[str]:
+    """The arguments by which text enters the denoiser beside its states, such as a pooled vector.
+
+    Without those that a layer of ``names`` reads: an edit sees these.
+    """
+    seen = {argument for name, argument in pooled_layers(model).items() if name in names} if names else set()
     conditions = model.encode([prompt, EMPTY]).tensors
     others = {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
-    return [name for name, values in others.items() if not torch.equal(values[0], values[1])]
+    return [name for name, values in others.items() if name not in seen and not torch.equal(values[0], values[1])]

@@ -48,7 +48,8 @@ class TrainPlan:
 
     method: Method
     settings: Defaults
-    untried_on: str  # the family that the method has no defaults of its own for; empty where it has
+    settings_of: str  # the family or bundled world whose defaults the method takes
+    untried_on: str  # the one that the method has no defaults of its own for; empty where it has
     concept: Concept
     recipe: Recipe | Edit
     selection: Selection
@@ -179,7 +180,8 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     return TrainPlan(
         method=method,
         settings=settings,
-        untried_on="" if model.defaults_key in method.defaults else model.family,
+        settings_of=method.key_of(*model.defaults_keys),
+        untried_on="" if model.defaults_keys[0] in method.defaults else model.defaults_keys[0],
         concept=concept,
         recipe=recipe,
         selection=selection,
@@ -202,7 +204,11 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         evidence=evidence,
         cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
-        pooled=tuple(pooled_inputs(model, concept.forget_prompts[0])) if is_edit and not is_sketch(model) else (),
+        pooled=(
+            tuple(pooled_inputs(model, concept.forget_prompts[0], selection.names))
+            if is_edit and not is_sketch(model)
+            else ()
+        ),
     )
 
 
@@ -255,7 +261,7 @@ def _prompts_of(concept: Concept, recipe: Recipe | Edit, bank: BankPlan | None =
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     """The method's defaults for this model, overridden by what the user set."""
-    defaults = method.defaults_for(model.defaults_key)
+    defaults = method.defaults_for(*model.defaults_keys)
     names = [field.name for field in dataclasses.fields(Defaults) if field.name != "options"]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if defaults.trainable in GROUPS and defaults.trainable not in model.groups:

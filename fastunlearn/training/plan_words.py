@@ -35,7 +35,8 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     if plan.left_out:
         lines.append(f"left out    what still holds all that the original knows: {', '.join(plan.left_out)}")
     if plan.untried_on:
-        lines.append(f"settings    where you chose none, those for stable-diffusion: untried on {plan.untried_on}")
+        chosen, untried = plan.settings_of, plan.untried_on
+        lines.append(f"settings    where you chose none, those for {chosen}: untried on {untried}")
     lines += [
         f"may change  {settings.trainable}: {plan.trainable_parameters:,} parameters, "
         f"{plan.trainable_bytes / 1e6:.1f} MB in float32, {share:.1%} of the denoiser",

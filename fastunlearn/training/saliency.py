@@ -57,7 +57,7 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
         model.checkpoint_gradients()
     if config.offload and placement.shelf is None:
         reporter.note(NOTHING_TO_OFFLOAD)
-    defaults = get_method("salun").defaults_for(model.defaults_key)
+    defaults = get_method("salun").defaults_for(*model.defaults_keys)
     words = [one.concept for one in read_concepts(config.forget)]
     forget = forget_prompts(config, model, words)
     names = select_parameters(model, config.trainable)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .classifier import Classifier
+
 
 class Network(Protocol):
     """A world's own network, which metrics and the distance use in place of the field's.
@@ -45,8 +47,12 @@ class World:
     ``folder``: a model's name -> its diffusers folder.  ``is_pipeline``: whether a folder's pipeline is of this world.
     ``attributes``: a prompt -> the words that it names, by attribute.  ``train_prompts``: a concept's word -> (forget,
     retain).  ``evaluation_prompts``: a concept's word -> (prompt, group); no training sees any of them.
-    ``load_network``: its network on the CPU, made anew by each call; None for a world that is measured with the
-    field's networks.
+    ``load_classifier``: who judges its images, on the CPU, made anew by each call; None for a world without a judge.
+    ``load_network``: the network that measures them, likewise; None for a world that is measured with the field's
+    networks.  ``t5_tokens``: how many places for T5's tokens its StableDiffusion3 model has, which is
+    ``max_sequence_length`` in diffusers; None for diffusers' default.  ``default_concept``: what a demonstration
+    forgets.  ``golds``: concept -> the one of ``models`` that never saw it.  ``like``: worlds whose settings a method
+    takes where it has none for this one.
     """
 
     name: str
@@ -57,7 +63,12 @@ class World:
     attributes: Callable[[str], dict[str, str]]
     train_prompts: Callable[[str], tuple[list[str], list[str]]]
     evaluation_prompts: Callable[[str], list[tuple[str, str]]]
+    default_concept: str
+    load_classifier: Callable[[], Classifier] | None = None
     load_network: Callable[[], Network] | None = None
+    t5_tokens: int | None = None
+    golds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    like: tuple[str, ...] = ()
 
     def find(self, concept: str) -> tuple[str, str]:
         """(attribute, word) of a concept, e.g. ``("shape", "star")``.  Raises UserError for a word that it lacks."""

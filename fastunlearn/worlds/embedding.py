@@ -1,15 +1,13 @@
-"""The world's classifier as an embedding of images: what metrics and the distance use in place of the field's nets."""
+"""A world's classifier as an embedding of images: what metrics and the distance use in place of the field's nets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from . import load_classifier
-from .classifier import HEADS, Classifier, to_pixel_values
-from .prompts import attributes
+from .classifier import Classifier, to_pixel_values
 
 
 class Trunk(nn.Module):
@@ -24,27 +22,29 @@ class Trunk(nn.Module):
 
 
 class Embedding:
-    """The world's :class:`~fastunlearn.worlds.base.Network`.  Images are (B, 3, 64, 64) uint8 on any device."""
+    """A world's :class:`~fastunlearn.worlds.base.Network`.  Images are (B, 3, H, W) uint8 on any device.
 
-    name = "shapes-classifier"
+    ``attributes``: a prompt -> the words that it names, by attribute.
+    """
 
-    def __init__(self) -> None:
-        self.module = load_classifier()
-        self.trunk = Trunk(self.module)
-        self.widths = self.module.widths
+    def __init__(self, name: str, classifier: Classifier, attributes: Callable[[str], dict[str, str]]) -> None:
+        self.name, self.attributes, self.classifier = name, attributes, classifier
+        self.module: nn.Module = classifier
+        self.trunk: nn.Module = Trunk(classifier)
+        self.widths: Sequence[int] = classifier.widths
 
     def _last(self, images: torch.Tensor) -> torch.Tensor:
         device = next(self.module.parameters()).device
-        return self.module.features(to_pixel_values(images.to(device)))[-1]
+        return self.classifier.features(to_pixel_values(images.to(device)))[-1]
 
     @torch.inference_mode()
     def averaged(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 96), the last stage averaged over positions, as Inception's is for FID."""
+        """(B, C), the last stage averaged over positions, as Inception's is for FID."""
         return self._last(images).mean(dim=(2, 3)).cpu()
 
     @torch.inference_mode()
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 192), the mean and the largest of each channel."""
+        """(B, 2 C), the mean and the largest of each channel."""
         last = self._last(images)
         return torch.cat([last.mean(dim=(2, 3)), last.amax(dim=(2, 3))], dim=1).cpu()
 
@@ -52,9 +52,10 @@ class Embedding:
     def match(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """100 times the mean probability of what each prompt names; where it names nothing, of a valid image."""
         device = next(self.module.parameters()).device
-        logits = self.module(to_pixel_values(images.to(device)))
-        result = torch.cat([logits[head].softmax(1) for head in HEADS], dim=1).cpu()
-        columns = [(head, label) for head, labels in HEADS.items() for label in labels]
-        asked = [list(attributes(prompt).items()) or [("valid", "yes")] for prompt in prompts]
+        logits = self.classifier(to_pixel_values(images.to(device)))
+        heads = self.classifier.labels
+        result = torch.cat([logits[head].softmax(1) for head in heads], dim=1).cpu()
+        columns = [(head, label) for head, labels in heads.items() for label in labels]
+        asked = [list(self.attributes(prompt).items()) or [("valid", "yes")] for prompt in prompts]
         rows = [[columns.index(named) for named in names] for names in asked]
         return torch.tensor([100 * float(row[indices].mean()) for row, indices in zip(result, rows, strict=True)])
