@@ -42,6 +42,8 @@ CONFIGS = {
 #: Flags that prose names and that are of other programs: torchrun, deepspeed, diffusers' and the authors' scripts.
 FOREIGN = {"--erase_from", "--editable", "--local_rank"}
 RUNNABLE = "<!-- runnable -->"
+#: A line that starts the program: by itself, by a launcher, or within `<(...)`. A shell's > or ) ends it.
+PROGRAM = re.compile(r"(?:^|-m |--module |<\()(?:[\w./-]*/)?fastunlearn ([^)>]+)")
 
 COMMITTED = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 SITE = {name: filled(text) for name, text in COMMITTED.items()} | pages()
@@ -99,12 +101,8 @@ def prose_of(text):
 def commands_in(block):
     """The words of every `fastunlearn` command line of a block, behind the program's name."""
     for line in block.text.replace("\\\n", " ").split("\n"):
-        words = shlex.split(line, comments=True)
-        if words and words[0] not in ("pip", "make", "python"):
-            for index, word in enumerate(words):
-                if posixpath.basename(word) == "fastunlearn":
-                    yield words[index + 1 :]
-                    break
+        if match := PROGRAM.search(line):
+            yield shlex.split(match[1], comments=True)
 
 
 BLOCKS = [block for page, text in SITE.items() for block in blocks_of(page, text)]
@@ -121,6 +119,10 @@ def test_the_reading_of_pages_sees_what_is_there():
     assert len(PYTHON) >= 6
     assert {block.page for block in RUNNING} >= {"quickstart.md", "kernels.md", "faq.md"}
     assert any(words[:2] == ["methods", "esd"] for _, words in COMMANDS)
+    yaml = Block(
+        "x.md", 1, "", "name: fastunlearn\ntorchrun -m fastunlearn train --forget x > log\nbin/fastunlearn info", False
+    )
+    assert list(commands_in(yaml)) == [["train", "--forget", "x"], ["info"]]
     sample = blocks_of("x.md", "a\n\n    one\n\n    two\n\nb\n    no block\n\n```python\nthree\n```\n")
     assert [(block.language, block.text.strip()) for block in sample] == [("", "one\n\ntwo"), ("python", "three")]
 
