@@ -28,7 +28,7 @@ FAMILIES = {
     "qwen-image": qwen_image,
     "z-image": z_image,
 }
-FAST = ("sd3", "qwen-image")
+FAST = ("pixart", "z-image")
 EVERY = ("embedding", "embedding:word", "tokens", "text", "relearn", "completion", "noise")
 #: What a family's tiny pipeline cannot serve, and what the one line says.
 #: No tiny tokenizer of these has words of one token, and FLUX's words are CLIP's, its states T5's.
@@ -90,10 +90,14 @@ def test_the_gradient_reaches_the_condition_and_is_the_slope(family):
     slopes = offset.grad.flatten(1).norm(dim=1)
     assert offset.grad.isfinite().all()
     assert (slopes > 0).all(), "of every prompt"
-    step = 0.2 * conditions[STATES].square().mean().sqrt() / slopes.max()
-    with torch.no_grad():
-        rise = loss(step * offset.grad) - loss(-step * offset.grad)
-    assert float(rise) == pytest.approx(float(2 * step * offset.grad.square().sum()), rel=0.1)
+    size = conditions[STATES].square().mean().sqrt() / slopes.max()
+    risen = []
+    for share in (0.2, 0.02, 2e-3, 2e-4, 2e-5):  # one is small enough for the steepest, and not lost in rounding
+        step = share * size
+        with torch.no_grad():
+            rise = loss(step * offset.grad) - loss(-step * offset.grad)
+        risen.append(float(rise / (2 * step * offset.grad.square().sum())))
+    assert any(one == pytest.approx(1, rel=0.1) for one in risen), risen
 
 
 @families
@@ -120,10 +124,10 @@ def test_what_is_injected_is_what_the_encoders_read(family):
 
 
 def test_a_word_that_is_read_as_other_tokens_in_some_prompts_is_one_line():
-    model = build(qwen_image)
+    model = build(auraflow)
     with pytest.raises(UserError, match="as other tokens in some than in others") as error:
         fastunlearn.attack(
-            *(model, build(qwen_image, 1), "star"),
+            *(model, build(auraflow, 1), "star"),
             **{"attacks": "embedding:word", "judge": first_two(), "prompts": ["a STAR x", "a star x"]},
             **{"num_inference_steps": 2, "batch_size": 4, "device": "cpu", "budget": 24},
         )
@@ -134,7 +138,8 @@ def test_a_word_that_is_read_as_other_tokens_in_some_prompts_is_one_line():
 def test_attacks_run_or_are_refused_in_one_line_and_leave_everything_as_it_was(family):
     models = [build(FAMILIES[family], seed) for seed in (0, 1)]
     settings = {"prompts": PROMPTS, "num_inference_steps": 2, "batch_size": 4, "device": "cpu", "budget": 24}
-    before = [state_of(one) for one in models]
+    fastunlearn.attack(*models, "star", attacks="seeds", judge=first_two(), **settings | {"budget": 4})
+    before = [state_of(one) for one in models]  # as they are once they are loaded
     serve = [kind for kind in EVERY if (family, kind) not in REFUSED]
     report = fastunlearn.attack(*models, "star", attacks=serve, judge=first_two(), **settings)
     for result in report.record.attacks:

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..models.base import Model, Tensors
 
 _PARTS = ("", "_2", "_3")
+_SPACES = ("\u2581", "\u0120", " ")  # how vocabularies write a space that is a token of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _spelt(tokenizer: Any, text: str) -> Iterator[tuple[int, ...]]:
         ids = tuple(tokenizer(spelt, add_special_tokens=False).input_ids)
         if ids:
             yield ids
-        if len(ids) > 1 and not tokenizer.decode(ids[:1]).strip():  # a mark of the space alone
+        if len(ids) > 1 and tokenizer.convert_ids_to_tokens(ids[0]) in _SPACES:
             yield ids[1:]
 
 
