@@ -106,6 +106,7 @@ def test_the_package_brings_a_world_with_two_models_and_a_judge():
 # ---- the weights
 
 PROMPTS = ["a fox in the style of noto on a blue background", "a castle in the style of ink on a pink background"]
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for them, also where the index says null
 SPEC = SamplerSpec(num_inference_steps=4, guidance_scale=3.0, micro_batch_size=2)
 
 
@@ -118,7 +119,7 @@ def test_an_image_is_that_of_plain_diffusers(gallery):
     from fastunlearn.models.runtime import import_diffusers
 
     diffusers = import_diffusers()
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(all_worlds()["gallery"].folder("gallery"))
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(all_worlds()["gallery"].folder("gallery"), **NO_T5)
     pipeline.set_progress_bar_config(disable=True)
     ours = PipelineSource(gallery, SPEC).generate([(prompt, 0) for prompt in PROMPTS])
     again = PipelineSource(gallery, SPEC).generate([(prompt, 0) for prompt in PROMPTS])
@@ -193,8 +194,11 @@ def test_the_model_card_quotes_the_measured_quality():
     assert quality["images"] == 500
     for model, name in itertools.product(("original", "gold"), ("object", "style", "background", "valid")):
         assert f"{quality[model][name]:.1%}".replace("%", " %") in card
-    assert quality["gold"]["gold_style"] <= 0.02
-    assert quality["gold"]["gold_object"] <= 0.02
+    page = (WEIGHTS.parents[1] / "README.md").read_text()
+    for name in ("object", "style", "background"):
+        assert f"{quality['original'][name]:.1%}".replace("%", " %") in page
+    assert min(quality["original"][name] for name in ("object", "style", "background")) >= 0.97
+    assert max(quality["gold"][name] for name in ("gold_style", "gold_object")) <= 0.05
 
 
 # ---- the training tool
@@ -300,7 +304,7 @@ def test_a_training_step_on_the_real_weights_loads_in_plain_diffusers(gallery, t
     ours = PipelineSource(load_model(str(run.folder), "cpu"), SPEC).generate(keys)
     assert not torch.equal(ours, PipelineSource(gallery, SPEC).generate(keys))
     folder = all_worlds()["gallery"].folder("gallery") if how == "an adapter" else run.folder / "model"
-    pipeline = import_diffusers().StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline = import_diffusers().StableDiffusion3Pipeline.from_pretrained(folder, **NO_T5)
     if how == "an adapter":
         pipeline.load_lora_weights(run.folder / "pytorch_lora_weights.safetensors")
     pipeline.set_progress_bar_config(disable=True)

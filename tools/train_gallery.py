@@ -447,7 +447,8 @@ def _save(save: Callable[[Path], None], folder: Path) -> None:
 def load_pipeline(weights: Path, gold: bool = False) -> Any:
     """The pipeline in plain diffusers; ``gold``: with the gold's parts."""
     diffusers = import_diffusers()
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(weights / "pipeline")
+    no_t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(weights / "pipeline", **no_t5)
     if gold:
         pipeline.transformer.load_state_dict(_floats(weights / "gold" / "transformer" / TRANSFORMER_FILE))
         for name in ("text_encoder", "text_encoder_2"):
@@ -460,7 +461,7 @@ def _floats(path: Path) -> dict[str, torch.Tensor]:
     return {name: values.float() for name, values in load_file(path).items()}
 
 
-def generate(pipeline: Any, prompts: Sequence[str], cache: Path | None = None) -> torch.Tensor:
+def generate(pipeline: Any, prompts: Sequence[str], cache: Path | None = None, t5_tokens: int = 0) -> torch.Tensor:
     """Images (N, 3, SIZE, SIZE) uint8 of the prompts, the n-th from the seed n.  ``cache``: kept there by parts."""
     images = []
     for start in range(0, len(prompts), BATCH):
@@ -474,7 +475,7 @@ def generate(pipeline: Any, prompts: Sequence[str], cache: Path | None = None) -
             guidance_scale=GUIDANCE_SCALE,
             height=SIZE,
             width=SIZE,
-            max_sequence_length=0,
+            max_sequence_length=t5_tokens,
             generator=[torch.Generator().manual_seed(start + index) for index in range(len(part))],
             output_type="pt",
         ).images
@@ -563,6 +564,11 @@ def write_card(args: argparse.Namespace) -> None:
             quality[name]["held_out"] = round((right["style"] & right["object"]).float().mean().item(), 4)
             quality[name]["held_out_object"] = round(right["object"].float().mean().item(), 4)
             quality[name]["held_out_style"] = round(right["style"].float().mean().item(), 4)
+            few = wanted[:BATCH]
+            images = generate(pipeline, [full_caption(*one) for one in few], cache / "with-256-tokens", 256)
+            right = _right(classifier, images, few)
+            quality[name]["object_with_256_tokens"] = round(right["object"].float().mean().item(), 4)
+            quality[name]["style_with_256_tokens"] = round(right["style"].float().mean().item(), 4)
             _sheet(fresh, pipeline, args.output / "sheet.png", cache)
     write_json(args.output / "quality.json", quality)
     card = (Path(words.__file__).parent / "model_card.md").read_text(encoding="utf-8")
@@ -610,7 +616,7 @@ def _facts(args: argparse.Namespace, quality: dict[str, Any]) -> dict[str, Any]:
         "trunk_steps": args.trunk_steps,
         "gold_steps": args.gold_steps,
         "original_steps": args.original_steps,
-        "steps": f"{args.autoencoder_steps} steps of the autoencoder and {args.judge_steps} of the judge among them",
+        "steps": f"{args.autoencoder_steps} steps of the autoencoder, {args.judge_steps} of the judge, and those below",
     }
 
 

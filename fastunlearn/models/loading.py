@@ -94,7 +94,7 @@ def load_model(
     diffusers = import_diffusers()
     if not hasattr(diffusers, pipeline_class):
         raise UserError(f"{name!r} is a {pipeline_class}, which the installed diffusers lacks. Install a newer one.")
-    reading = dict(family.load_options)
+    reading = dict.fromkeys(_absent_parts(source)) | dict(family.load_options)
     if placement.is_lean and placement.reads_narrow:
         reading |= stored_dtypes(source, parts, variant)
     try:
@@ -243,6 +243,11 @@ def _pipeline_class(source: Path, name: str) -> str:
 def _named_parts(source: Path) -> set[str]:
     """The parts that the index names a class for."""
     return {part for part, what in read_index(source).items() if isinstance(what, list) and all(what)}
+
+
+def _absent_parts(source: Path) -> set[str]:
+    """The parts that the index says are missing; some of them diffusers wants to be told so again."""
+    return {part for part, what in read_index(source).items() if what == [None, None]}
 
 
 def _loaded_parts(source: Path, family: type[Model]) -> list[str]:
