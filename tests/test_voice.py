@@ -70,6 +70,7 @@ def test_info_knows_every_extra_that_users_install(request):
     assert set(EXTRAS) <= extras
 
 
+@pytest.mark.slow
 def test_work_is_one_document(told, tmp_path):
     plan = told(*TRAIN, "--dry-run", "--output", tmp_path / "run")
     assert plan["dry_run"]
