@@ -274,7 +274,7 @@ def test_words_and_thresholds_that_are_none_are_refused():
 
 
 def test_an_unknown_judge_and_none_at_all(bundled, tmp_path, refused):
-    with pytest.raises(UserError, match=r"unknown judge 'nobody'. There are: shapes, clip, imagenet"):
+    with pytest.raises(UserError, match=r"unknown judge 'nobody'. There are: shapes, .*clip, imagenet"):
         load_judge("nobody")
     settings = {"num_inference_steps": 1, "batch_size": 2, "control_pairs": 2, "forget": "star"}
     prompts = "a red ring;a blue heart"

@@ -38,7 +38,7 @@ def evaluation_prompts(word: str) -> list[tuple[str, str]]:
     kept: list[tuple[str, str]] = []
     for (style, thing, background), design in _combinations():
         named = {"style": style, "object": thing, "background": background}[attribute]
-        third = (STYLES.index(style) + OBJECTS.index(thing)) % 3 == 0
+        third = (STYLES.index(style) + 2 * OBJECTS.index(thing)) % 3 == 0
         caption = full_caption(style, thing, background)
         if named != word:
             if design == _KEPT and third:
