@@ -670,6 +670,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 def rebased(folder, base):
     record = json.loads((folder / "run.json").read_text())
     record["adapter"] = {**record["adapter"], "base": base} if base else {}
+    del record["sha256"]
     (folder / "run.json").write_text(json.dumps(record))
 
 
