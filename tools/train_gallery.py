@@ -162,6 +162,16 @@ def build_tokenizer() -> Any:
     return word_tokenizer(every_caption(), MAX_TOKENS)
 
 
+def _tokenizer(args: argparse.Namespace) -> Any:
+    """The tokenizer of this training.  It is built once: which of two equally frequent pieces comes first is chance."""
+    from transformers import CLIPTokenizer
+
+    folder = args.work / "tokenizer"
+    if not folder.exists():
+        build_tokenizer().save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 def _new_text_encoder(vocab_size: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -251,7 +261,7 @@ def _train_generator(args: argparse.Namespace, name: str, *, steps: int, cooldow
 
     ``trunk``: what the state before the rate falls is kept as; a longer training can continue from it.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = _tokenizer(args)
     modules = _new_generator(args.seed, len(tokenizer))
     processor = JointAttention()
     modules["transformer"].set_attn_processor(processor)
@@ -409,7 +419,7 @@ def assemble(args: argparse.Namespace) -> None:
 
     folder = args.output / "pipeline"
     if not folder.exists():
-        tokenizer = build_tokenizer()
+        tokenizer = _tokenizer(args)
         pipeline = diffusers.StableDiffusion3Pipeline(
             vae=diffusers.AutoencoderKL.from_pretrained(args.work / "vae").half(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
