@@ -7,11 +7,13 @@ NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/nativ
 .PHONY: demo test test-slow fuzz lint docs bench results readme weights gallery-weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
+# The gallery last: an older pip does not see that what it asks for, this package, is in the same command.
 $(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml packaging/gallery/pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable packaging/kernels --editable packaging/gallery --editable ".[test,dev,docs]"
+	  --editable packaging/kernels --editable ".[test,dev,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable packaging/gallery
 	touch $@
 
 demo: $(VENV)/.installed
