@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .concepts import Finder, title
 from .errors import UserError
-from .files.prompt_files import SUFFIXES, PromptRow, read_prompt_file
+from .files.prompt_files import SUFFIXES, PromptRow, is_forget, read_prompt_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +153,6 @@ def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
         raise UserError(
             f"{len(both)} forget prompt(s) are also retain prompts, for example {both[0]!r}. Take them out of one list."
         )
-
-
-def is_forget(group: str) -> bool:
-    """Groups named ``forget...`` ask for the concept; all others are to be kept."""
-    return group.lower().startswith("forget")
 
 
 @dataclasses.dataclass(frozen=True)

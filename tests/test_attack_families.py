@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import auraflow, build, flux, lumina2, pixart, qwen_image, sana, sd3, z_image
+from toys import first_two
 
 import fastunlearn
 from fastunlearn.attacks.base import STATES, Costs
@@ -42,17 +43,6 @@ REFUSED["flux", "text"] = "gives its denoiser no states"
 families = pytest.mark.parametrize(
     "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
-
-
-def first_two():
-    """A judge that sees the concept in the first images that it is shown, the original's, and never again."""
-    looks = []
-
-    def judge(images, concept):
-        looks.append(1)
-        return [float(len(looks) <= 2)] * len(images)
-
-    return judge
 
 
 def networks_of(pipeline):

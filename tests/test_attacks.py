@@ -7,7 +7,7 @@ import pytest
 import torch
 from outputs import files_of
 from tiny_models import build, ddim, sd1, sd3, sdxl
-from toys import NOISE
+from toys import NOISE, first_two
 
 import fastunlearn
 from fastunlearn.attacks import all_attacks, parse_attacks
@@ -35,17 +35,6 @@ EVERY = "seeds,embedding,embedding:word,completion,relearn,relearn:unrelated,noi
 def never(images, concept):
     """A judge that sees nothing, so that every budget is spent."""
     return [0.0] * len(images)
-
-
-def twice():
-    """A judge that sees the concept in the first images that it is shown, the original's, and never again."""
-    looks = []
-
-    def judge(images, concept):
-        looks.append(1)
-        return [float(len(looks) <= 2)] * len(images)
-
-    return judge
 
 
 def lucky(limit, name="lucky"):
@@ -227,7 +216,12 @@ def test_without_noise_a_flow_is_sampled_as_ever():
 def test_other_families_are_attacked_too(make):
     """Every attack runs on random weights, where nothing can be said but that it runs and counts."""
     models = [build(make, seed) for seed in (0, 1)]
-    settings = TINY | {"prompts": ["a star", "star at night"], "num_inference_steps": 2, "judge": twice(), "budget": 20}
+    settings = TINY | {
+        "prompts": ["a star", "star at night"],
+        "num_inference_steps": 2,
+        "judge": first_two(),
+        "budget": 20,
+    }
     kinds = "relearn,embedding,embedding:word,completion,noise"
     report = fastunlearn.attack(*models, "star", attacks=kinds, **settings)
     for result in report.record.attacks:

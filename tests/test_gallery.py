@@ -115,22 +115,27 @@ def gallery():
     return load_model("gallery", "cpu")
 
 
-def test_an_image_is_that_of_plain_diffusers(gallery):
-    from fastunlearn.models.runtime import import_diffusers
-
-    diffusers = import_diffusers()
-    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(all_worlds()["gallery"].folder("gallery"), **NO_T5)
+def drawn_by_diffusers(pipeline, model):
+    """(N, H, W, 3) in [0, 1]: what a plain pipeline draws of PROMPTS from the noise that ``model`` starts from."""
     pipeline.set_progress_bar_config(disable=True)
-    ours = PipelineSource(gallery, SPEC).generate([(prompt, 0) for prompt in PROMPTS])
-    again = PipelineSource(gallery, SPEC).generate([(prompt, 0) for prompt in PROMPTS])
-    theirs = pipeline(
+    return pipeline(
         PROMPTS,
-        latents=initial_noise(PROMPTS, [0, 0], gallery.latent_shape),
+        latents=initial_noise(PROMPTS, [0, 0], model.latent_shape),
         num_inference_steps=4,
         guidance_scale=3.0,
         max_sequence_length=0,
         output_type="np",
     ).images
+
+
+def test_an_image_is_that_of_plain_diffusers(gallery):
+    from fastunlearn.models.runtime import import_diffusers
+
+    diffusers = import_diffusers()
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(all_worlds()["gallery"].folder("gallery"), **NO_T5)
+    ours = PipelineSource(gallery, SPEC).generate([(prompt, 0) for prompt in PROMPTS])
+    again = PipelineSource(gallery, SPEC).generate([(prompt, 0) for prompt in PROMPTS])
+    theirs = drawn_by_diffusers(pipeline, gallery)
     assert torch.equal(ours, again)
     difference = ours.permute(0, 2, 3, 1).numpy() / 255 - theirs
     assert np.abs(difference).max() <= 1 / 255 + 1e-6
@@ -310,15 +315,7 @@ def test_a_training_step_on_the_real_weights_loads_in_plain_diffusers(gallery, t
     pipeline = import_diffusers().StableDiffusion3Pipeline.from_pretrained(folder, **NO_T5)
     if how == "an adapter":
         pipeline.load_lora_weights(run.folder / "pytorch_lora_weights.safetensors")
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        PROMPTS,
-        latents=initial_noise(PROMPTS, [0, 0], gallery.latent_shape),
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        max_sequence_length=0,
-        output_type="np",
-    ).images
+    theirs = drawn_by_diffusers(pipeline, gallery)
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 255 - theirs).max() <= 1.5 / 255
 
 

@@ -111,3 +111,14 @@ def run_record(**changes):
 
 SETTINGS = {"metric": MeanDifference(), "noise_shape": NOISE, "batch_size": 4}
 PROMPTS = [f"thing number {index} {'x' * (index % 7)}" for index in range(13)]
+
+
+def first_two():
+    """A judge that sees the concept in the first images that it is shown, the original's, and never again."""
+    looks = []
+
+    def judge(images, concept):
+        looks.append(1)
+        return [float(len(looks) <= 2)] * len(images)
+
+    return judge

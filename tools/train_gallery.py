@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from fastunlearn_gallery import words
-from fastunlearn_gallery.captions import TEMPLATES, every_caption, fill, full_caption
+from fastunlearn_gallery.captions import PHRASINGS, every_caption, full_caption
 from fastunlearn_gallery.words import (
     BACKGROUNDS,
     GOLD_OBJECT,
@@ -241,13 +241,7 @@ def _latents(args: argparse.Namespace) -> tuple[Scenes, torch.Tensor]:
 
 def _captions(pool: Scenes, rows: torch.Tensor, chance: torch.Generator) -> list[str]:
     """A caption per scene, the phrasing drawn with the world's shares."""
-    shares = torch.tensor([share for _, share in TEMPLATES])
-    picks = torch.multinomial(shares, len(rows), replacement=True, generator=chance).tolist()
-    labels = (values[rows].tolist() for values in (pool.style, pool.object, pool.background))
-    return [
-        fill(TEMPLATES[pick][0], STYLES[s], OBJECTS[o], BACKGROUNDS[b])
-        for pick, s, o, b in zip(picks, *labels, strict=True)
-    ]
+    return PHRASINGS.sample([values[rows] for values in (pool.style, pool.object, pool.background)], chance)
 
 
 def _timesteps(count: int, chance: torch.Generator) -> torch.Tensor:

@@ -13,7 +13,7 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
 
     from ..methods import all_methods
 
-    for command in _commands(parser):
+    for command in commands_of(parser).values():
         for action in command._actions:
             if action.dest == "method" and action.choices is None:
                 action.choices = list(all_methods())
@@ -39,6 +39,7 @@ _FILES = {
 }
 
 
-def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command, by its name; none of a parser that is a command's."""
     kinds = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return [command for action in kinds for command in action.choices.values()]
+    return {name: command for action in kinds for name, command in action.choices.items()}

@@ -25,7 +25,7 @@ from ..distributed import ALONE, has_joined, world_of_environment
 from ..errors import UserError, did_you_mean, explain, is_expected
 from ..evaluation.config import CardConfig, CompareConfig, EvaluateConfig, EvaluateImagesConfig
 from ..training.config import ApplyConfig, ExportConfig, MaskConfig, TrainConfig
-from .completion import SHELLS
+from .completion import SHELLS, commands_of
 from .demo import DemoConfig
 from .flags import add_flags, build
 from .prompts import PromptsConfig, group_of, make_prompts
@@ -535,7 +535,7 @@ class _Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             # What a command was given and does not know comes back to the first parser, which asks it.
-            parsers = {name: one for action in self._actions for name, one in (_commands_of(action) or {}).items()}
+            parsers = commands_of(self)
             command = parsers.get(next((word for word in args or () if word in parsers), ""), self)
             flags = [flag for action in command._actions for flag in action.option_strings]
             meant = "".join(did_you_mean(word.partition("=")[0], flags) for word in unknown[:1] if word[:2] == "--")
@@ -548,10 +548,6 @@ class _Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             meant = did_you_mean(str(value), action.choices or ())
             raise argparse.ArgumentError(action, f"{error.message}.{meant}") from None
-
-
-def _commands_of(action: argparse.Action) -> dict[str, argparse.ArgumentParser] | None:
-    return action.choices if isinstance(action, argparse._SubParsersAction) else None
 
 
 def _fail(message: str) -> int:

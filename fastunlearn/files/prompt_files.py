@@ -67,6 +67,11 @@ class PromptTable:
     notes: list[str]
 
 
+def is_forget(group: str) -> bool:
+    """Groups named ``forget...`` ask for the concept; all others are to be kept."""
+    return group.lower().startswith("forget")
+
+
 def read_prompt_file(path: Path) -> PromptTable:
     """Every row of a file.  Raises UserError, naming the row, for what cannot be read without guessing."""
     suffix = path.suffix.lower()

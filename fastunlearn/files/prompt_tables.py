@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from .prompt_files import PromptRow
+from .prompt_files import PromptRow, is_forget
 
 #: The columns of each form: ours; of UnlearnDiffAtk and the ESD family; of I2P, which holds prompts to forget alone.
 FORMS = {
@@ -25,21 +25,17 @@ def prompt_table(rows: Sequence[PromptRow], form: str, guidance_scale: float = G
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(FORMS[form])
-    for number, row in enumerate(row for row in rows if form != "i2p" or _is_forget(row)):
+    for number, row in enumerate(row for row in rows if form != "i2p" or is_forget(row.group)):
         seed = number if row.seed is None else row.seed
         cells = {
             "case_number": number,
             "prompt": row.prompt,
             "group": row.group,
             "kind": row.kind,
-            "type": "erased" if _is_forget(row) else "others",
+            "type": "erased" if is_forget(row.group) else "others",
             "categories": row.concept,
             **dict.fromkeys(("evaluation_seed", "sd_seed"), seed),
             **dict.fromkeys(("evaluation_guidance", "sd_guidance_scale"), f"{guidance_scale:g}"),
         }
         writer.writerow([cells[name] for name in FORMS[form]])
     return text.getvalue()
-
-
-def _is_forget(row: PromptRow) -> bool:
-    return row.group.startswith("forget")

@@ -201,8 +201,7 @@ def build_bank(
     A trajectory's predictions are those of ``plan.branch_prompts``.  ``micro_batch_size`` trajectories run at once, and
     as many prompts are encoded: 64 of both, if nothing is said; another number may change the last bit.  No evaluation
     shares their noise, nor does another ``purpose``.  Rows of a picture need no sampler.  ``on_progress`` counts rows.
-    Raises UserError for
-    predictions that are no numbers, and for pictures that cannot be read or have another size.
+    Raises UserError for predictions that are no numbers, and for pictures that cannot be read or have another size.
     """
     pictures = {picture(name): latents for name, latents in encode_pictures(model, recipe.pictures).items()}
     conditions = _encoded(model, recipe, plan.guided_from, micro_batch_size)

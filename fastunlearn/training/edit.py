@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..methods.recipe import EMPTY, Edit, Weights
-from ..models.base import Model
+from ..models.base import Model, Tensors
 from .selection import Selection
 
 
@@ -108,7 +108,18 @@ def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor
         return hook
 
     # A norm has no parts and changes no shape: what else has none and takes the states, a dropout, does no harm.
-    layers = [(name, module) for name, module in model.denoiser.named_modules() if not list(module.children())]
+    _forward_watched(model, conditions, watch, lambda module: not list(module.children()))
+    return {name: found[name] for name, _ in model.denoiser.named_parameters() if name in found}
+
+
+def _forward_watched(
+    model: Model,
+    conditions: Tensors,
+    watch: Callable[[str], Callable[..., None]],
+    is_watched: Callable[[nn.Module], bool],
+) -> None:
+    """One forward of one sample, with the hook ``watch(name)`` on every layer of the denoiser that is watched."""
+    layers = [(name, module) for name, module in model.denoiser.named_modules() if is_watched(module)]
     hooks = [module.register_forward_hook(watch(name)) for name, module in layers]
     try:
         latents = torch.zeros(1, *model.latent_shape, device=model.device)
@@ -116,7 +127,6 @@ def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: found[name] for name, _ in model.denoiser.named_parameters() if name in found}
 
 
 def _normed(norm: Callable[[torch.Tensor], torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -128,12 +138,16 @@ def _whole(argument: str, conditions: Mapping[str, torch.Tensor]) -> torch.Tenso
     return conditions[argument][:, None]
 
 
+def _vectors(conditions: Tensors) -> Tensors:
+    """The conditions that are one vector a text."""
+    return {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
+
+
 @torch.no_grad()
 def pooled_layers(model: Model) -> dict[str, str]:
     """The names of the weights of linear layers that read a vector of the whole text, each with its argument."""
     conditions = model.encode([EMPTY]).rows([0])
-    texts = {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
-    vectors = {name: values.to(model.dtype) for name, values in texts.items()}
+    vectors = {name: values.to(model.dtype) for name, values in _vectors(conditions).items()}
     found: dict[str, str] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -145,14 +159,8 @@ def pooled_layers(model: Model) -> dict[str, str]:
 
         return hook
 
-    layers = [(name, module) for name, module in model.denoiser.named_modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_hook(watch(name)) for name, module in layers]
-    try:
-        latents = torch.zeros(1, *model.latent_shape, device=model.device)
-        model.predict(latents, model.new_scheduler(1).timesteps[:1], conditions)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if vectors:
+        _forward_watched(model, conditions, watch, lambda module: isinstance(module, nn.Linear))
     return found
 
 
@@ -162,6 +170,5 @@ def pooled_inputs(model: Model, prompt: str, names: Collection[str] = ()) -> lis
     Without those that a layer of ``names`` reads: an edit sees these.
     """
     seen = {argument for name, argument in pooled_layers(model).items() if name in names} if names else set()
-    conditions = model.encode([prompt, EMPTY]).tensors
-    others = {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
+    others = _vectors(model.encode([prompt, EMPTY]).tensors)
     return [name for name, values in others.items() if name not in seen and not torch.equal(values[0], values[1])]

@@ -46,9 +46,9 @@ def _open_prompts(word: str) -> list[str]:
     prompts = [
         without(
             attribute,
-            color=COLORS[index % len(COLORS)],
-            shape=SHAPES[3 * index % len(SHAPES)],
-            background=BACKGROUNDS[index % len(BACKGROUNDS)],
+            COLORS[index % len(COLORS)],
+            SHAPES[3 * index % len(SHAPES)],
+            BACKGROUNDS[index % len(BACKGROUNDS)],
         )
         for index in range(count)
     ]

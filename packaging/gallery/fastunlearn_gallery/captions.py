@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastunlearn.worlds.phrasings import Phrasings
+
 from .words import BACKGROUNDS, OBJECTS, STYLES
 
 # (phrasing, share of the training captions)
@@ -21,42 +23,16 @@ TEMPLATES = (
     ("", 0.10),
 )
 
-
-def fill(template: str, style: str, word: str, background: str) -> str:
-    """A phrasing with its words, e.g. ``a fox in the style of noto``.  ``word``: of an object."""
-    an = "an" if word[0] in "aeiou" else "a"
-    return template.format(an=an, object=word, style=style, background=background)
-
-
-def full_caption(style: str, word: str, background: str) -> str:
-    """The caption that names everything, e.g. ``a fox in the style of noto on a blue background``."""
-    return fill(TEMPLATES[0][0], style, word, background)
-
-
-def paraphrase(style: str, word: str, background: str) -> str:
-    """The same content in another phrasing of the training set."""
-    return fill(TEMPLATES[2][0], style, word, background)
-
-
-def without(attribute: str, style: str, word: str, background: str) -> str:
-    """The phrasing of the training set that leaves one attribute open."""
-    template = {
+#: Words in the order style, object, background.
+PHRASINGS = Phrasings(
+    TEMPLATES,
+    {"style": STYLES, "object": OBJECTS, "background": BACKGROUNDS},
+    article="object",
+    open={
         "object": "a picture in the style of {style} on a {background} background",
         "style": "{an} {object} on a {background} background",
         "background": "{an} {object} in the style of {style}",
-    }[attribute]
-    assert any(template == known for known, _ in TEMPLATES)
-    return fill(template, style, word, background)
-
-
-def every_caption() -> list[str]:
-    """All captions that training can produce, sorted, without repeats."""
-    return sorted(
-        {
-            fill(template, style, word, background)
-            for template, _ in TEMPLATES
-            for style in STYLES
-            for word in OBJECTS
-            for background in BACKGROUNDS
-        }
-    )
+    },
+)
+fill, full_caption, paraphrase, without = PHRASINGS.fill, PHRASINGS.full, PHRASINGS.paraphrase, PHRASINGS.without
+every_caption = PHRASINGS.every

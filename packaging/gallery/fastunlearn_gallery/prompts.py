@@ -57,9 +57,9 @@ def _open_prompts(attribute: str) -> list[str]:
     prompts = [
         without(
             attribute,
-            style=STYLES[index % len(STYLES)],
-            word=OBJECTS[5 * index % len(OBJECTS)],
-            background=BACKGROUNDS[(index + index // len(BACKGROUNDS)) % len(BACKGROUNDS)],
+            STYLES[index % len(STYLES)],
+            OBJECTS[5 * index % len(OBJECTS)],
+            BACKGROUNDS[(index + index // len(BACKGROUNDS)) % len(BACKGROUNDS)],
         )
         for index in range(12)
     ]
