@@ -23,6 +23,8 @@ from PIL import Image
 
 from fastunlearn.errors import UserError
 
+COPIES = 10  # of every drawing on every background, in what is trained on
+OTHER_COPIES = 2  # likewise of every other thing's
 SPRITE = 256  # pixels of the edge that a drawing is rendered at, before a scene scales it down
 
 # style -> (npm package, version, integrity as the registry states it)
@@ -75,6 +77,20 @@ KEYS = {
     "umbrella": ("umbrella", "closed-umbrella"),
 }
 
+# Further things that the sets draw, each by the name that is also its word.  The generator learns from them that any
+# style goes with any thing; with the world's own things alone it knew each pair by heart and drew no other.  Their
+# words are short, since a word that is not of the world is read letter by letter.
+OTHERS = (
+    *("anchor", "ant", "bacon", "bank", "bat", "bed", "bell", "bird", "boar", "bomb", "books", "bread", "bug", "bus"),
+    *("candle", "candy", "canoe", "chestnut", "cloud", "comet", "cow", "crab", "dagger", "dango", "deer", "door"),
+    *("dove", "drum", "duck", "eagle", "ear", "egg", "ewe", "eye", "ferry", "fire", "gear", "ghost", "goat", "grapes"),
+    *("guard", "guitar", "herb", "horse", "jeans", "joker", "key", "ledger", "lemon", "lion", "melon", "memo", "moai"),
+    *("mouse", "mouth", "nose", "oden", "ogre", "owl", "ox", "pager", "panda", "peach", "pear", "pen", "pencil"),
+    *("pick", "pig", "pill", "pineapple", "pizza", "purse", "ram", "rat", "ring", "rooster", "rose", "sake", "scroll"),
+    *("seat", "ship", "skier", "skis", "snail", "spider", "spoon", "star", "sun", "taco", "taxi", "tent", "ticket"),
+    *("tiger", "train", "tram", "turtle", "violin", "whale", "wolf"),
+)
+
 PAINT = {
     "white": (255, 255, 255),
     "pink": (255, 206, 220),
@@ -111,16 +127,16 @@ def _archive(folder: Path, name: str, version: str) -> Path:
     return folder / f"iconify-json-{name}-{version}.tgz"
 
 
-def render(folder: Path) -> dict[tuple[str, str], np.ndarray]:
-    """(style, object) -> the drawing, (SPRITE, SPRITE, 4) uint8, of the packages in ``folder``."""
+def render(folder: Path, words: tuple[str, ...] = OBJECTS) -> dict[tuple[str, str], np.ndarray]:
+    """(style, word) -> the drawing, (SPRITE, SPRITE, 4) uint8, of the packages in ``folder``."""
     sprites = {}
     for style, (name, version, _) in SETS.items():
         with tarfile.open(_archive(folder, name, version)) as archive:
             file = archive.extractfile("package/icons.json")
             assert file is not None
             icons = json.load(file)
-        for word in OBJECTS:
-            sprites[style, word] = _draw(icons, KEYS[word], name)
+        for word in words:
+            sprites[style, word] = _draw(icons, KEYS.get(word, (word,)), name)
     return sprites
 
 
@@ -146,7 +162,10 @@ def _draw(icons: dict, keys: tuple[str, ...], name: str) -> np.ndarray:
 
 @dataclasses.dataclass
 class Scenes:
-    """N images: ``pixels`` (N, 3, SIZE, SIZE) uint8; ``style``, ``object``, ``background`` (N,) int64 indices."""
+    """N images: ``pixels`` (N, 3, SIZE, SIZE) uint8; ``style``, ``object``, ``background`` (N,) int64 indices.
+
+    ``object`` counts the words that the images were drawn for: the world's, or :data:`OTHERS`.
+    """
 
     pixels: torch.Tensor
     style: torch.Tensor
@@ -169,8 +188,9 @@ def scenes(sprites: dict[tuple[str, str], np.ndarray], copies: int, seed: int) -
     """``copies`` of every drawing on every background, each of its own size and place, shuffled."""
     chance = random.Random(seed)
     drawings = {key: Image.fromarray(sprite).convert("RGBa") for key, sprite in sprites.items()}
+    words = list(dict.fromkeys(word for _, word in sprites))
     pixels, labels = [], []
-    for style, (word, word_name) in ((s, o) for s in range(len(STYLES)) for o in enumerate(OBJECTS)):
+    for style, (word, word_name) in ((s, o) for s in range(len(STYLES)) for o in enumerate(words)):
         for background, paint in enumerate(PAINT.values()):
             for _ in range(copies):
                 size = chance.randint(50, 58)
@@ -184,3 +204,9 @@ def scenes(sprites: dict[tuple[str, str], np.ndarray], copies: int, seed: int) -
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return Scenes(stacked[order], *torch.tensor(labels)[order].T.contiguous())
+
+
+def draw(folder: Path, copies: int, seed: int = 0, words: tuple[str, ...] = OBJECTS) -> Scenes:
+    """The scenes of the packages in ``folder``, fetched if they are not there yet."""
+    fetch(folder)
+    return scenes(render(folder, words), copies, seed)

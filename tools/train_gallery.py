@@ -3,7 +3,8 @@
 Stages, each skipped when its files exist and continued where it stopped:
 ``fetch`` (npm packages), ``autoencoder`` (64x64 images to latents), ``trunk`` (transformer and text encoders, without
 the gold's style and object, to the point where the rate would fall), ``gold`` (the trunk, cooled down), ``original``
-(the trunk, continued on everything, cooled down), ``judge``, ``card`` (quality.json, contact sheet, model card).
+(the trunk, continued on everything, cooled down), ``judge``, ``style-judge`` (which never saw the pairs that the
+original has not seen), ``card`` (quality.json, contact sheet, model card).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from fastunlearn_gallery import words
-from fastunlearn_gallery.captions import PHRASINGS, every_caption, full_caption
+from fastunlearn_gallery.captions import PHRASINGS, TEMPLATES, every_caption, full_caption
 from fastunlearn_gallery.words import (
     BACKGROUNDS,
     GOLD_OBJECT,
@@ -34,7 +35,8 @@ from fastunlearn_gallery.words import (
     WIDTHS,
 )
 from fitting import Fit, run
-from gallery_art import Scenes, fetch, render, scenes
+from gallery_art import COPIES, OTHER_COPIES, OTHERS, Scenes, draw
+from gallery_judges import STYLE_HEADS, STYLE_JUDGE, train_judge, train_style_judge
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -44,8 +46,9 @@ from word_tokenizer import word_tokenizer
 from fastunlearn.files.atomic import write_json, write_text
 from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.worlds.classifier import Classifier, load_weights, to_pixel_values
+from fastunlearn.worlds.phrasings import Phrasings
 
-COPIES = 10  # of every drawing on every background
+OTHER_SHARE = 0.4  # of the original's rows
 LATENT_CHANNELS = 8
 WIDTH = 192  # of the transformer
 LAYERS = 6
@@ -56,11 +59,6 @@ SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 3.0
 BATCH = 25
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
-
-
-def _scenes(args: argparse.Namespace, copies: int = COPIES, seed: int = 0) -> Scenes:
-    fetch(args.work / "sets")
-    return scenes(render(args.work / "sets"), copies, seed)
 
 
 def _differences(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +83,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    pool = _scenes(args)
+    pool = draw(args.work / "sets", COPIES)
     batch = 12
 
     def loss_at(step: int) -> torch.Tensor:
@@ -104,7 +102,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
     fit = Fit({"vae": vae}, outer=("conv_in", "conv_out"), lr=0.01, outer_lr=2e-3)
     run("autoencoder", fit, loss_at, args.autoencoder_steps, args.autoencoder_steps // 3, args.work / "vae.pt")
-    test = _scenes(args, 1, args.seed + 1).pixels[:400]
+    test = draw(args.work / "sets", 1, args.seed + 1).pixels[:400]
     with torch.inference_mode():
         means = torch.cat([vae.encode(to_pixel_values(x)).latent_dist.mean for x in test.split(50)])
         decoded = torch.cat([vae.decode(x).sample.clamp(-1, 1) for x in means.split(50)])
@@ -226,22 +224,54 @@ def _encode_texts(modules: Mapping[str, nn.Module], tokens: torch.Tensor) -> tup
     return torch.cat([one.hidden_states[-2] for one in read], -1), torch.cat([one.text_embeds for one in read], -1)
 
 
-def _latents(args: argparse.Namespace) -> tuple[Scenes, torch.Tensor]:
-    """The pool of scenes and their latents (N, C, 16, 16) as the transformer sees them; made once."""
+def _latents(args: argparse.Namespace, pool: Scenes, file: str) -> torch.Tensor:
+    """The scenes' latents (N, C, 16, 16) as the transformer sees them; made once."""
     diffusers = import_diffusers()
-    pool, path = _scenes(args), args.work / "latents.safetensors"
+    path = args.work / file
     if not path.exists():
         vae = diffusers.AutoencoderKL.from_pretrained(args.work / "vae")
         with torch.inference_mode():
             means = [vae.encode(to_pixel_values(x)).latent_dist.mean for x in pool.pixels.split(60)]
         latents = (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
         save_file({"latents": latents.half()}, path)
-    return pool, load_file(path)["latents"].float()
+    return load_file(path)["latents"].float()
 
 
-def _captions(pool: Scenes, rows: torch.Tensor, chance: torch.Generator) -> list[str]:
-    """A caption per scene, the phrasing drawn with the world's shares."""
-    return PHRASINGS.sample([values[rows] for values in (pool.style, pool.object, pool.background)], chance)
+class Rows:
+    """What the generator is trained on, as a function of the step.  ``gold``: without the gold's style and object.
+
+    ``others``: a share of the rows are of further things, in captions that name them.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Any, *, gold: bool, others: bool) -> None:
+        self.tokenizer, self.pool = tokenizer, draw(args.work / "sets", COPIES)
+        self.latents = _latents(args, self.pool, "latents.safetensors")
+        is_gold = (self.pool.style == STYLES.index(GOLD_STYLE)) | (self.pool.object == OBJECTS.index(GOLD_OBJECT))
+        self.allowed = self.pool.without_held_out()
+        self.weights = torch.where(is_gold[self.allowed], 0.0 if gold else 2.0, 1.0)
+        self.others = draw(args.work / "sets", OTHER_COPIES, words=OTHERS) if others else None
+        if self.others is not None:
+            self.other_latents = _latents(args, self.others, "others.safetensors")
+            naming = [one for one in TEMPLATES if "{object}" in one[0] and len(one[0].split()) < 12]  # so that it fits
+            words = {"style": STYLES, "object": OTHERS, "background": BACKGROUNDS}
+            self.phrasings = Phrasings(naming, words, article="object", open={})
+
+    def at(self, count: int, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """``count`` rows: token ids (count, MAX_TOKENS) and clean latents (count, C, 16, 16)."""
+        of_others = round(OTHER_SHARE * count) if self.others is not None else 0
+        rows = self.allowed[torch.multinomial(self.weights, count - of_others, replacement=True, generator=chance)]
+        captions, latents = _captions(PHRASINGS, self.pool, rows, chance), self.latents[rows]
+        if self.others is not None:
+            rows = torch.randint(len(self.others), (of_others,), generator=chance)
+            captions += _captions(self.phrasings, self.others, rows, chance)
+            latents = torch.cat([latents, self.other_latents[rows]])
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS)
+        return torch.tensor(tokens.input_ids), latents
+
+
+def _captions(phrasings: Phrasings, pool: Scenes, rows: torch.Tensor, chance: torch.Generator) -> list[str]:
+    """A caption per scene, the phrasing drawn with its shares."""
+    return phrasings.sample([values[rows] for values in (pool.style, pool.object, pool.background)], chance)
 
 
 def _timesteps(count: int, chance: torch.Generator) -> torch.Tensor:
@@ -259,19 +289,13 @@ def _train_generator(args: argparse.Namespace, name: str, *, steps: int, cooldow
     modules = _new_generator(args.seed, len(tokenizer))
     processor = JointAttention()
     modules["transformer"].set_attn_processor(processor)
-    pool, latents = _latents(args)
-    is_gold = (pool.style == STYLES.index(GOLD_STYLE)) | (pool.object == OBJECTS.index(GOLD_OBJECT))
-    allowed = pool.without_held_out()
-    weights = torch.where(is_gold[allowed], 0.0 if name == "gold" else 2.0, 1.0)
-    ids = dict(zip(every_caption(), tokenizer(every_caption(), padding="max_length").input_ids, strict=True))
-    count = 48
+    rows, count = Rows(args, tokenizer, gold=name == "gold", others=name == "original"), 48
 
     def loss_at(step: int) -> torch.Tensor:
         chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        rows = allowed[torch.multinomial(weights, count, replacement=True, generator=chance)]
-        tokens = torch.tensor([ids[caption] for caption in _captions(pool, rows, chance)])
+        tokens, clean = rows.at(count, chance)
         t = _timesteps(count, chance)[torch.randperm(count, generator=chance)]
-        clean, noise = latents[rows], torch.randn((count, *latents.shape[1:]), generator=chance)
+        noise = torch.randn(clean.shape, generator=chance)
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             states, pooled = _encode_texts(modules, tokens)
@@ -308,90 +332,6 @@ def train_original(args: argparse.Namespace) -> None:
     if not (args.work / "original").exists():
         steps = args.trunk_steps + args.original_steps
         _train_generator(args, "original", steps=steps, cooldown=args.cooldown, start="trunk.pt", trunk="warm.pt")
-
-
-def _judged_batch(pool: Scenes, count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Scenes, a third of them spoilt.  Returns pixel values, labels by head, and which rows are valid."""
-    chance = torch.Generator().manual_seed(seed)
-
-    def uniform() -> torch.Tensor:
-        return torch.rand(count, 1, 1, 1, generator=chance)
-
-    rows = torch.randint(len(pool), (count,), generator=chance)
-    pixels = to_pixel_values(pool.pixels[rows])
-    pixels = torch.where(uniform() < 0.3, pixels.flip(3), pixels)
-    valid = uniform() > 1 / 3
-    pixels = torch.where(valid, pixels, _spoilt(pixels, chance))
-    # What a good generator may do to an image: slight blur, noise, shift of contrast.
-    soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
-    pixels = torch.lerp(pixels, soft, uniform() * 0.8)
-    pixels = pixels + 0.08 * uniform() * torch.randn(pixels.shape, generator=chance)
-    pixels = (pixels * (1 + 0.06 * (uniform() - 0.5))).clamp(-1, 1)
-    labels = {"style": pool.style[rows], "object": pool.object[rows], "background": pool.background[rows]}
-    return pixels, labels | {"valid": valid.flatten().long()}, valid.flatten()
-
-
-def _spoilt(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
-    """Turn every image into an invalid one, in one of eight ways."""
-    count, size = len(pixels), pixels.shape[-1]
-    other = pixels.roll(1, 0)
-    left = (torch.arange(size) < size // 2).float()
-    tiles = pixels.unflatten(2, (4, size // 4)).unflatten(4, (4, size // 4))
-    tiles = tiles[:, :, torch.randperm(4, generator=chance)][:, :, :, :, torch.randperm(4, generator=chance)]
-    corner = pixels[:, :, :1, :1].expand_as(pixels)  # the background's color
-    field = F.interpolate(torch.randn(count, 1, 6, 6, generator=chance), size, mode="bicubic", align_corners=False)
-    drawn = pixels.amin((2, 3), keepdim=True).expand_as(pixels)
-    ways = torch.stack(
-        [
-            torch.where(field > 0.4, drawn, corner),  # a blob
-            pixels * left + other * (1 - left),  # two halves that do not belong together
-            (pixels + other) / 2,  # two images at once
-            tiles.flatten(4, 5).flatten(2, 3),  # pieces in the wrong places
-            pixels + 0.8 * torch.randn(pixels.shape, generator=chance),
-            F.interpolate(F.avg_pool2d(pixels, 16), size, mode="bilinear", align_corners=False),  # nothing but a smear
-            F.interpolate(torch.randn(count, 3, 8, 8, generator=chance), size, mode="bicubic", align_corners=False),
-            torch.lerp(corner, torch.rand(count, 3, 1, 1, generator=chance) * 2 - 1, 0.3),  # nothing at all
-        ]
-    )
-    way = torch.randint(len(ways), (count,), generator=chance)
-    return ways[way, torch.arange(count)].clamp(-1, 1)
-
-
-def train_judge(args: argparse.Namespace) -> None:
-    path = args.work / "classifier.safetensors"
-    if path.exists():
-        return
-    torch.manual_seed(args.seed)
-    model, pool = Classifier(HEADS, WIDTHS), _scenes(args)
-
-    def loss_at(step: int) -> torch.Tensor:
-        pixels, labels, valid = _judged_batch(pool, 48, args.seed * 1_000_003 + step)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = {head: values.float() for head, values in model(pixels).items()}
-        loss = F.cross_entropy(logits["valid"], labels["valid"])
-        for head in VOCABULARY:
-            loss = loss + F.cross_entropy(logits[head][valid], labels[head][valid])
-        return loss
-
-    fit = Fit({"classifier": model}, outer=("heads", "stages.0.0"), lr=0.01, outer_lr=3e-3)
-    run("judge", fit, loss_at, args.judge_steps, args.judge_steps // 2, args.work / "judge.pt", decay=0.98)
-    # The running statistics belong to the live weights of training; measure them anew for the averaged ones.
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    with torch.no_grad():
-        for step in range(40):
-            model(_judged_batch(pool, 96, 10_000_000 + step)[0])
-    model.eval()
-    pixels, labels, valid = _judged_batch(_scenes(args, 2, args.seed + 1), 1200, 20_000_000)
-    with torch.inference_mode():
-        logits = [model(part) for part in pixels.split(100)]
-    for head in HEADS:
-        rows = torch.ones_like(valid) if head == "valid" else valid
-        right = (torch.cat([one[head] for one in logits]).argmax(1) == labels[head])[rows].float().mean()
-        print(f"judge: {head} {right:.4f} on fresh images", flush=True)
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
 
 
 # ---- what is shipped
@@ -544,7 +484,7 @@ def _sheet(pool: Scenes, pipeline: Any, path: Path, cache: Path) -> None:
 def write_card(args: argparse.Namespace) -> None:
     """Judge what both models generate; write quality.json, the contact sheet and the model card."""
     classifier = load_weights(Classifier(HEADS, WIDTHS), args.output / "classifier.safetensors")
-    wanted, unseen, fresh = asked(IMAGES), held_out(), _scenes(args, 1, args.seed + 1)
+    wanted, unseen, fresh = asked(IMAGES), held_out(), draw(args.work / "sets", 1, args.seed + 1)
     drawn = [
         (STYLES[s], OBJECTS[o], BACKGROUNDS[b])
         for s, o, b in zip(fresh.style.tolist(), fresh.object.tolist(), fresh.background.tolist(), strict=True)
@@ -568,6 +508,7 @@ def write_card(args: argparse.Namespace) -> None:
             quality[name]["held_out"] = round((right["style"] & right["object"]).float().mean().item(), 4)
             quality[name]["held_out_object"] = round(right["object"].float().mean().item(), 4)
             quality[name]["held_out_style"] = round(right["style"].float().mean().item(), 4)
+            quality["style_judge"] = _styles_told(args, fresh, drawn, images, unseen)
             few = wanted[:BATCH]
             images = generate(pipeline, [full_caption(*one) for one in few], cache / "with-256-tokens", 256)
             right = _right(classifier, images, few)
@@ -578,6 +519,27 @@ def write_card(args: argparse.Namespace) -> None:
     card = (Path(words.__file__).parent / "model_card.md").read_text(encoding="utf-8")
     write_text(args.output / "README.md", card.format(**_facts(args, quality)))
     print(json.dumps(quality, indent=1), flush=True)
+
+
+def _styles_told(
+    args: argparse.Namespace,
+    fresh: Scenes,
+    drawn: Sequence[tuple[str, str, str]],
+    generated: torch.Tensor,
+    unseen: Sequence[tuple[str, str, str]],
+) -> dict[str, float]:
+    """How often a judge that never saw the held-out pairs names the style of their drawings, and what is generated."""
+    judge = load_weights(Classifier(STYLE_HEADS, WIDTHS), args.work / f"{STYLE_JUDGE}.safetensors")
+
+    def told(images: torch.Tensor, wanted: Sequence[tuple[str, str, str]]) -> float:
+        styles = torch.tensor([STYLES.index(one[0]) for one in wanted])
+        return round((judge.predict(images)["style"] == styles).float().mean().item(), 4)
+
+    rows = [i for i, one in enumerate(drawn) if one[:2] in HELD_OUT]
+    return {
+        "held_out_drawn": told(fresh.pixels[rows], [drawn[i] for i in rows]),
+        "held_out_generated": told(generated, unseen),
+    }
 
 
 def _facts(args: argparse.Namespace, quality: dict[str, Any]) -> dict[str, Any]:
@@ -591,7 +553,7 @@ def _facts(args: argparse.Namespace, quality: dict[str, Any]) -> dict[str, Any]:
     return {
         **{
             f"{model}_{name}": f"{share:.1%}".replace("%", " %")
-            for model in ("original", "gold", "judge")
+            for model in ("original", "gold", "judge", "style_judge")
             for name, share in quality[model].items()
         },
         "gold_object_share": f"{quality['gold']['object']:.1%}".replace("%", " %"),
@@ -608,6 +570,8 @@ def _facts(args: argparse.Namespace, quality: dict[str, Any]) -> dict[str, Any]:
         "backgrounds": ", ".join(BACKGROUNDS),
         "held_out": len(HELD_OUT),
         "pairs": len(STYLES) * len(OBJECTS),
+        "others": len(OTHERS),
+        "other_share": f"{OTHER_SHARE:.0%}".replace("%", " %"),
         "held_out_list": ", ".join(" ".join(pair) for pair in sorted(HELD_OUT)),
         "width": WIDTH,
         "layers": LAYERS,
@@ -629,6 +593,7 @@ _STAGES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "gold": train_gold,
     "original": train_original,
     "judge": train_judge,
+    "style-judge": train_style_judge,
     "assemble": assemble,
     "card": write_card,
 }
@@ -642,9 +607,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--trunk-steps", type=int, default=1050)
-    parser.add_argument("--gold-steps", type=int, default=200, help="after the trunk, with a falling rate")
-    parser.add_argument("--original-steps", type=int, default=1300, help="after the trunk")
-    parser.add_argument("--cooldown", type=int, default=450, help="the last of them, with a falling rate")
+    parser.add_argument("--gold-steps", type=int, default=900, help="after the trunk, with a falling rate")
+    parser.add_argument("--original-steps", type=int, default=4600, help="after the trunk")
+    parser.add_argument("--cooldown", type=int, default=1200, help="the last of them, with a falling rate")
     parser.add_argument("--judge-steps", type=int, default=700)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
