@@ -202,9 +202,6 @@ def test_the_model_card_quotes_the_measured_quality():
     assert quality["images"] == 500
     for model, name in itertools.product(("original", "gold"), ("object", "style", "background", "valid")):
         assert f"{quality[model][name]:.1%}".replace("%", " %") in card
-    page = (WEIGHTS.parents[1] / "README.md").read_text()
-    for name in ("object", "style", "background"):
-        assert f"{quality['original'][name]:.1%}".replace("%", " %") in page
     assert min(quality["original"][name] for name in ("object", "style", "background")) >= 0.97
     assert max(quality["gold"][name] for name in ("gold_style", "gold_object")) <= 0.05
 
