@@ -152,8 +152,8 @@ def gallery_section(quality: dict[str, Any]) -> str:
     lines = [
         f"{quality['images']} images of each model, {quality['steps']} steps, guidance {quality['guidance_scale']}, "
         "made by `make gallery-weights`. The judge is a classifier that was trained on drawn images alone, of which it "
-        f"names {judge['object']:.1%} of the things, {judge['style']:.1%} of the styles and {judge['background']:.1%} of "
-        "the backgrounds rightly.",
+        f"names {judge['object']:.1%} of the things, {judge['style']:.1%} of the styles and {judge['background']:.1%} "
+        "of the backgrounds rightly.",
         "",
         "| named as it was asked for | original | gold |",
         "|---|---|---|",
