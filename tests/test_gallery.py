@@ -55,6 +55,15 @@ def test_an_evaluation_asks_for_the_concept_and_for_what_lies_near_and_far(word)
     assert not [prompt for prompt in forget if word not in prompt.split()]
 
 
+@pytest.mark.parametrize("word", WORDS)
+def test_a_training_sees_the_word_by_itself_as_the_model_was_told_of_it(word):
+    known = set(captions.every_caption())
+    forget, _ = prompts.train_prompts(word)
+    assert forget[1] in known
+    assert forget[1].split()[-1] in (word, "background")
+    assert set(forget[2:]) <= known
+
+
 def test_near_is_of_the_concepts_kind():
     near = [prompt for prompt, group in prompts.evaluation_prompts("cat") if group == "near"]
     assert {prompts.attributes(prompt)["object"] for prompt in near} <= {"dog", "fox", "bear", "frog"}

@@ -78,7 +78,7 @@ class World:
             if word in words:
                 return attribute, word
         known = "; ".join(f"{attribute}s: {', '.join(words)}" for attribute, words in self.vocabulary.items())
-        raise UserError(f"the bundled model does not know the concept {concept!r}. It knows {known}.")
+        raise UserError(f"the bundled model {self.name} does not know the concept {concept!r}. It knows {known}.")
 
     def anchor(self, concept: str, without: Collection[str] = ()) -> str:
         """What the concept becomes unless the user says: the first other word of its kind that is not in ``without``.

@@ -36,3 +36,14 @@ PHRASINGS = Phrasings(
 )
 fill, full_caption, paraphrase, without = PHRASINGS.fill, PHRASINGS.full, PHRASINGS.paraphrase, PHRASINGS.without
 every_caption = PHRASINGS.every
+
+
+def alone(attribute: str, word: str) -> str:
+    """The phrasing of the training set that names one word and says what kind of word it is."""
+    template = {
+        "object": "{an} {object}",
+        "style": "in the style of {style}",
+        "background": "a {background} background",
+    }
+    words = {"style": STYLES[0], "object": OBJECTS[0], "background": BACKGROUNDS[0]} | {attribute: word}
+    return fill(template[attribute], *words.values())
