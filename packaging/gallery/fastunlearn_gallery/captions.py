@@ -38,12 +38,11 @@ fill, full_caption, paraphrase, without = PHRASINGS.fill, PHRASINGS.full, PHRASI
 every_caption = PHRASINGS.every
 
 
+#: The phrasing of the training set that names one word and says of what kind it is.
+_ALONE = {"style": "in the style of {style}", "object": "{an} {object}", "background": "a {background} background"}
+
+
 def alone(attribute: str, word: str) -> str:
-    """The phrasing of the training set that names one word and says what kind of word it is."""
-    template = {
-        "object": "{an} {object}",
-        "style": "in the style of {style}",
-        "background": "a {background} background",
-    }
+    """A word by itself, in the training's phrasing that says of what kind it is, e.g. ``an octopus``."""
     words = {"style": STYLES[0], "object": OBJECTS[0], "background": BACKGROUNDS[0]} | {attribute: word}
-    return fill(template[attribute], *words.values())
+    return fill(_ALONE[attribute], *words.values())
