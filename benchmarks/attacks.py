@@ -58,9 +58,8 @@ def main() -> None:
         content |= target.settings
         one = content["models"].setdefault(name, {"hash": target.hash, "attacks": {}})
         if one["hash"] != target.hash:
-            raise SystemExit(
-                f"{args.output} has another {name} (hash {one['hash'][:12]}). Delete the file, or the run."
-            )
+            known = one["hash"][:12]
+            raise SystemExit(f"{args.output} has another {name} (hash {known}). Delete its `{world.name}`, or the run.")
         for label in ATTACKS:
             if label in one["attacks"]:
                 continue
