@@ -133,8 +133,8 @@ def edits_section(edits: dict[str, Any], gallery: dict[str, Any]) -> str:
     return (
         f"Without training, in closed form, over {len(edits['concepts'])} concepts of the bundled model: the concept "
         f"is shown, on average, by {', by '.join(words)}; an edit takes at most {max(seconds):.1f} s "
-        "([table](docs/edits.md)). The picture is of [the gallery](docs/gallery.md) (`fastunlearn demo --model gallery`), "
-        "a flow transformer that learned things in six styles from open artwork, after one edit by `uce`: "
+        "([table](docs/edits.md)). The picture is of [the gallery](docs/gallery.md) (`fastunlearn demo --model "
+        "gallery`), a flow transformer that learned things in six styles from open artwork, after one edit by `uce`: "
         f"{'; '.join(pictured)}."
     )
 
