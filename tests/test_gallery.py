@@ -14,6 +14,7 @@ from fitting import Fit, run
 from torch import nn
 
 from fastunlearn import plugins
+from fastunlearn.cli.demo import DemoConfig
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.judges import load_judge
@@ -110,6 +111,13 @@ def test_the_package_brings_a_world_with_two_models_and_a_judge():
     assert world.golds == {GOLD_STYLE: "gallery-gold", GOLD_OBJECT: "gallery-gold"}
     assert load_judge("gallery").name.startswith("gallery@")
     assert world_of(world_with_model("shapes").folder("shapes")).name == "shapes"
+
+
+def test_a_worlds_demonstration_compares_methods_that_there_are():
+    for world in all_worlds().values():
+        given = DemoConfig(model=world.name, methods=",".join(world.demo_methods))
+        assert given.compared(()) == DemoConfig().compared(world.demo_methods) == world.demo_methods
+    assert all_worlds()["gallery"].demo_methods != all_worlds()["shapes"].demo_methods
 
 
 # ---- the weights
