@@ -175,14 +175,12 @@ def gallery_section(quality: dict[str, Any]) -> str:
             "A second judge, which never saw these pairs either, names the style of their drawings in "
             f"{told['held_out_drawn']:.1%} and of what the model generates in {told['held_out_generated']:.1%}.",
         ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"The autoencoder gives drawn images back with a PSNR of {quality['psnr']} dB. Steps of training: trunk "
-            f"{trained['trunk']:,}, then gold {trained['gold']:,} and original {trained['original']:,}.",
-        ]
-    )
+    lines += [
+        "",
+        f"The autoencoder gives drawn images back with a PSNR of {quality['psnr']} dB. Steps of training: trunk "
+        f"{trained['trunk']:,}, then gold {trained['gold']:,} and original {trained['original']:,}.",
+    ]
+    return "\n".join(lines)
 
 
 def attacked_section(result: dict[str, Any]) -> str:
