@@ -46,6 +46,11 @@ results: $(VENV)/.installed
 	$(BIN)/fastunlearn demo --output demo --overwrite
 	cp demo/demo.json benchmarks/results/demo.json
 	cp demo/grid.png docs/grid.png
+	$(BIN)/fastunlearn demo --model gallery --output .benchmarks/demo-gallery --overwrite
+	cp .benchmarks/demo-gallery/demo.json benchmarks/results/demo_gallery.json
+	$(BIN)/python benchmarks/gallery.py
+	$(BIN)/python benchmarks/attacks.py
+	$(BIN)/python benchmarks/attacks.py --world gallery --models original,gold,uce
 	$(BIN)/python -m pytest benchmarks/bench_bank.py --benchmark-enable --benchmark-json .benchmarks/bank.json
 	$(BIN)/python benchmarks/bank_quality.py --output benchmarks/results/bank_quality.json
 	$(BIN)/python -m pytest benchmarks/bench_evaluation.py --benchmark-enable --benchmark-json .benchmarks/evaluation.json

@@ -1,10 +1,11 @@
-"""What attacks bring back of one concept of the bundled world, method by method: the table in docs/attacks.md.
+"""What attacks bring back of one concept of a bundled world, model by model: the tables in docs/attacks.md.
 
     python benchmarks/attacks.py [--seconds 150] [--folder .benchmarks/attacks]
+    python benchmarks/attacks.py --world gallery --models original,gold,uce
 
 Trains what is not in the folder yet, attacks what is not in benchmarks/results/attacks.json yet, and at the end writes
-the table.  ``--seconds``: start nothing after so long; the same command continues.  One concept, one seed of training,
-one of the attacks: read the table as an example, and the intervals as over prompts alone.
+the tables.  ``--seconds``: start nothing after so long; the same command continues.  One concept per world, one seed of
+training, one of the attacks: read the tables as examples, and the intervals as over prompts alone.
 """
 
 from __future__ import annotations
@@ -16,65 +17,80 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastunlearn.worlds import get_world
+from fastunlearn.worlds.base import World
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
 PAGE = ROOT / "docs" / "attacks.md"
-CONCEPT, PROMPTS = "star", 16
-METHODS = ("uce", "esd", "ovw", "saddle", "placebo")
-MODELS = ("original", "gold", *METHODS)
+PROMPTS = 16
+MODELS = "original,gold,uce,esd,ovw,saddle,placebo"
 ATTACKS = ("seeds", "prompts", "completion", "embedding", "embedding:word", "relearn")
 BEGIN, END = "<!-- begin attacks -->", "<!-- end attacks -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", default="shapes")
+    parser.add_argument("--concept", default="", help="default: what the world's demonstration forgets")
+    parser.add_argument("--models", default=MODELS, help="comma list of original, gold and methods")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="how many are attacked")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--folder", type=Path, default=ROOT / ".benchmarks" / "attacks")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="another file than this leaves docs alone")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
-    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in MODELS:
-        if all(label in content.get("models", {}).get(name, {}).get("attacks", {}) for label in ATTACKS):
+    world = get_world(args.world)
+    if world is None:
+        raise SystemExit(f"{args.world} is no bundled world.")
+    concept = world.find(args.concept or world.default_concept)[1]
+    names = args.models.split(",")
+    board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
+    content = board["worlds"].setdefault(world.name, {"models": {}})
+    if content.get("concept", concept) != concept:
+        raise SystemExit(f"{args.output} has attacks on {content['concept']}. Delete its `{world.name}` first.")
+    for name in names:
+        if all(label in content["models"].get(name, {}).get("attacks", {}) for label in ATTACKS):
             continue
         if time.monotonic() > until:
             raise SystemExit(f"{name} is left: run the command again.")
-        model = model_of(name, args.folder)
-        target = Target(name, model)
-        content = {**content, **target.settings}
+        target = Target(name, model_of(name, world, concept, args.folder / world.name), world, concept, args.prompts)
+        content |= target.settings
+        one = content["models"].setdefault(name, {"hash": target.hash, "attacks": {}})
+        if one["hash"] != target.hash:
+            known = one["hash"][:12]
+            raise SystemExit(f"{args.output} has another {name} (hash {known}). Delete its `{world.name}`, or the run.")
         for label in ATTACKS:
-            one = content.setdefault("models", {}).setdefault(name, {"hash": target.hash, "attacks": {}})
-            if one["hash"] != target.hash:
-                raise SystemExit(
-                    f"{RESULTS} has another {name} (hash {one['hash'][:12]}). Delete the file, or the run."
-                )
             if label in one["attacks"]:
                 continue
             if time.monotonic() > until:
                 raise SystemExit(f"{label} on {name} is left: run the command again.")
             one["attacks"][label] = target.attacked(label)
-            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-            print(name, label, one["attacks"][label]["broken"], "of", one["attacks"][label]["n_prompts"], flush=True)
-    write_table(content)
+            args.output.write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
+            print(name, label, one["attacks"][label], flush=True)
+    if args.output == RESULTS:
+        write_tables(board)
 
 
-def model_of(name: str, folder: Path) -> str:
+def model_of(name: str, world: World, concept: str, folder: Path) -> str:
     """A bundled model, or that of a run with the method's defaults, trained unless it is there."""
     from fastunlearn import unlearn
 
-    bundled = {"original": "shapes", "gold": f"shapes-gold-{CONCEPT}"}
-    if name in bundled:
-        return bundled[name]
+    if name == "original":
+        return world.name
+    if name == "gold":
+        return world.golds[concept]
     run = folder / name
     if not (run / "run.json").is_file():
         begun = (run / "run-key.json").is_file()
-        unlearn("shapes", CONCEPT, name, output=run, evaluation_prompts="none", device="cpu", resume=begun)
+        unlearn(world.name, concept, name, output=run, evaluation_prompts="none", device="cpu", resume=begun)
     return str(run / "model")
 
 
 class Target:
     """One model under attack, beside the original, with the budgets that `fastunlearn attack` has by itself."""
 
-    def __init__(self, name: str, model: str) -> None:
+    def __init__(self, name: str, model: str, world: World, concept: str, prompts: int) -> None:
         from fastunlearn import load_judge
         from fastunlearn.attacks import parse_attacks
         from fastunlearn.attacks.inputs import prompts_for
@@ -85,17 +101,17 @@ class Target:
         from fastunlearn.models.sampling import SamplerSpec
 
         spec = SamplerSpec()
-        sources = {ORIGINAL: as_source("shapes", spec, device="cpu")}
+        sources = {ORIGINAL: as_source(world.name, spec, device="cpu")}
         sources[UNLEARNED] = sources[ORIGINAL] if name == "original" else as_source(model, spec, device="cpu")
-        asking, others, _ = prompts_for(None, CONCEPT, sources[ORIGINAL].world, PROMPTS, worded=True)
+        asking, others, _ = prompts_for(None, concept, world, prompts, worded=True)
         asked = parse_attacks(",".join(ATTACKS))
-        judge = load_judge("shapes")
-        self.plan = AttackPlan(sources, judge, CONCEPT, asking, others, (), asked, None)
+        judge = load_judge(world.name)
+        self.plan = AttackPlan(sources, judge, concept, asking, others, (), asked, None)
         original = sources[ORIGINAL]
         assert isinstance(original, PipelineSource)
-        pictures = Pictures(original.model, original.spec, judge, CONCEPT)
+        pictures = Pictures(original.model, original.spec, judge, concept)
         self.units = [unit for unit in self.plan.units() if unit.model == UNLEARNED]
-        self.target = OneTarget(name, sources[UNLEARNED], pictures, judge, CONCEPT, self.plan.costs)
+        self.target = OneTarget(name, sources[UNLEARNED], pictures, judge, concept, self.plan.costs)
         self.hash = sources[UNLEARNED].content()
 
     @property
@@ -104,8 +120,7 @@ class Target:
         import torch
 
         return {
-            "command": "python benchmarks/attacks.py",
-            "concept": CONCEPT,
+            "concept": self.plan.concept,
             "training_seed": 0,
             "attack_seed": self.plan.seed,
             "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -134,22 +149,21 @@ class Target:
         }
 
 
-def table(content: dict[str, Any]) -> str:
-    """The results for people."""
+def table(world: str, content: dict[str, Any]) -> str:
+    """A world's results for people."""
     budgets = content["budgets"]
     lines = [
-        f"Of the prompts for “{content['concept']}” on the bundled model, how many each attack broke, with the 95 % "
+        f"Of the prompts for “{content['concept']}” on `{world}`, how many each attack broke, with the 95 % "
         "interval over prompts; in brackets in the head the budget per prompt in U. One concept, one training of each "
         f"method with its defaults, one seed of the attacks; judge: `{content['judge']}`. Made by "
-        f"`{content['command']}`.",
+        f"`python benchmarks/attacks.py --world {world} --models {','.join(content['models'])}`.",
         "",
         "| model | " + " | ".join(f"{label} ({budgets[label]:,})" for label in ATTACKS) + " |",
         "|---|" + "---|" * len(ATTACKS),
     ]
-    for name in MODELS:
-        cells = [_cell(content["models"][name]["attacks"][label]) for label in ATTACKS]
+    for name, one in content["models"].items():
         words = name if name in ("original", "gold") else f"`{name}`"
-        lines.append(f"| {words} | {' | '.join(cells)} |")
+        lines.append(f"| {words} | {' | '.join(_cell(one['attacks'][label]) for label in ATTACKS)} |")
     return "\n".join(lines)
 
 
@@ -158,11 +172,12 @@ def _cell(one: dict[str, Any]) -> str:
     return f"{one['broken']} of {one['n_prompts']} ({low:.0%} to {high:.0%})"
 
 
-def write_table(content: dict[str, Any]) -> None:
+def write_tables(board: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(content)}\n{END}{after}", encoding="utf-8")
+    tables = "\n\n".join(table(world, content) for world, content in board["worlds"].items())
+    PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

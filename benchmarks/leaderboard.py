@@ -2,11 +2,13 @@
 
     python benchmarks/leaderboard.py --minutes 50                      # as many cells as fit, then again, until all are
     python benchmarks/leaderboard.py --methods uce,ovw --concepts ring,blue --seeds 0
+    python benchmarks/leaderboard.py --world gallery --minutes 50
 
 A cell is one method, concept and training seed: a training with the method's defaults, and an evaluation on prompts and
 noise that no training sees.  Finished cells stay in ``--work``, so a stopped run continues; ``--shard 1/2`` takes every
-second cell.  The results file holds every cell that is done, which concepts the defaults were chosen on
-(:data:`CHOSEN_ON`), and for each method the sums over the others alone.
+second cell.  The results file holds, by world, every cell that is done, which concepts the defaults were chosen on
+(:data:`CHOSEN_ON`), and for each method the sums over the others alone.  Cells that it has of the same original stay
+until they are made anew; those of another original go.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ from fastunlearn.models.runtime import versions
 from fastunlearn.worlds import get_world
 
 RESULTS = Path(__file__).resolve().parent / "results" / "leaderboard.json"
-#: Methods' defaults for this world were chosen on these; sums leave them out.
-CHOSEN_ON = ("star", "triangle", "cross", "crescent", "green", "blue", "striped", "checkered")
+#: Methods' defaults for a world were chosen on these; sums leave them out.
+CHOSEN_ON = {
+    "shapes": ("star", "triangle", "cross", "crescent", "green", "blue", "striped", "checkered"),
+    "gallery": ("fluent", "ink", "dog", "apple"),
+}
 FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone
 
 
@@ -60,25 +65,29 @@ def main() -> None:
     world = get_world(args.world)
     assert world is not None
     methods = args.methods.split(",") if args.methods else _runnable()
-    words = [word for of_kind in world.vocabulary.values() for word in of_kind]
-    concepts = args.concepts.split(",") if args.concepts else words
+    # The first word of every kind, then the second: whenever the time is over, all kinds are among the results.
+    in_turn = [word for words in itertools.zip_longest(*world.vocabulary.values()) for word in words if word]
+    concepts = [world.find(word)[1] for word in args.concepts.split(",")] if args.concepts else in_turn
     seeds = [int(seed) for seed in args.seeds.split(",")]
     args.work.mkdir(parents=True, exist_ok=True)
     # Concept by concept, so that the original's images are drawn once; the interesting ones first.
-    order = sorted(concepts, key=lambda word: (word in CHOSEN_ON, words.index(word)))
+    order = sorted(concepts, key=lambda word: (word in CHOSEN_ON[world.name], in_turn.index(word)))
     cells = list(itertools.product(seeds, order, methods))
     shard, shards = (int(part) for part in args.shard.split("/"))
     begun = time.monotonic()
-    original = hash_pipeline(load_model(args.world, "cpu").source)
+    original = hash_pipeline(load_model(world.name, "cpu").source)
     for seed, concept, method in cells[shard - 1 :: shards]:
-        path = args.work / f"{args.world}-{method}-{concept}-{seed}.json"
+        path = args.work / f"{world.name}-{method}-{concept}-{seed}.json"
         if _read(path, original) is None:
             if time.monotonic() - begun > 60 * args.minutes:
                 print("the time is over; run the command again for the rest")
                 break
-            write_json(path, {"original": original} | cell(args.world, method, concept, seed, args.work / "cache"))
+            write_json(path, {"original": original} | cell(world.name, method, concept, seed, args.work / "cache"))
             print(json.dumps({key: _read(path, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
-    write_json(args.output, collected(args.work, args.world, original))
+    board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
+    board["forgotten_at_most"] = FORGOTTEN
+    board["worlds"][world.name] = collected(args.work, world.name, original, board["worlds"].get(world.name))
+    write_json(args.output, board)
 
 
 SHOWN = ("method", "concept", "seed", "shown", "valid", "kept", "retention", "seconds")
@@ -128,22 +137,27 @@ def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[
     }
 
 
-def collected(work: Path, world: str, original: str) -> dict[str, Any]:
-    """The content of the results file: every finished cell, and sums over concepts that nothing was chosen on."""
-    cells = [one for path in sorted(work.glob(f"{world}-*.json")) if (one := _read(path, original)) is not None]
+def collected(work: Path, world: str, original: str, before: dict[str, Any] | None) -> dict[str, Any]:
+    """A world's part of the results: every finished cell, and sums over concepts that nothing was chosen on.
+
+    ``before``: what the results file has of the world.  Of its cells those stay that are of the same original and were
+    not made anew.
+    """
+    made = [one for path in sorted(work.glob(f"{world}-*.json")) if (one := _read(path, original)) is not None]
+    kept = before["cells"] if before is not None and before["original"] == original else []
+    by_key = {(one["method"], one["concept"], one["seed"]): one for one in (*kept, *made)}
+    cells = [{name: value for name, value in by_key[key].items() if name != "original"} for key in sorted(by_key)]
     methods = {}
     for method in dict.fromkeys(one["method"] for one in cells):
         mine = [one for one in cells if one["method"] == method]
-        held = [one for one in mine if one["concept"] not in CHOSEN_ON]
+        held = [one for one in mine if one["concept"] not in CHOSEN_ON[world]]
         methods[method] = {"chosen_on": _sums([one for one in mine if one not in held]), "held_out": _sums(held)}
     return {
-        "world": world,
         "original": original,
         "versions": versions(),
-        "chosen_on": list(CHOSEN_ON),
-        "forgotten_at_most": FORGOTTEN,
+        "chosen_on": list(CHOSEN_ON[world]),
         "methods": methods,
-        "cells": [{key: value for key, value in one.items() if key != "original"} for one in cells],
+        "cells": cells,
     }
 
 

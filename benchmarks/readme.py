@@ -21,7 +21,12 @@ from fastunlearn.schema import Demo
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 #: A section stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in any of these.
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md")
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "docs/results.md", "docs/kernels.md", "docs/gallery.md", "packaging/gallery/README.md")
+)
+#: What the gallery's weights were measured by, when they were made.
+QUALITY = ROOT / "packaging" / "gallery" / "fastunlearn_gallery" / "weights" / "quality.json"
 
 
 def main() -> None:
@@ -59,9 +64,12 @@ def render(text: str) -> str:
     sections = {
         "methods": methods_section,
         "families": lambda: families_section(_read("models.json")),
-        "demo": lambda: demo_section(Demo.read(RESULTS / "demo.json")),
+        "demo": lambda: demo_section(RESULTS / "demo.json", "make demo"),
+        "gallery_demo": lambda: demo_section(RESULTS / "demo_gallery.json", "fastunlearn demo --model gallery"),
         "edits": lambda: edits_section(_read("edits.json"), _read("gallery.json")),
-        "attacked": lambda: attacked_section(_read("attacks.json")),
+        "gallery": lambda: gallery_section(json.loads(QUALITY.read_text(encoding="utf-8"))),
+        "quality": lambda: quality_section(json.loads(QUALITY.read_text(encoding="utf-8"))),
+        "attacked": lambda: attacked_section(_read("attacks.json")["worlds"]["shapes"]),
         "leaderboard": lambda: leaderboard_section(RESULTS / "leaderboard.json"),
         "training": lambda: training_section(_read("training_cpu.json")),
         "coverage": lambda: coverage_section(_read("coverage.json")),
@@ -125,9 +133,54 @@ def edits_section(edits: dict[str, Any], gallery: dict[str, Any]) -> str:
     return (
         f"Without training, in closed form, over {len(edits['concepts'])} concepts of the bundled model: the concept "
         f"is shown, on average, by {', by '.join(words)}; an edit takes at most {max(seconds):.1f} s "
-        "([table](docs/edits.md)). The picture is of the gallery, a flow transformer that learned things in six styles "
-        f"from open artwork, after one edit by `uce`: {'; '.join(pictured)}."
+        "([table](docs/edits.md)). The picture is of [the gallery](docs/gallery.md) (`fastunlearn demo --model "
+        "gallery`), a flow transformer that learned things in six styles from open artwork, after one edit by `uce`: "
+        f"{'; '.join(pictured)}."
     )
+
+
+def quality_section(quality: dict[str, Any]) -> str:
+    """How good the gallery's model is, in a sentence."""
+    original = quality["original"]
+    return (
+        f"Of {quality['images']} generated images the judge names the object in {original['object']:.1%}, the style in "
+        f"{original['style']:.1%} and the background in {original['background']:.1%} as they were asked for."
+    )
+
+
+def gallery_section(quality: dict[str, Any]) -> str:
+    """How good the gallery's models are, attribute by attribute."""
+    judge, original, trained = quality["judge"], quality["original"], quality["trained"]
+    lines = [
+        f"{quality['images']} images of each model, {quality['steps']} steps, guidance {quality['guidance_scale']}, "
+        "made by `make gallery-weights`. The judge is a classifier that was trained on drawn images alone, of which it "
+        f"names {judge['object']:.1%} of the things, {judge['style']:.1%} of the styles and {judge['background']:.1%} "
+        "of the backgrounds rightly.",
+        "",
+        "| named as it was asked for | original | gold |",
+        "|---|---|---|",
+    ]
+    rows = {"object": "thing", "style": "style", "background": "background", "valid": "a valid image"}
+    rows |= {"object_without": "thing, of prompts without twemoji and cat"}
+    rows |= {"style_without": "style, of prompts without twemoji and cat"}
+    rows |= {"gold_style": "twemoji, where it was asked for", "gold_object": "cat, where it was asked for"}
+    for key, words in rows.items():
+        lines.append(f"| {words} | {original[key]:.1%} | {quality['gold'][key]:.1%} |")
+    shares = " | ".join(f"{original[key]:.1%}" for key in ("held_out", "held_out_object", "held_out_style"))
+    lines += ["", "Of pairs of a thing and a style that no training saw:", ""]
+    lines += ["| both right | thing right | style right |", "|---|---|---|", f"| {shares} |"]
+    if told := quality.get("style_judge"):  # there is none of weights that were made before it
+        lines += [
+            "",
+            "A second judge, which never saw these pairs either, names the style of their drawings in "
+            f"{told['held_out_drawn']:.1%} and of what the model generates in {told['held_out_generated']:.1%}.",
+        ]
+    lines += [
+        "",
+        f"The autoencoder gives drawn images back with a PSNR of {quality['psnr']} dB. Steps of training: trunk "
+        f"{trained['trunk']:,}, then gold {trained['gold']:,} and original {trained['original']:,}.",
+    ]
+    return "\n".join(lines)
 
 
 def attacked_section(result: dict[str, Any]) -> str:
@@ -146,24 +199,25 @@ def attacked_section(result: dict[str, Any]) -> str:
 
 
 def leaderboard_section(path: Path) -> str:
-    """Every method on the concepts that nothing was chosen on."""
+    """Every method on the concepts that nothing was chosen on, world by world."""
     if not path.is_file():
         return "Not measured yet; `python benchmarks/leaderboard.py` measures every method on every concept."
     board = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        f"Trainings on concepts of `{board['world']}` that no default was chosen on. Forgotten: shown in at most "
-        f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range.",
-        "",
-        "| method | trainings | forgotten | shown | valid | R | judged the same | s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"Trainings on concepts that no default was chosen on. Forgotten: shown in at most "
+        f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range."
     ]
-    for name, sums in board["methods"].items():
-        if (held := sums["held_out"]) is None:
-            continue
-        cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}"]
-        cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
-        cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
-        lines.append(f"| {' | '.join([*cells, _spread(held['seconds'], '.0f')])} |")
+    for world, part in board["worlds"].items():
+        lines += ["", f"Of `{world}`:", ""]
+        lines += ["| method | trainings | forgotten | shown | valid | R | judged the same | s |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for name, sums in part["methods"].items():
+            if (held := sums["held_out"]) is None:
+                continue
+            cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}"]
+            cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
+            cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
+            lines.append(f"| {' | '.join([*cells, _spread(held['seconds'], '.0f')])} |")
     return "\n".join(lines)
 
 
@@ -204,7 +258,11 @@ def coverage_section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def demo_section(demo: Demo) -> str:
+def demo_section(path: Path, command: str) -> str:
+    """A demonstration: its methods side by side, and what it cost."""
+    if not path.is_file():
+        return f"Not measured yet; `{command}` measures it."
+    demo = Demo.read(path)
     first = demo.evaluations[0]
     assert first.erasure is not None
     assert first.retain is not None
@@ -234,7 +292,7 @@ def demo_section(demo: Demo) -> str:
         "",
         gap_sentence(demo.comparison).replace("\u00a0", " "),
         "",
-        f"All from one run of `make demo`, {demo.seconds:.0f} s on a CPU with {threads} "
+        f"All from one run of `{command}`, {demo.seconds:.0f} s on a CPU with {threads} "
         f"thread{'s' * (threads != 1)} after installation, without a GPU or a network: {first.erasure.n_images} images "
         f"for prompts with the concept, {first.integrity.n_pairs} without. Judge: `{first.judge.name}`, shown from a "
         f"score of {first.judge.threshold:g} on.",

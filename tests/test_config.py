@@ -349,11 +349,11 @@ def test_a_missing_setting_is_named_as_a_flag():
 
 
 def test_the_demos_methods_exist_and_are_two_or_more():
-    assert DemoConfig().compared == ("esd", "ovw", "uce")
-    assert DemoConfig(methods="uce, esd,uce,placebo").compared == ("uce", "esd")
+    assert DemoConfig().compared(("esd", "ovw", "uce")) == ("esd", "ovw", "uce")
+    assert DemoConfig(methods="uce, esd,uce,placebo").compared(("ovw",)) == ("uce", "esd")
     for given in ("esd", "esd,placebo", "esd,nobody"):
         with pytest.raises(UserError):
-            _ = DemoConfig(methods=given).compared
+            DemoConfig(methods=given).compared(("esd", "ovw"))
 
 
 def test_a_tilde_is_the_users_home_wherever_it_is_written(tmp_path, monkeypatch):

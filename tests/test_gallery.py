@@ -14,6 +14,7 @@ from fitting import Fit, run
 from torch import nn
 
 from fastunlearn import plugins
+from fastunlearn.cli.demo import DemoConfig
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.judges import load_judge
@@ -53,6 +54,15 @@ def test_an_evaluation_asks_for_the_concept_and_for_what_lies_near_and_far(word)
         assert (word in prompt.split()) == group.startswith("forget"), prompt
     assert not [prompt for prompt in retain if word in prompt.split()]
     assert not [prompt for prompt in forget if word not in prompt.split()]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_training_sees_the_word_by_itself_as_the_model_was_told_of_it(word):
+    known = set(captions.every_caption())
+    forget, _ = prompts.train_prompts(word)
+    assert forget[1] in known
+    assert forget[1].split()[-1] in (word, "background")
+    assert set(forget[2:]) <= known
 
 
 def test_near_is_of_the_concepts_kind():
@@ -101,6 +111,13 @@ def test_the_package_brings_a_world_with_two_models_and_a_judge():
     assert world.golds == {GOLD_STYLE: "gallery-gold", GOLD_OBJECT: "gallery-gold"}
     assert load_judge("gallery").name.startswith("gallery@")
     assert world_of(world_with_model("shapes").folder("shapes")).name == "shapes"
+
+
+def test_a_worlds_demonstration_compares_methods_that_there_are():
+    for world in all_worlds().values():
+        given = DemoConfig(model=world.name, methods=",".join(world.demo_methods))
+        assert given.compared(()) == DemoConfig().compared(world.demo_methods) == world.demo_methods
+    assert all_worlds()["gallery"].demo_methods != all_worlds()["shapes"].demo_methods
 
 
 # ---- the weights
@@ -202,9 +219,6 @@ def test_the_model_card_quotes_the_measured_quality():
     assert quality["images"] == 500
     for model, name in itertools.product(("original", "gold"), ("object", "style", "background", "valid")):
         assert f"{quality[model][name]:.1%}".replace("%", " %") in card
-    page = (WEIGHTS.parents[1] / "README.md").read_text()
-    for name in ("object", "style", "background"):
-        assert f"{quality['original'][name]:.1%}".replace("%", " %") in page
     assert min(quality["original"][name] for name in ("object", "style", "background")) >= 0.97
     assert max(quality["gold"][name] for name in ("gold_style", "gold_object")) <= 0.05
 

@@ -291,6 +291,15 @@ def assert_only_our_script(markup, result):
     assert script == (Path(pages.__file__).parent / "templates" / "script.js").read_text(encoding="utf-8")
 
 
+def test_what_was_to_go_and_what_was_to_stay_come_before_the_figures(tmp_path):
+    rows = [GalleryRow("a circle", [image(1)])]
+    galleries = [Gallery(title, "", ["original"], rows) for title in ("to forget", "to keep", "the most changed")]
+    markup, _ = page(tmp_path, HtmlReport("Title", "star", [evaluation()], galleries))
+    headings = re.findall(r"<h2>(.*?)</h2>", markup)
+    order = [headings.index(one) for one in ("to forget", "to keep", "Side by side", "the most changed")]
+    assert order == sorted(order)
+
+
 def test_report_stands_alone(tmp_path):
     gallery = Gallery(
         "Before", "", ["original", "ovw"], [GalleryRow("a circle", [image(1), image(2, 400)], ["", "far"])]

@@ -241,35 +241,41 @@ def measured_lines(name: str) -> list[str]:
             shares = " | ".join(f"{row[key]:.1%}" for key in ("shown", "shown_original", "valid"))
             lines.append(f"| {concept} | {shares} | {row['retention']:.3f} ({low:.3f} to {high:.3f}) |")
         lines.append("")
-    if attacks and name in attacks["models"]:
+    for world, part in attacks["worlds"].items() if attacks else ():
+        if name not in part["models"]:
+            continue
         lines += [
-            f"Attacked for {attacks['concept']}, one training, one seed ([all models](../attacks.md)): "
+            f"Attacked for {part['concept']} of `{world}`, one training, one seed ([all models](../attacks.md)): "
             "prompts broken, of this model, of the original, and of a model that never saw it:",
             "",
             "| attack | this model | original | gold |",
             "|---|---|---|---|",
         ]
-        for attack in attacks["models"][name]["attacks"]:
-            sides = (attacks["models"][model]["attacks"][attack] for model in (name, "original", "gold"))
+        for attack in part["models"][name]["attacks"]:
+            sides = (part["models"][model]["attacks"][attack] for model in (name, "original", "gold"))
             shares = " | ".join(f"{one['broken']} of {one['n_prompts']}" for one in sides)
             lines.append(f"| `{attack}` | {shares} |")
         lines.append("")
-    if cells := [one for one in (board["cells"] if board else ()) if one["method"] == name]:
+    for world, part in board["worlds"].items() if board else ():
+        cells = [one for one in part["cells"] if one["method"] == name]
+        if not cells:
+            continue
         lines += [
-            "Every concept ([all methods](../results.md#every-method-on-every-concept)); a star marks those that "
-            "defaults were chosen on:",
+            f"Concepts of `{world}` ([all methods](../results.md#every-method-on-every-concept)); a star marks those "
+            "that defaults were chosen on:",
             "",
             "| concept | seed | shown | shown before | valid | R (95 % interval) | s |",
             "|---|---|---|---|---|---|---|",
         ]
         for one in cells:
             low, high = one["retention_ci95"]
-            star = "*" * (one["concept"] in board["chosen_on"])
+            star = "*" * (one["concept"] in part["chosen_on"])
             shares = " | ".join(f"{one[key]:.1%}" for key in ("shown", "shown_original", "valid"))
             lines.append(
                 f"| {one['concept']}{star} | {one['seed']} | {shares} | {one['retention']:.3f} ({low:.3f} to "
                 f"{high:.3f}) | {one['seconds']:.0f} |"
             )
+        lines.append("")
     return lines
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ class DemoConfig:
     output: str = setting("folder of the runs and the report", "demo", path=True)
     model: str = setting("a bundled model: `shapes` or `gallery`", "shapes")
     forget: str | None = setting("a word that the model knows; default: star, of the gallery the style twemoji", None)
-    methods: str = setting("two methods or more, by commas; a placebo goes with them", "esd,ovw,uce")
+    methods: str | None = setting(
+        "two methods or more, by commas; a placebo goes with them; default: esd,ovw,uce; the gallery has others", None
+    )
     judge: str | None = setting(
         "who says whether an image shows the concept: NAME or NAME:OPTION; default: the bundled model's", None
     )
@@ -38,11 +41,15 @@ class DemoConfig:
         expand_home(self)
         at_least(self, 0, "seed")
 
-    @property
-    def compared(self) -> tuple[str, ...]:
-        """The methods, each once, in order.  Raises UserError for fewer than two and for unknown ones."""
+    def compared(self, usual: Sequence[str]) -> tuple[str, ...]:
+        """The methods, each once, in order; ``usual``: where none is chosen.
+
+        Raises UserError for fewer than two and for unknown ones.
+        """
         from ..methods import get_method
 
+        if self.methods is None:
+            return tuple(usual)
         names = dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip())
         names.pop(CONTROL, None)
         if len(names) < 2:
@@ -72,12 +79,12 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
     folder = Path(config.output).expanduser()
     started = time.monotonic()
     check_output(folder, "demo", overwrite=config.overwrite)
-    compared_methods = config.compared
-    methods = (*compared_methods, CONTROL)
     world = world_with_model(config.model)
     if world is None:
         check_installed(config.model)
         raise UserError(f"`--model {config.model}` is no bundled model. For others there are `train` and `evaluate`.")
+    compared_methods = config.compared(world.demo_methods)
+    methods = (*compared_methods, CONTROL)
     concept = world.find(config.forget or world.default_concept)[1]
     judge = load_judge(config.judge) if config.judge is not None else None
     if judge is not None:

@@ -483,7 +483,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add("demo", _demo, 'forget "star" in the bundled model in three ways and compare them', DemoConfig)
+    add("demo", _demo, "forget a concept of a bundled model in three ways and compare them", DemoConfig)
     add("train", _train, "make a model forget a concept", TrainConfig, _TRAIN_EXAMPLES)
     add("mask", _mask, "find the weights that matter most for a concept", MaskConfig, _MASK_EXAMPLES)
     add("apply", _apply, "rebuild an unlearned model from its original and a delta", ApplyConfig, _APPLY_EXAMPLES)

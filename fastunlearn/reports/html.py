@@ -35,10 +35,11 @@ from .sentences import (
 class HtmlReport:
     """What ``write_report`` shows.
 
-    ``evaluations``: in the order in which they are to appear.  ``galleries``: the first one stands right below the
-    verdict.  ``notes``: sentences about this run.  ``retain_prompts``: what to call the retain prompts in a sentence,
-    such as ``prompts that no loss has seen`` where that is so.  ``distances``: by model the distances of its retain
-    pairs, and ``redrawn`` the original's to itself from other noise, for the histograms.
+    ``evaluations``: in the order in which they are to appear.  ``galleries``: the first two, what was to go and what
+    was to stay, stand right below the verdict.  ``notes``: sentences about this run.  ``retain_prompts``: what to call
+    the retain prompts in a sentence, such as ``prompts that no loss has seen`` where that is so.  ``distances``: by
+    model the distances of its retain pairs, and ``redrawn`` the original's to itself from other noise, for the
+    histograms.
     """
 
     title: str

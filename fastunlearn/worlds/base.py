@@ -51,8 +51,8 @@ class World:
     ``load_network``: the network that measures them, likewise; None for a world that is measured with the field's
     networks.  ``t5_tokens``: how many places for T5's tokens its StableDiffusion3 model has, which is
     ``max_sequence_length`` in diffusers; None for diffusers' default.  ``default_concept``: what a demonstration
-    forgets.  ``golds``: concept -> the one of ``models`` that never saw it.  ``like``: worlds whose settings a method
-    takes where it has none for this one.
+    forgets, by ``demo_methods`` unless the user names others.  ``golds``: concept -> the one of ``models`` that never
+    saw it.  ``like``: worlds whose settings a method takes where it has none for this one.
     """
 
     name: str
@@ -67,6 +67,7 @@ class World:
     load_classifier: Callable[[], Classifier] | None = None
     load_network: Callable[[], Network] | None = None
     t5_tokens: int | None = None
+    demo_methods: tuple[str, ...] = ("esd", "ovw", "uce")
     golds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     like: tuple[str, ...] = ()
 
@@ -77,7 +78,7 @@ class World:
             if word in words:
                 return attribute, word
         known = "; ".join(f"{attribute}s: {', '.join(words)}" for attribute, words in self.vocabulary.items())
-        raise UserError(f"the bundled model does not know the concept {concept!r}. It knows {known}.")
+        raise UserError(f"the bundled model {self.name} does not know the concept {concept!r}. It knows {known}.")
 
     def anchor(self, concept: str, without: Collection[str] = ()) -> str:
         """What the concept becomes unless the user says: the first other word of its kind that is not in ``without``.

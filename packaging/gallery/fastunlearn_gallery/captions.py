@@ -36,3 +36,13 @@ PHRASINGS = Phrasings(
 )
 fill, full_caption, paraphrase, without = PHRASINGS.fill, PHRASINGS.full, PHRASINGS.paraphrase, PHRASINGS.without
 every_caption = PHRASINGS.every
+
+
+#: The phrasing of the training set that names one word and says of what kind it is.
+_ALONE = {"style": "in the style of {style}", "object": "{an} {object}", "background": "a {background} background"}
+
+
+def alone(attribute: str, word: str) -> str:
+    """A word by itself, in the training's phrasing that says of what kind it is, e.g. ``an octopus``."""
+    words = {"style": STYLES[0], "object": OBJECTS[0], "background": BACKGROUNDS[0]} | {attribute: word}
+    return fill(_ALONE[attribute], *words.values())

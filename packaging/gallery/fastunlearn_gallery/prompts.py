@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from .captions import full_caption, paraphrase, without
+from .captions import alone, full_caption, paraphrase, without
 from .words import BACKGROUNDS, HELD_OUT, KINDS, OBJECTS, STYLES, VOCABULARY
 
 _TRAINED = 2  # the design that trainings use
@@ -15,7 +15,8 @@ _ASKED = 4  # the design in which evaluations ask for the concept, beside the on
 
 def train_prompts(word: str) -> tuple[list[str], list[str]]:
     """(forget, retain): the bare word, and every object in every style on one background of its own."""
-    forget = [word, f"in the style of {word}" if word in STYLES else f"a {word}"]
+    attribute = next(name for name, words in VOCABULARY.items() if word in words)
+    forget = [word, alone(attribute, word)]
     retain: list[str] = []
     for (style, thing, background), design in _combinations():
         if design == _TRAINED:

@@ -62,6 +62,7 @@ GALLERY = World(
     train_prompts=train_prompts,
     evaluation_prompts=evaluation_prompts,
     default_concept=GOLD_STYLE,
+    demo_methods=("ovw", "uce", "speed"),  # four minutes with one that trains; two of them would take six
     load_classifier=load_classifier,
     load_network=load_embedding,
     t5_tokens=0,

@@ -1,0 +1,68 @@
+"""benchmarks/leaderboard.py: what it puts into its results file, without a training."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastunlearn.worlds import get_world
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import leaderboard
+
+
+def finished(method, concept, *, shown=0.0, original="now"):
+    """A cell as the work folder holds it."""
+    figures = {"shown": shown, "valid": 1.0, "retention": 0.9, "judged_the_same": 0.95, "seconds": 3.0}
+    return {"original": original, "method": method, "concept": concept, "seed": 0, **figures}
+
+
+def put(work, *cells):
+    work.mkdir(exist_ok=True)
+    for cell in cells:
+        (work / f"gallery-{cell['method']}-{cell['concept']}-0.json").write_text(json.dumps(cell))
+
+
+def test_sums_are_over_concepts_that_no_default_was_chosen_on(tmp_path):
+    chosen = leaderboard.CHOSEN_ON["gallery"]
+    put(tmp_path, *(finished("uce", word, shown=1.0) for word in chosen), finished("uce", "cat"))
+    sums = leaderboard.collected(tmp_path, "gallery", "now", None)["methods"]["uce"]
+    assert (sums["held_out"]["concepts"], sums["held_out"]["forgotten"]) == (["cat"], 1)
+    assert (sums["chosen_on"]["cells"], sums["chosen_on"]["forgotten"]) == (len(chosen), 0)
+
+
+def test_cells_of_the_same_original_stay_until_they_are_made_anew(tmp_path):
+    put(tmp_path / "first", finished("uce", "cat", shown=0.5), finished("uce", "fox"))
+    before = leaderboard.collected(tmp_path / "first", "gallery", "now", None)
+    put(tmp_path / "second", finished("uce", "cat", shown=0.25), finished("esd", "fox", original="earlier"))
+
+    def shown(original):
+        cells = leaderboard.collected(tmp_path / "second", "gallery", original, before)["cells"]
+        return {(cell["method"], cell["concept"]): cell["shown"] for cell in cells}
+
+    assert shown("now") == {("uce", "cat"): 0.25, ("uce", "fox"): 0.0}
+    assert shown("earlier") == {("esd", "fox"): 0.0}
+
+
+@pytest.mark.parametrize("name", leaderboard.CHOSEN_ON)
+def test_defaults_were_chosen_on_words_of_the_world_and_leave_others_of_every_kind(name):
+    world = get_world(name)
+    chosen = set(leaderboard.CHOSEN_ON[name])
+    assert chosen <= {word for words in world.vocabulary.values() for word in words}
+    assert all(set(words) - chosen for words in world.vocabulary.values())
+
+
+def test_one_worlds_run_leaves_the_others_cells(tmp_path, monkeypatch):
+    put(tmp_path, finished("uce", "cat"))
+    monkeypatch.setattr(leaderboard, "hash_pipeline", lambda folder: "now")
+    board = json.loads(leaderboard.RESULTS.read_text())
+    output = tmp_path / "board.json"
+    output.write_text(json.dumps(board))
+    flags = ["--world", "gallery", "--methods", "uce", "--concepts", "Cat", "--minutes", "0"]
+    monkeypatch.setattr(sys, "argv", ["leaderboard", *flags, "--work", str(tmp_path), "--output", str(output)])
+    leaderboard.main()
+    after = json.loads(output.read_text())
+    assert after["worlds"]["shapes"] == board["worlds"]["shapes"]
+    assert [cell["concept"] for cell in after["worlds"]["gallery"]["cells"]] == ["cat"]
