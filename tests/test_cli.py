@@ -145,6 +145,16 @@ def test_the_version_is_the_packages(cli):
     assert (answer.status, answer.out) == (0, f"fastunlearn {fastunlearn.__version__}\n")
 
 
+def test_a_methods_defaults_are_whole_on_a_narrow_terminal(cli, monkeypatch):
+    """Cells are broken, not cut: the longest name of a part is in them piece by piece."""
+    monkeypatch.setenv("COLUMNS", "80")
+    page = cli("methods", "uce").out
+    rows = [line for line in page.splitlines() if line.startswith("│")]
+    assert len(rows) > 10
+    assert all(len(row) <= 80 for row in rows)
+    assert not any("…" in row for row in rows)
+
+
 def test_methods_lists_each_with_its_paper(cli):
     answer = cli("methods")
     assert (answer.status, answer.err) == (0, "")

@@ -2,8 +2,10 @@
 and the command line uses all of them."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,25 @@ def test_the_method_its_option_and_its_rule(installed, cli, refused, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["forgetting"] in (0.0, 1.0)
     assert "share: 1" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_method_that_the_docs_begin_with_trains(cli, tmp_path, monkeypatch):
+    """Its two files as the page has them; what pip would write of the second is written here."""
+    page = (PLUGIN.parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
+    module, project = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("python", "toml"))
+    group = tomllib.loads(project)["project"]["entry-points"]["fastunlearn.methods"]
+    (tmp_path / "halfway.py").write_text(module)
+    record = tmp_path / "mine-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text(
+        "[fastunlearn.methods]\n" + "".join(f"{name} = {value}\n" for name, value in group.items())
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "halfway" in cli("methods").out
+    assert cli("train", "--forget", "star", "--method", "halfway", "--output", tmp_path / "run", *TINY, "--steps", 2)
+    assert (tmp_path / "run" / "model" / "model_index.json").is_file()
+    sys.modules.pop("halfway")
 
 
 def test_the_metric_the_distance_and_the_judge(installed, cli, tmp_path):

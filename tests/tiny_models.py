@@ -1,5 +1,9 @@
-"""Tiny pipelines of random weights with the real classes and settings of public models; 64 px images, milliseconds."""
+"""Tiny pipelines of random weights with the real classes and settings of public models; 64 px images, milliseconds.
 
+python tests/tiny_models.py sdxl tiny-sdxl        # writes one as a folder, to try commands on
+"""
+
+import argparse
 import inspect
 import json
 import tempfile
@@ -464,3 +468,19 @@ def build(make, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
+
+
+def main(arguments=None):
+    makers = (sd1, sd2, sdxl, pixart, sd3, flux, sana, lumina2, auraflow, qwen_image, z_image)
+    names = {make.__name__: make for make in makers}
+    parser = argparse.ArgumentParser(description="Writes a tiny pipeline of random weights: what it draws is noise.")
+    parser.add_argument("name", choices=names)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(arguments)
+    if args.folder.exists():
+        parser.error(f"{args.folder} exists: name a new folder")
+    build(names[args.name]).save_pretrained(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -88,7 +88,9 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _defaults_table(method: Method) -> Table:
     """Settings down, families across."""
     columns = {key: _flat(method.defaults_for(key)) for key in method.defaults}
-    grid = Table("default of", *columns)
+    grid = Table("default of")
+    for key in columns:
+        grid.add_column(key, overflow="fold")  # no name of a part is cut
     for name in next(iter(columns.values())):
         values = [column[name] for column in columns.values()]
         if any(value is not None for value in values):

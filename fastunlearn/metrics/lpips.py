@@ -191,7 +191,8 @@ def _fetch_trunk(trunk: nn.Module, url: str, net: str) -> None:
         raise UserError(
             f"lpips-{net} needs the ImageNet weights {os.path.basename(url)}, which could not be fetched or read "
             f"({reason}): let this machine reach torchvision's downloads, put the intact file into {folder}, "
-            "give a safetensors file with `--trunk-weights`, or choose another perceptual distance"
+            "give a safetensors file with `--trunk-weights`, or take another distance by `--metric` "
+            "(`fastunlearn info` lists them)"
         ) from error
 
 
