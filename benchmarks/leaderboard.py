@@ -109,7 +109,7 @@ def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[
         result = unlearn(world, concept, method, output=folder, seed=seed, evaluation_prompts="none")
         trained = time.monotonic() - begun
         assert result.record is not None
-        report = evaluate(world, str(folder / "model"), forget=concept, cache=cache)
+        report = evaluate(world, str(folder), forget=concept, cache=cache)
     evaluation = report.results[0].evaluation
     erasure, integrity, retain = evaluation.erasure, evaluation.integrity, evaluation.retain
     assert erasure is not None

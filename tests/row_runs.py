@@ -17,7 +17,7 @@ from fastunlearn.training.trainer import Schedule, Trainer
 STEPS, BATCH = 3, 4
 FORGET, RETAIN = "a red star;a blue star", "a red ring;a green heart"
 ROW_METHODS = ("concept-ablation", "ace", "erasediff", "scissorhands", "selective-amnesia", "instance", "advanchor")
-ROW_METHODS = (*ROW_METHODS, "race", "advunlearn", "placebo-noise")
+ROW_METHODS = (*ROW_METHODS, "race", "advunlearn", "spm", "placebo-noise")
 
 
 def own_options(method, folders):

@@ -128,6 +128,8 @@ CONCEPTS = {
         [*FORGET, "star;ring;heart", "--anchor", "cross;square"],
         "names 2 texts for 3 concepts",
     ),
+    "an anchor of no tokens for spm": ([*TRAIN, "--method", "spm", "--anchor", "<|endoftext|>"], "into nothing"),
+    "an anchor of no tokens for mace": ([*TRAIN[:-2], "--method", "mace", "--anchor", "<|endoftext|>"], "into nothing"),
     "an anchor of no tokens": ([*TRAIN, "--anchor", "<|endoftext|>"], "turns the anchor '<.endoftext.>' into nothing"),
     "every concept of a kind": (
         [*FORGET, "plain;striped;checkered;dotted;gradient", "--method", "uce"],
@@ -152,6 +154,15 @@ CONCEPTS = {
     "an anchor that is the concept": ([*TRAIN, "--anchor", "STAR"], "leaves the forget prompt"),
     "an anchor for a method without": ([*TRAIN, "--method", "neggrad", "--anchor", "ring"], "takes no `--anchor`"),
     "an option that the method lacks": ([*TRAIN, "--method", "ace", "--set", "kappa=1"], "has no option 'kappa'"),
+    "an option that spm lacks": ([*TRAIN, "--method", "spm", "--set", "anchors=4"], "spm has no option 'anchors'"),
+    "an option that mace lacks": ([*TRAIN, "--method", "mace", "--set", "lamb=1"], "mace has no option 'lamb'"),
+    "steps of mace": ([*TRAIN, "--method", "mace"], "mace computes its weights in no steps. Leave `--steps` out"),
+    "a rank of mace": ([*TRAIN[:-2], "--method", "mace", "--set", "attention_rank=0"], "must be at least 1"),
+    "a ridge of mace": ([*TRAIN[:-2], "--method", "mace", "--set", "ridge=0"], "`ridge` must be above 0"),
+    "mace without keys and values": (
+        [*TRAIN[:-2], "--method", "mace", "--trainable", "conv_in"],
+        "selects none of them",
+    ),
     "a share of 0": (
         [*TRAIN, "--method", "scissorhands", "--set", "redrawn_share=0"],
         "`redrawn_share` must be above 0",
@@ -455,6 +466,7 @@ ASKING = {
     "prompts into no folder": ([*ASKED, "--output", "{new}/p.csv"], "does not exist. Make it first"),
 }
 LORA = (*TRAIN, "--adapter", "lora")
+SPM = (*TRAIN, "--method", "spm")
 EXPORT = ("export", "--output", "{new}.safetensors", "--run")
 ADAPTERS = {
     "an adapter of an unknown kind": ([*TRAIN, "--adapter", "dora"], "invalid choice: 'dora'"),
@@ -462,6 +474,12 @@ ADAPTERS = {
     "a rank beyond every layer": ([*LORA, "--rank", "9999"], "is more than any selected layer has"),
     "an alpha of 0": ([*LORA, "--lora-alpha", "0"], "above 0"),
     "a rank of nothing": ([*TRAIN, "--rank", "4"], "is of an adapter"),
+    "a rank of whole weights": ([*SPM, "--adapter", "none", "--rank", "4"], "is of an adapter"),
+    "a delta of a method that trains an adapter": (
+        [*SPM, "--save", "delta"],
+        "spm trains an adapter .* `--adapter none`",
+    ),
+    "a mask of a method that trains an adapter": ([*SPM, "--mask-density", "0.5"], "Leave `--mask-density` out"),
     "a mask beside an adapter": ([*LORA, "--mask-density", "0.5"], "which an adapter leaves alone"),
     "a mask's file beside an adapter": ([*LORA, "--mask", "{files}/star.mask.safetensors"], "an adapter leaves alone"),
     "a delta of an adapter": ([*LORA, "--save", "delta"], "two ways to save"),

@@ -6,16 +6,17 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastunlearn import plugins
 from fastunlearn.methods import Method, all_methods, broken_methods, get_method
-from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edit, Recipe, Row
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edit, Places, Recipe, Row
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
 NAMES = (
     *("esd", "ovw", "saddle", "salun", "neggrad", "uce", "rece", "speed", "concept-ablation", "ace", "erasediff"),
-    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn"),
+    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn", "spm", "mace"),
     *("placebo", "placebo-noise", "identity"),
 )
 FAMILIES = ("shapes", "stable-diffusion")
@@ -28,8 +29,14 @@ def concept(name, family="shapes", options=None, **settings):
     pictures = {"picture_folder": "i", "surrogate_folder": "s"} if name == "instance" else {}
     defaults = method.with_options(defaults, pictures | (options or {}))
     anchors = {"a star": "a circle", "star": "circle"}
-    found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}}
+    found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}, "encode": encoded}
+    found |= {"concepts": ("star",), "places": lambda prompt, names: Places((1,), 2)}
     return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, **found)
+
+
+def encoded(prompts):
+    """Every prompt's states, (n, 4, 8): the empty one's are zeros."""
+    return {"encoder_hidden_states": torch.stack([torch.full((4, 8), float(len(prompt))) for prompt in prompts])}
 
 
 def recipe(name, **settings):
@@ -107,6 +114,8 @@ def test_which_methods_take_an_anchor():
         "advanchor": "needed",
         "race": "none",
         "advunlearn": "none",
+        "spm": "optional",
+        "mace": "needed",
         "placebo": "none",
         "placebo-noise": "none",
         "identity": "none",
@@ -188,6 +197,10 @@ def test_defaults_are_settings_that_a_user_could_give(name, family):
 def test_a_methods_own_option_belongs_to_it_alone(setting, owner, family):
     having = [m.name for m in all_methods().values() if hasattr(m.defaults_for(family).options, setting)]
     assert having == [owner]
+
+
+def test_spm_alone_trains_an_adapter_by_default():
+    assert {m.name: m.adapter_rank for m in all_methods().values() if m.adapter_rank is not None} == {"spm": 1}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,19 +1,22 @@
 """Each row method's gradient against the paper's formula in plain float64 torch; the attacks that are part of some."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from plain import Plain
-from row_runs import BATCH, STEPS, Run, close, own_options
+from row_runs import BATCH, STEPS, Run, close, own_options, planned
 
 from fastunlearn.methods.recipe import UNCONDITIONAL, Recipe, Search, found
 from fastunlearn.methods.rules import Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.training import adversary
 from fastunlearn.training import trainer as trainer_module
+from fastunlearn.training.bank import build_bank
+from fastunlearn.training.engine import TorchEngine
 
 # ---- the papers' formulas --------------------------------------------------------------------------------------------
 
@@ -198,6 +201,77 @@ def test_the_gradient_of_advanchor(tiny):
     loss = run.mean(rows["forget"], forget) + 10.0 * run.mean(rows["retain"], keep)
     (gradient,) = run.step()
     close(gradient, p.gradient(loss, run.names))
+
+
+@pytest.mark.parametrize("anchor", [None, "circle"])
+def test_the_gradient_of_spm(tiny, anchor):
+    run = Run(
+        tiny, "spm", {"negative_guidance": 1.5}, retain_weight=20.0, trajectories=4, adapter="none", anchor=anchor
+    )
+    p, anchors = run.plain, run.plan.concept.anchors
+
+    def forget(row, number, k):
+        c = row.condition
+        x, t = p.point(c, number, k)
+        neutral, concept = p.t(x, t, anchors.get(c, "")), p.t(x, t, c)
+        return 1.0, p.s(x, t, c) - (neutral - 1.5 * (concept - neutral))
+
+    def keep(row, number, k):
+        x, t = p.point(row.trajectory, number, k)
+        e = run.recipe.embeddings[row.condition]["encoder_hidden_states"][None].double()
+        return 1.0, p.s(x, t, e) - p.t(x, t, e)
+
+    rows = run.rows()
+    loss = run.mean(rows["forget"], forget) + 20.0 * run.mean(rows["retain"], keep)
+    (gradient,) = run.step()
+    close(gradient, p.gradient(loss, run.names))
+
+
+def test_the_gradient_of_spms_adapter_is_that_of_its_weights_through_its_factors(tiny):
+    """Of W + B A, at any A and B: dA = B^T dW and dB = dW A^T, as alpha is the rank by default."""
+    model = load_model(tiny, "cpu")
+    _, plan = planned(model, "spm", {}, retain_weight=20.0, trainable="attn2.to_k,attn2.to_v")
+    assert plan.adapter.adapter.rank == 1
+    bank, p = build_bank(model, plan.recipe, plan.bank), Plain(model, STEPS)
+    weights = plan.selection.names
+    factors = plan.adapter.begin(model, seed=0, base="", method="spm", concept="star")
+    engine = TorchEngine(model.denoiser, factors, learning_rate=1e-3)
+    generator, moved = torch.Generator().manual_seed(1), dict(p.student.named_parameters())
+    pairs = {}
+    for name in weights:
+        layer = name.removesuffix(".weight")
+        a, b = (engine.parameters[f"{layer}.lora_{kind}.default.weight"] for kind in "AB")
+        with torch.no_grad():
+            b += 0.1 * torch.randn(b.shape, generator=generator)
+            moved[name] += b.double() @ a.double()
+        pairs[name] = a, b
+    p.student.requires_grad_(True)
+    seen = []
+    engine.optimizer.step = lambda *_, **__: seen.append({k: v.grad.clone() for k, v in engine.parameters.items()})
+    trainer = trainer_module.Trainer(
+        model, bank, plan.recipe.rule, engine, trainer_module.Schedule(1, BATCH, 0, 1, 0), Path()
+    )
+    trainer._train_step()
+    rows = [
+        [(*plan.bank.assignments[i], k) for i, k in (divmod(n, STEPS) for n in batch.row_index.tolist())]
+        for batch in (bank.batch([(role, BATCH // 2)], 0, 0) for role in ("forget", "retain"))
+    ]
+    loss = 0
+    for row, number, k in rows[0]:
+        x, t = p.point(row.condition, number, k)
+        error = p.s(x, t, row.condition) - (2 * p.t(x, t, "") - p.t(x, t, row.condition))
+        loss = loss + error.square().mean() / len(rows[0])
+    for row, number, k in rows[1]:
+        x, t = p.point(row.trajectory, number, k)
+        e = plan.recipe.embeddings[row.condition]["encoder_hidden_states"][None].double()
+        loss = loss + 20.0 * (p.s(x, t, e) - p.t(x, t, e)).square().mean() / len(rows[1])
+    of_weights = torch.autograd.grad(loss, [moved[name] for name in weights])
+    ours, plain = [], []
+    for (name, (a, b)), of_weight in zip(pairs.items(), of_weights, strict=True):
+        layer = name.removesuffix(".weight")
+        plain += [b.detach().double().T @ of_weight, of_weight @ a.detach().double().T]
+        ours += [seen[0][f"{layer}.lora_{kind}.default.weight"] for kind in "AB"]
+    close(torch.cat([one.flatten() for one in ours]), torch.cat([one.flatten() for one in plain]))
 
 
 @pytest.mark.parametrize(("method", "eta"), [("race", 2.0), ("advunlearn", 1.0)])

@@ -17,7 +17,7 @@ from tiny_models import build, ddim, flux, sd1, sd3
 
 from fastunlearn import unlearn
 from fastunlearn.errors import UserError
-from fastunlearn.methods import all_methods, get_method
+from fastunlearn.methods import all_methods, get_method, spm
 from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Edit, Inner, Recipe, Row, picture
 from fastunlearn.methods.rules import Bilevel, Project, Sum
 from fastunlearn.models.loading import load_model, wrap_pipeline
@@ -112,15 +112,67 @@ def test_the_rules_are_these():
     assert recipe("race", {"attack_radius": 0.2}).inner == Inner(10, 0.2, 0.5)
 
 
-def test_leco_is_esd_by_another_name():
-    """T(n) - g (T(c) - T(n)) with n the unconditional is ESD's target with eta = g + 1: no method of its own."""
+def test_leco_is_spm_without_anchors_and_its_target_is_esds():
+    """T(n) - g (T(c) - T(n)) with n the unconditional is ESD's target with eta = g + 1."""
     g = 1.5
-    (row, _) = (
-        get_method("esd")
-        .recipe(dataclasses.replace(concept("esd", options={"negative_guidance": g + 1}), anchors={}))
-        .rows
+    leco = dataclasses.replace(concept("spm", options={"negative_guidance": g}, retain_weight=0.0), anchors={})
+    esd = dataclasses.replace(concept("esd", options={"negative_guidance": g + 1}), anchors={})
+    ours, theirs = get_method("spm").recipe(leco), get_method("esd").recipe(esd)
+    assert list(ours.rows) == list(theirs.rows)
+    assert not ours.embeddings
+    assert dict(ours.rows[0].target) == {UNCONDITIONAL: 1 + g, "a star": -g}
+
+
+# ---- latent anchors --------------------------------------------------------------------------------------------------
+
+
+def test_spm_holds_noise_in_the_place_of_states_on_the_concepts_trajectories():
+    result = recipe("spm", trajectories=5)
+    kept = [row for row in result.rows if row.role == "retain"]
+    assert [row.trajectory for row in kept] == ["a star", "star", "a star", "star", "a star"]
+    assert {row.condition for row in kept} == set(result.embeddings)
+    assert all(dict(row.target) == {row.condition: 1.0} for row in kept)
+    assert not set(result.embeddings) & set(result.prompts())
+    for row in kept:
+        (states,) = concept("spm").encode([row.trajectory])["encoder_hidden_states"]
+        embedding = result.embeddings[row.condition]["encoder_hidden_states"]
+        assert 0.8 <= embedding.norm() / states.norm() <= 1.2
+    assert all(
+        dict(row.target) == {"a circle" if "a " in row.condition else "circle": 2.0, row.condition: -1.0}
+        for row in result.rows
+        if row.role == "forget"
     )
-    assert dict(row.target) == {UNCONDITIONAL: 1 + g, "a star": -g}
+
+
+def test_a_latent_anchor_replaces_text_alone():
+    """Sizes and masks, which are no text, stay; a vector of the whole text is noise, too."""
+
+    def encode(prompts):
+        texts = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return {
+            "encoder_hidden_states": texts.view(-1, 1, 1).expand(-1, 3, 6),
+            "text_embeds": texts.view(-1, 1).expand(-1, 5),
+            "time_ids": torch.full((len(prompts), 6), 64.0),
+            "encoder_attention_mask": (torch.arange(3) < texts.view(-1, 1)).float(),
+        }
+
+    told = dataclasses.replace(concept("spm"), encode=encode)
+    embedding = next(iter(get_method("spm").recipe(told).embeddings.values()))
+    before = {name: values[0] for name, values in encode(["a star"]).items()}
+    assert {name for name in before if not torch.equal(before[name], embedding[name])} == {
+        "encoder_hidden_states",
+        "text_embeds",
+    }
+    assert embedding["encoder_hidden_states"].std() > 0
+
+
+def test_latent_anchors_near_the_concept_are_the_fewest():
+    """In two dimensions, where it shows: with a density of 1 - cos the mean cosine is -1/2."""
+    states, generator = torch.tensor([[3.0, 4.0]]), torch.Generator().manual_seed(0)
+    drawn = torch.cat([spm._near_in_norm(states, generator) for _ in range(2000)])
+    cosine = torch.cosine_similarity(drawn, states)
+    assert abs(cosine.mean().item() + 0.5) < 0.05
+    assert drawn.norm(dim=1).aminmax() == pytest.approx((4.0, 6.0), abs=0.01)
 
 
 def test_the_noise_variant_of_concept_ablation_does_not_ask_for_the_anchor(tiny):
@@ -266,6 +318,7 @@ def test_every_method_trains_flow_models(method, family, folders, flow_folders):
 @pytest.mark.parametrize("method", ROW_METHODS)
 def test_a_short_run_changes_what_is_selected_alone(method, tiny, folders, tmp_path):
     anchor = {"anchor": "circle"} if get_method(method).anchor == "needed" else {}
+    anchor |= {"adapter": "none"} if get_method(method).adapter_rank else {}
     given = {"forget_prompts": FORGET, "retain_prompts": RETAIN, "trainable": "attn2.to_k"} | anchor | SHORT
     result = unlearn(tiny, "star", method, output=tmp_path / "run", **given, **own_options(method, folders))
     before, after = (load_model(str(folder), "cpu").denoiser for folder in (tiny, result.model))

@@ -151,7 +151,12 @@ def method_page(method: Method) -> str:
             "    A reconstruction: the paper's full text was not available. Below stands what is ours.",
             "",
         ]
-    lines += [f"- source: {paper}", f"- needs: {method.needs}", f"- anchor: {ANCHORS[method.anchor]}", ""]
+    lines += [f"- source: {paper}", f"- needs: {method.needs}", f"- anchor: {ANCHORS[method.anchor]}"]
+    if method.adapter_rank:
+        lines.append(
+            f"- trains [adapters](../adapters.md) of rank {method.adapter_rank}; `--adapter none`: whole weights"
+        )
+    lines.append("")
     lines += [
         "On the bundled model:",
         "",

@@ -45,7 +45,10 @@ def _changes(method: Method) -> str:
     from ..training.selection import GROUPS
 
     selector = method.defaults["stable-diffusion"].trainable
-    return "nothing" if method.name == "identity" else f"{selector}: {GROUPS.get(selector, selector)}"
+    if method.name == "identity":
+        return "nothing"
+    by = f", by an adapter of rank {method.adapter_rank}" if method.adapter_rank else ""
+    return f"{selector}: {GROUPS.get(selector, selector)}{by}"
 
 
 def method_page(name: str) -> None:
@@ -58,6 +61,7 @@ def method_page(name: str) -> None:
         ("paper", method.paper),
         ("needs", method.needs),
         ("anchor", anchors[method.anchor]),
+        ("changes", _changes(method)),
     ):
         out.print(f"{label:9} {text}")
     if method.about:

@@ -21,6 +21,7 @@ class Method:
 
     ``defaults``: by family of models or bundled world; ``stable-diffusion`` serves all that have none of their own,
     which a training's plan says.  A family without the group that they name takes its ``default_group``.
+    ``adapter_rank``: of the low-rank adapter that it trains by default; None for one that trains whole weights.
     ``options``: a frozen dataclass of the settings that this method alone has, each with a default
     (:func:`~fastunlearn.methods.recipe.option`).  A recipe reads them from ``concept.options``.
     """
@@ -33,6 +34,7 @@ class Method:
     defaults: Mapping[str, Defaults]
     options: type | None = None
     anchor: Literal["none", "optional", "needed"] = "none"
+    adapter_rank: int | None = None
     needs_retain: bool = False
     is_control: bool = False
     is_reconstruction: bool = False  # of a paper whose full text was not at hand
@@ -98,6 +100,7 @@ def _registry() -> Registry[Method]:
     from .erasediff import ERASEDIFF
     from .esd import ESD
     from .instance import INSTANCE
+    from .mace import MACE
     from .neggrad import NEGGRAD
     from .ovw import OVW
     from .race import RACE
@@ -107,11 +110,12 @@ def _registry() -> Registry[Method]:
     from .scissorhands import SCISSORHANDS
     from .selective_amnesia import SELECTIVE_AMNESIA
     from .speed import SPEED
+    from .spm import SPM
     from .uce import UCE
 
     ours = (
         *(ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, RECE, SPEED, CONCEPT_ABLATION, ACE, ERASEDIFF, SCISSORHANDS),
-        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, PLACEBO, PLACEBO_NOISE, IDENTITY),
+        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, SPM, MACE, PLACEBO, PLACEBO_NOISE, IDENTITY),
     )
     return registry(
         "method",

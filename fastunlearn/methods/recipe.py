@@ -186,6 +186,30 @@ def _has_no_teacher(row: Row) -> bool:
     return NOISE in row.target or row.trajectory.startswith(picture(""))
 
 
+@dataclasses.dataclass(frozen=True)
+class Suppression:
+    """Low-rank changes to be trained inside an edit, so that the image attends less to some places of its prompts.
+
+    ``places``: prompt -> the positions of its text states.  On the teacher's own images of the prompts, with noise,
+
+        mean over rows of the sum over cross-attentions of |A[.., places]|,   A = softmax(q k^T / sqrt(d))
+
+    falls by AdamW for ``steps`` steps, as a function of the factors B A of this ``rank``, which are added to the
+    matrices.  |.| is the root of the sum of squares over heads, pixels and places.
+    ``importance``: how often a timestep t of 1000 is drawn, to a factor; None for equally often.
+    """
+
+    places: Mapping[str, Sequence[int]]
+    rank: int
+    steps: int
+    learning_rate: float
+    importance: Callable[[float], float] | None = None
+
+
+def _no_suppression(values: Mapping[str, Tensor], wanted: Suppression) -> Mapping[str, Tensor]:
+    raise RuntimeError("weights without a model have no attention")
+
+
 def _no_gradient() -> Mapping[str, Tensor]:
     raise RuntimeError("weights without a model have no gradient")
 
@@ -202,6 +226,8 @@ class Weights:
     ``facts``: numbers by name that the edit wants the record to state, such as a condition number; it adds to them.
     ``gradient``: computes the gradient of the concept's denoising loss, ``|S(x_t, t, c) - noise|^2`` on its own
     generations, name -> float32.
+    ``suppressed``: trains a :class:`Suppression` of the edit's on matrices of these values, (out, in) by name; returns
+    the change B A of each, float32.
     """
 
     parameters: Mapping[str, Tensor]
@@ -210,6 +236,7 @@ class Weights:
     before: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = dataclasses.field(default_factory=dict)
     facts: dict[str, float] = dataclasses.field(default_factory=dict)
     gradient: Callable[[], Mapping[str, Tensor]] = _no_gradient
+    suppressed: Callable[[Mapping[str, Tensor], Suppression], Mapping[str, Tensor]] = _no_suppression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +244,11 @@ class Edit:
     """Weights to weights, in closed form: no rows, no steps.
 
     ``change`` returns new values, float32 and of the same shape, for any of the parameters that it is given.
+    ``suppressions``: what it has trained on the way, for the plan.
     """
 
     change: Callable[[Weights], Mapping[str, Tensor]]
+    suppressions: Sequence[Suppression] = ()
 
 
 def option(help: str, default: Any, **limits: float) -> Any:
@@ -256,6 +285,21 @@ def _no_pictures(folder: str) -> Mapping[str, Path]:
     raise RuntimeError("a concept without a model reads no folder")
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Positions among a prompt's text states.
+
+    ``named``: of the words that name a concept; of all its words where it names none.  ``end``: the first behind them.
+    """
+
+    named: tuple[int, ...]
+    end: int
+
+
+def _no_places(prompt: str, names: Sequence[str]) -> Places:
+    raise RuntimeError("a concept without a model cannot read prompts")
+
+
 def _no_encoder(prompts: Sequence[str]) -> Mapping[str, Tensor]:
     raise RuntimeError("a concept without a model cannot encode prompts")
 
@@ -268,6 +312,7 @@ class Concept:
     where the method needs no anchor and the user names none.  ``encode``: N prompts -> the denoiser's conditions, by
     argument, (N, ...) float32, for methods that compute with embeddings.  ``concepts``: what is to be forgotten.
     ``pictures``: a folder -> its image files by name; raises UserError for one that holds none.
+    ``places``: a prompt and names of concepts -> where these stand among its states.
     """
 
     anchor: str | None
@@ -278,6 +323,7 @@ class Concept:
     encode: Callable[[Sequence[str]], Mapping[str, Tensor]] = dataclasses.field(default=_no_encoder, compare=False)
     concepts: tuple[str, ...] = ()
     pictures: Callable[[str], Mapping[str, Path]] = dataclasses.field(default=_no_pictures, compare=False)
+    places: Callable[[str, Sequence[str]], Places] = dataclasses.field(default=_no_places, compare=False)
 
     @property
     def options(self) -> Any:

@@ -260,6 +260,15 @@ class Model(Placed, ABC):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         return sum(token not in tokenizer.all_special_ids for token in ids)
 
+    def tokens(self, prompt: str) -> list[int]:
+        """The ids that the reader makes of a prompt, in the order of its states, marks among them, padding not."""
+        tokenizer, limit = self.reader
+        return list(tokenizer(prompt, truncation=True, max_length=limit).input_ids)
+
+    def words(self, text: str) -> list[int]:
+        """The ids of a text within a prompt, without marks."""
+        return list(self.reader[0](text, add_special_tokens=False).input_ids)
+
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that the text encoder reads, not counting begin and end marks."""

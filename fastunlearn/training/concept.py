@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from ..concept_prompts import KEPT_KINDS, concept_prompts
 from ..concepts import Finder, Named, read_concepts
 from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import EMPTY, Concept, Defaults
+from ..methods.recipe import EMPTY, Concept, Defaults, Places
 from ..models.base import Model
 from .config import MaskConfig, TrainConfig
 from .pictures import find_pictures
@@ -45,8 +46,28 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
     anchor = config.anchor
     if anchor is None and len(words) == 1 and becomes and named[0].anchor is None:
         anchor = becomes[words[0]][0]
+    where = functools.partial(places, model)
     encode = lambda given: model.encode(given).of(given)  # noqa: E731 - a row for each prompt, repeats included
-    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, tuple(words), find_pictures)
+    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, tuple(words), find_pictures, where)
+
+
+def places(model: Model, prompt: str, names: Sequence[str]) -> Places:
+    """Where a prompt names these concepts, in positions of its text states.
+
+    Raises UserError where the tokenizer reads a name otherwise within the prompt than alone.
+    """
+    ids, nothing = model.tokens(prompt), model.tokens("")
+    marks = len(nothing) - len(model.words(""))
+    is_opened = bool(marks) and ids[:1] == nothing[:1]
+    first, end = int(is_opened), len(ids) - (marks - int(is_opened))
+    found: set[int] = set()
+    for name in Finder(names).named(prompt) if names else ():
+        word = model.words(name)
+        at = [start for start in range(first, end - len(word) + 1) if ids[start : start + len(word)] == word]
+        if not at:
+            raise UserError(f"the tokenizer reads {name!r} otherwise within {prompt!r}. Use other `--forget-prompts`.")
+        found |= {start + step for start in at for step in range(len(word))}
+    return Places(tuple(sorted(found)) or tuple(range(first, end)), end)
 
 
 def _proposed(words: Sequence[str], model: Model) -> list[str]:

@@ -62,10 +62,12 @@ class TrainConfig(ModelOptions):
     mask_granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
     )
-    adapter: Literal["lora"] | None = setting(
-        "lora: train low-rank adapters of the trainable layers, saved alone, and leave the weights as they are", None
+    adapter: Literal["lora", "none"] | None = setting(
+        "lora: train low-rank adapters of the trainable layers, saved alone, and leave the weights as they are; none: "
+        "whole weights, also of a method that trains adapters by default",
+        None,
     )
-    rank: int | None = setting(f"of the adapters ({DEFAULT_RANK} where none is given)", None)
+    rank: int | None = setting(f"of the adapters; default: the method's, else {DEFAULT_RANK}", None)
     lora_alpha: float | None = setting("the adapters' strength is this by their rank; default: the rank", None)
     weight_decay: float = setting("AdamW's decay", 0.0)
     max_grad_norm: float = setting("gradient clipping; 0: none", 1.0)
@@ -135,12 +137,13 @@ class TrainConfig(ModelOptions):
         if self.resume and self.overwrite:
             raise UserError("`--resume` continues a run and `--overwrite` replaces it: give one of them.")
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters train, as far as is said here; see :func:`.low_rank.with_default_adapter`."""
+        return self.adapter == "lora"
+
     def _check_adapter(self) -> None:
-        if self.adapter is None:
-            for name in ("rank", "lora_alpha"):
-                if getattr(self, name) is not None:
-                    flag = f"--{name.replace('_', '-')}"
-                    raise UserError(f"`{flag}` is of an adapter: give `--adapter lora` too, or leave it out.")
+        if not self.is_adapted:
             return
         for name in ("mask", "mask_density"):
             if getattr(self, name) is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..methods.recipe import EMPTY, Edit, Weights
+from ..methods.recipe import EMPTY, Edit, Suppression, Weights
 from ..models.base import Model, Tensors
 from .selection import Selection
 
@@ -35,11 +35,12 @@ def edit_weights(
     edit: Edit,
     selection: Selection,
     gradient: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+    suppressed: Callable[[Mapping[str, torch.Tensor], Suppression], Mapping[str, torch.Tensor]] | None = None,
 ) -> Edited:
     """Run the edit.
 
-    ``gradient``: what the edit finds as :class:`Weights`'.  Raises UserError where it gives anything but finite values
-    of the parameters that are selected.
+    ``gradient``, ``suppressed``: what the edit finds as :class:`Weights`'.  Raises UserError where it gives anything
+    but finite values of the parameters that are selected.
     """
     named = dict(model.denoiser.named_parameters())
     given = {name: named[name].detach().float() for name in selection.names}
@@ -51,7 +52,10 @@ def edit_weights(
     }
     before = {name: readers[what] for name, what in (*layers.items(), *pooled.items()) if what is not None}
     weights = Weights(given, tuple(layers), tuple(pooled), before)
-    new = edit.change(weights if gradient is None else dataclasses.replace(weights, gradient=gradient))
+    weights = dataclasses.replace(
+        weights, gradient=gradient or weights.gradient, suppressed=suppressed or weights.suppressed
+    )
+    new = edit.change(weights)
     for name, values in new.items():
         if name not in given:
             raise UserError(f"the edit changes {name!r}, which is not selected. Use another `--trainable`.")

@@ -67,7 +67,7 @@ def check_export(model: Model, selection: Selection) -> None:
 
 def exported_to(config: TrainConfig, folder: Path) -> Path:
     """Where a run writes what it made: the folder of a pipeline, or the file of a delta or of an adapter."""
-    if config.adapter is not None:
+    if config.is_adapted:
         return folder / FILE
     return folder / ("delta.safetensors" if config.save == "delta" else "model")
 

@@ -67,7 +67,7 @@ def named_source(model: Any, config: TrainConfig) -> Iterator[tuple[str, str]]:
             f"{type(model).__name__}."
         )
     with contextlib.ExitStack() as stack:
-        if config.save == "delta" or config.adapter is not None:
+        if config.save == "delta" or config.is_adapted:
             folder = tempfile.mkdtemp(prefix="fastunlearn-original-")
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastunlearn-original-"))
@@ -83,8 +83,8 @@ def _named_folder(config: TrainConfig) -> Iterator[str]:
         yield config.model
         return
     is_made = config.lora is not None or not is_kept(run)
-    if is_made and (config.save == "delta" or config.adapter is not None):
-        flag = "--adapter" if config.adapter else "--save delta"
+    if is_made and (config.save == "delta" or config.is_adapted):
+        flag = "--adapter" if config.is_adapted else "--save delta"
         what = f"{run} with its LoRA" if config.lora else f"the model of the run {run}"
         lora = " --lora FILE" if config.lora else ""
         raise UserError(

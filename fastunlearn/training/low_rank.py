@@ -5,10 +5,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ..errors import UserError
+from ..methods import Method
 from ..models.adapters import Adapter, beyond_full_rank, import_peft, plan_adapter, put_on
 from ..models.base import Model
 from .config import DEFAULT_RANK, TrainConfig
 from .selection import Selection
+
+
+def with_default_adapter(config: TrainConfig, method: Method) -> TrainConfig:
+    """The settings with the method's own adapter, where they ask for none and for no whole weights either.
+
+    Raises UserError for settings that contradict it.
+    """
+    if config.adapter is None and method.adapter_rank is not None:
+        for name, given in (
+            ("save", config.save == "delta"),
+            ("mask", config.mask),
+            ("mask_density", config.mask_density),
+        ):
+            if given:
+                flag = "--save delta" if name == "save" else f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"the method {method.name} trains an adapter and leaves the weights alone. Leave `{flag}` out, or "
+                    "give `--adapter none`."
+                )
+        return dataclasses.replace(config, adapter="lora")
+    if not config.is_adapted:
+        for name in ("rank", "lora_alpha"):
+            if getattr(config, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"`{flag}` is of an adapter: give `--adapter lora` too, or leave it out.")
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +52,19 @@ class AdapterPlan:
     untried_rate: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, model: Model, names: Sequence[str], *, drops_mask: bool) -> AdapterPlan | None:
+    def of(
+        cls, config: TrainConfig, method: Method, model: Model, names: Sequence[str], *, drops_mask: bool
+    ) -> AdapterPlan | None:
         """On the layers whose weights are among ``names``; None where no adapter is asked for.  Raises UserError."""
-        if config.adapter is None:
+        if not config.is_adapted:
             return None
         import_peft()
-        adapter = plan_adapter(model.denoiser, names, config.rank or DEFAULT_RANK, config.lora_alpha)
+        rank = config.rank or method.adapter_rank or DEFAULT_RANK
+        adapter = plan_adapter(model.denoiser, names, rank, config.lora_alpha)
         small = tuple(beyond_full_rank(model.denoiser, adapter))
         left_out = len(names) - len(adapter.layers)
-        return cls(adapter, left_out, small, drops_mask, untried_rate=config.learning_rate is None)
+        is_untried = config.learning_rate is None and method.adapter_rank is None
+        return cls(adapter, left_out, small, drops_mask, untried_rate=is_untried)
 
     def begin(self, model: Model, *, seed: int, base: str, method: str, concept: str) -> Selection:
         """Put the adapter on the model, and select its tensors; ``base``: the hash of the model's files."""

@@ -56,9 +56,9 @@ class Workload:
 
     ``trained``: names of the parameters of which something changes; with ``rank`` these stay, and low-rank adapters on
     them train.  ``selected``: elements that change, None for all.  ``bank_batch_size``: trajectories per forward, each
-    asked for ``branches`` conditions in ``bank_precision``.  ``rows``: of the bank.  ``prompts``: encoded ones.
-    ``gradients``: sets of gradients that are alive at once.  ``is_held``: whether the weights are held to where they
-    started.
+    asked for ``branches`` conditions in ``bank_precision``.  ``rows``: of the bank; an edit mostly has none.
+    ``prompts``: encoded ones.  ``gradients``: sets of gradients that are alive at once.  ``is_held``: whether the
+    weights are held to where they started.
     """
 
     trained: tuple[str, ...]
@@ -171,6 +171,11 @@ class _Counter:
 
     def edit(self) -> Phase:
         device = {"denoiser": self.weights, "new weights": 4 * self.selected, "activations": self._forward(1, 1)}
+        if self.work.rows:  # it trains on images of its own, by whole new weights
+            trajectories = min(self.work.bank_batch_size or 64, self.work.trajectories)
+            sampled = self._forward(trajectories, self.work.branches)
+            trained = self._step(self.work.micro_batch_size, self.work.mixed_precision)
+            device |= {"bank": self._bank, "activations": max(sampled, trained)}
         return self._phase("edit", device, others=[self.model.denoiser])
 
     def export(self) -> Phase:

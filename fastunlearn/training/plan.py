@@ -31,10 +31,11 @@ from .edit import pooled_inputs
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
-from .low_rank import AdapterPlan
+from .low_rank import AdapterPlan, with_default_adapter
 from .memory import Workload
 from .pictures import check_pictures
 from .selection import GROUPS, Selection, load_mask, select_parameters
+from .suppression import plan_images, watched_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainPlan:
     total_parameters: int
     bank: BankPlan
     search_trajectories: int  # of each embedding that is found first
-    search_evaluations: int
+    search_evaluations: int  # of what is found before training, or inside an edit
     loop_forwards: int
     seconds_per_evaluation: float | None  # None for a model without weights, and for an edit
     evidence: EvidencePlan | None  # None where the training ends by its steps alone
@@ -91,6 +92,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
 
     Raises UserError for all that can be known now: also for what only the export would fail by.
     """
+    config = with_default_adapter(config, method)
     settings = _settings(config, method, model)
     accumulation = config.gradient_accumulation_steps or 1
     deepspeed = None
@@ -112,13 +114,15 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     _check_engine(config, method, recipe, settings)
     if isinstance(recipe, Recipe):
         check_pictures(model, recipe.pictures)
+    elif recipe.suppressions and not is_sketch(model):
+        watched_layers(model)  # else only the edit itself would say so
     is_edit = isinstance(recipe, Edit)
     rows = Recipe([], Sum()) if isinstance(recipe, Edit) else recipe
     if config.trajectories is None:
         forget = sum(row.role == "forget" for row in rows.rows)
         settings = dataclasses.replace(settings, trajectories=max(settings.trajectories, forget))
     names = select_parameters(model, settings.trainable)
-    low_rank = AdapterPlan.of(config, model, names, drops_mask=settings.mask_density is not None)
+    low_rank = AdapterPlan.of(config, method, model, names, drops_mask=settings.mask_density is not None)
     selection = Selection.of(model.denoiser, low_rank.adapter.weights if low_rank else names)
     trainable = low_rank.adapter.total if low_rank else selection.total
     if low_rank is not None:
@@ -171,10 +175,17 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         share = len({row.role for row in rows.rows})
         attacked = settings.steps - math.ceil(rows.inner.warm_up * settings.steps)
         loop_forwards += attacked * rows.inner.steps * -(-rows_per_step // share)
+    search_evaluations = _search_evaluations(rows, bank, search_trajectories, settings.micro_batch_size)
+    inside: list[BankPlan] = []
+    if isinstance(recipe, Edit) and recipe.suppressions:
+        inside = _inside_edit(config, model, recipe, settings)
+        search_evaluations = sum(images.unet_evaluations for images in inside)
+        loop_forwards = sum(one.steps for one in recipe.suppressions) * settings.micro_batch_size
     memory = None
     if config.dry_run:
         device = resolve_device(config.device) if is_sketch(model) else model.device
-        work = _workload(config, device, selection, trainable, recipe, bank, evidence, settings, world, deepspeed)
+        largest = max(inside, key=lambda images: images.rows, default=bank)
+        work = _workload(config, device, selection, trainable, recipe, largest, evidence, settings, world, deepspeed)
         work = dataclasses.replace(work, rank=low_rank.adapter.rank if low_rank else None)
         memory = plan_memory(Blueprint.of_model(model), work, device, config.device_memory_gib)
     return TrainPlan(
@@ -196,7 +207,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         total_parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
         bank=bank,
         search_trajectories=search_trajectories,
-        search_evaluations=_search_evaluations(rows, bank, search_trajectories, settings.micro_batch_size),
+        search_evaluations=search_evaluations,
         loop_forwards=loop_forwards,
         seconds_per_evaluation=(
             None if is_edit or is_sketch(model) else _time_evaluation(model, settings.micro_batch_size)
@@ -210,6 +221,13 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
             else ()
         ),
     )
+
+
+def _inside_edit(config: TrainConfig, model: Model, edit: Edit, settings: Defaults) -> list[BankPlan]:
+    """The images of everything that an edit has trained on the way."""
+    given = {"trajectories": settings.trajectories, "num_inference_steps": config.trajectory_steps}
+    scale, seed = config.trajectory_guidance_scale, config.seed
+    return [plan_images(model, one, guidance_scale=scale, seed=seed, **given)[1] for one in edit.suppressions]
 
 
 def _search_evaluations(recipe: Recipe, bank: BankPlan, trajectories: int, micro_batch_size: int) -> int:
@@ -291,13 +309,13 @@ def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, se
             raise UserError(
                 f"the method {method.name} computes its weights and trains nothing. Leave `--deepspeed` out."
             )
-        if config.adapter is not None:
+        if config.is_adapted:
             raise UserError(
                 f"the method {method.name} computes whole weights, not factors of them. Leave `--adapter` out."
             )
         if settings.steps:
             raise UserError(f"the method {method.name} computes its weights in no steps. Leave `--steps` out.")
-    elif config.adapter is not None and (recipe.start is not None or recipe.elastic):
+    elif config.is_adapted and (recipe.start is not None or recipe.elastic):
         what = "holds each weight to where it started" if recipe.elastic else "edits whole weights before it trains"
         raise UserError(f"the method {method.name} {what}, which an adapter has not. Leave `--adapter` out.")
     elif config.deepspeed is not None and (recipe.elastic or recipe.inner):

@@ -47,7 +47,14 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     if plan.is_uncounted:
         memory = ["memory      not counted: this denoiser asks for values of its inputs, unknown in advance"]
     if isinstance(plan.recipe, Edit):
-        lines.append("edit        in closed form: no rows, no steps")
+        if plan.loop_forwards:
+            count = len(plan.recipe.suppressions)
+            lines.append(
+                f"edit        in closed form, between which attention to {count} "
+                f"concept{'s' if count > 1 else ''} is trained away: {total:,} UNet evaluations"
+            )
+        else:
+            lines.append("edit        in closed form: no rows, no steps")
         if plan.pooled:
             lines.append(
                 f"untouched   what reads the pooled text ({', '.join(plan.pooled)}): edits change what reads states"

@@ -22,7 +22,7 @@ from ..files.atomic import write_json, write_text
 from ..files.run_folder import check_output, claimed, own, prepare_output
 from ..files.weights import pipeline_files
 from ..methods import get_method
-from ..methods.recipe import Edit, Recipe
+from ..methods.recipe import Edit, Recipe, Suppression
 from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
@@ -39,12 +39,14 @@ from .evidence import Evidence
 from .export import export, exported_to
 from .fit import fit
 from .inputs import config_of, kept_folder, named_source
+from .low_rank import with_default_adapter
 from .plan import TrainPlan, plan_training, resolved
 from .plan_words import plan_lines
 from .result import UnlearnResult
 from .resume import KEY, check_same_run, check_settings, run_key
 from .saliency import concept_gradient, make_mask
 from .selection import Selection, load_mask, save_mask
+from .suppression import suppressed
 
 
 def unlearn(
@@ -75,6 +77,7 @@ def unlearn(
         else:
             output = stack.enter_context(kept_folder()) if output is None else output
             config = config_of(model, concept, method, output, settings)
+        config = with_default_adapter(config, get_method(config.method))
         source, name = stack.enter_context(named_source(model, config))
         folder = Path(config.output).expanduser()
         world = world_of_environment()
@@ -129,7 +132,8 @@ class _Run:
         bank, evidence, edited = None, None, None
         if isinstance(plan.recipe, Edit):
             with self._stage("edit"):
-                edited = edit_weights(model, plan.recipe, selection, lambda: self._gradient(plan, model))
+                gradient, attention = partial(self._gradient, plan, model), partial(self._suppressed, plan, model)
+                edited = edit_weights(model, plan.recipe, selection, gradient, attention)
             self.reporter.edited(edited.facts)
         else:
             bank, evidence = self._bank(plan.recipe, plan, model)
@@ -209,6 +213,12 @@ class _Run:
         told = partial(self.reporter.working, "edit")
         budget = self._gradient_budget(plan)
         return concept_gradient(model, plan.concept.forget_prompts, names, guidance=0.0, on_progress=told, **budget)
+
+    def _suppressed(
+        self, plan: TrainPlan, model: Model, values: Mapping[str, torch.Tensor], wanted: Suppression
+    ) -> Mapping[str, torch.Tensor]:
+        told = partial(self.reporter.working, "edit")
+        return suppressed(model, values, wanted, on_progress=told, **self._gradient_budget(plan))
 
     def _gradient_budget(self, plan: TrainPlan) -> dict[str, Any]:
         return {
