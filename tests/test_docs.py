@@ -134,7 +134,7 @@ def test_the_readme_is_short_and_names_its_limits():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130
     assert all(f"`{method.name}`" in text for method in our_methods())
-    for words in ("No real weights", "No GPU figures", "reconstructions", "blind to hue", "Forgotten is not gone"):
+    for words in ("No real weights", "no GPU figures", "reconstructions", "blind to hue", "Forgotten is not gone"):
         assert words in text
 
 

@@ -379,9 +379,10 @@ def _save(save: Callable[[Path], None], folder: Path) -> None:
     unfinished = folder.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(unfinished)
-    for path in unfinished.rglob("config.json"):
+    for path in unfinished.rglob("*config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
+        for name in ("_name_or_path", "is_local", "local_files_only"):
+            config.pop(name, None)
         if "dtype" in config:  # transformers would load the type of the file, diffusers loads float32
             config["dtype"] = "float32"
         write_json(path, config)
