@@ -29,7 +29,8 @@ def concept(name, family="shapes", options=None, **settings):
     defaults = method.with_options(defaults, pictures | (options or {}))
     anchors = {"a star": "a circle", "star": "circle"}
     found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}}
-    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, **found)
+    without = {"a star": "a", "star": UNCONDITIONAL}
+    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, without=without, **found)
 
 
 def recipe(name, **settings):
@@ -67,6 +68,13 @@ def test_esd_guides_the_concept_away_from_itself(eta):
     for row in result.rows:
         assert (row.role, row.trajectory) == ("forget", row.condition)
         assert dict(row.target) == {row.condition: 1 - eta, UNCONDITIONAL: eta}
+
+
+def test_esd_can_guide_away_along_the_concept_alone():
+    """T(c) - eta * (T(c) - T(r)), r being the prompt without the concept; of the bare word that is nothing."""
+    told = concept("esd", options={"negative_guidance": 1.5, "reference": "without"})
+    rows = get_method("esd").recipe(dataclasses.replace(told, anchor=None, anchors={})).rows
+    assert [dict(row.target) for row in rows] == [{"a star": -0.5, "a": 1.5}, {"star": -0.5, UNCONDITIONAL: 1.5}]
 
 
 def test_esd_with_an_anchor_starts_from_the_anchor():
@@ -136,6 +144,15 @@ def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
     ]
     assert [dict(row.target) for row in rows_of(result, "retain")] == [{"a ring": 1.0}, {"a heart": 1.0}]
     assert "circle" not in " ".join(result.prompts())
+
+
+def test_saddle_can_measure_from_what_is_guided_by_the_concept_alone():
+    result = recipe("saddle", options={"reference": "without"})
+    assert [dict(row.target) for row in rows_of(result, "forget")] == [
+        {"a star": 2.0, "a": -1.0},
+        {"star": 2.0, UNCONDITIONAL: -1.0},
+    ]
+    assert result.rule == Saddle(kappa=concept("saddle").options.kappa)
 
 
 def test_salun_relabels_the_concept_and_trains_on_what_is_kept():

@@ -69,6 +69,48 @@ def test_the_gradient_of_concept_ablation(noise_based, tiny):
     close(gradient, p.gradient(loss, run.names))
 
 
+def without(prompt):
+    return " ".join(prompt.replace("star", "").split())
+
+
+@pytest.mark.parametrize(("kind", "reference"), [("empty", lambda prompt: ""), ("without", without)])
+def test_the_gradient_of_esd(kind, reference, tiny):
+    run = Run(tiny, "esd", {"negative_guidance": 1.5, "reference": kind})
+    p = run.plain
+
+    def forget(row, number, k):
+        c = row.condition
+        x, t = p.point(c, number, k)
+        return 1.0, p.s(x, t, c) - (p.t(x, t, c) - 1.5 * (p.t(x, t, c) - p.t(x, t, reference(c))))
+
+    loss = run.mean(run.rows(("forget",))["forget"], forget)
+    (gradient,) = run.step()
+    close(gradient, p.gradient(loss, run.names))
+
+
+@pytest.mark.parametrize(("kind", "reference"), [("empty", lambda prompt: ""), ("without", without)])
+def test_the_gradient_of_saddle(kind, reference, tiny):
+    run = Run(tiny, "saddle", {"lambda_start": 0.3, "kappa": 2.0, "reference": kind})
+    p = run.plain
+
+    def guided(row, number, k):
+        c = row.condition
+        x, t = p.point(c, number, k)
+        return 1.0, p.s(x, t, c) - (2 * p.t(x, t, c) - p.t(x, t, reference(c)))
+
+    rows = run.rows()
+    loss = run.mean(rows["retain"], distilled(run)) - 0.3 * run.mean(rows["forget"], guided)
+    strength = []
+    for row, number in run.plan.bank.assignments:
+        for k in range(STEPS) if row.role == "forget" else ():
+            c = row.condition
+            x, t = p.point(c, number, k)
+            strength.append((p.t(x, t, c) - p.t(x, t, reference(c))).square().mean())
+    assert float(run.trainer.state["margin"]) == pytest.approx(2.0 * float(sum(strength)) / len(strength), rel=1e-4)
+    (gradient,) = run.step()
+    close(gradient, p.gradient(loss, run.names))
+
+
 def test_the_gradient_of_ace(tiny):
     options = {"negative_guidance": 3.0, "anchor_guidance": 2.0, "null_weight": 0.8, "prior_weight": 0.4}
     run = Run(tiny, "ace", options, trajectories=4)

@@ -24,7 +24,7 @@ class Measured(Protocol):
     """What a rule may ask of the training rows before the first step."""
 
     def concept_strength(self) -> float:
-        """Mean over the forget rows of ``(teacher(concept) - teacher(unconditional))^2``."""
+        """Mean over the forget rows of ``(teacher(concept) - target)^2``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Alternate(Rule):
 class Saddle(Rule):
     """Minimise over weights, maximise over lambda >= 0: ``retain + lambda * (margin - forget)``.
 
-    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - teacher(unconditional)|^2``;
+    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - target|^2``;
     lambda, the price of missing it, follows by dual ascent, ``lambda += dual_rate * (1 - forget / margin)``, in
     [0, lambda_max].
     """

@@ -11,7 +11,7 @@ from ..concept_prompts import KEPT_KINDS, concept_prompts
 from ..concepts import Finder, Named, read_concepts
 from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import EMPTY, Concept, Defaults
+from ..methods.recipe import EMPTY, UNCONDITIONAL, Concept, Defaults
 from ..models.base import Model
 from .config import MaskConfig, TrainConfig
 from .pictures import find_pictures
@@ -46,7 +46,17 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
     if anchor is None and len(words) == 1 and becomes and named[0].anchor is None:
         anchor = becomes[words[0]][0]
     encode = lambda given: model.encode(given).of(given)  # noqa: E731 - a row for each prompt, repeats included
-    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, tuple(words), find_pictures)
+    return Concept(
+        anchor,
+        tuple(forget),
+        anchors,
+        tuple(retain),
+        settings,
+        encode=encode,
+        concepts=tuple(words),
+        without=_without(forget, words),
+        pictures=find_pictures,
+    )
 
 
 def _proposed(words: Sequence[str], model: Model) -> list[str]:
@@ -82,7 +92,7 @@ def held_out_concept(config: TrainConfig, method: Method, model: Model, concept:
         return concept
     becomes = _anchors(config, method, model, read_concepts(config.forget))
     anchors = _anchored(config, forget, words, becomes)
-    return dataclasses.replace(concept, forget_prompts=tuple(forget), anchors=anchors)
+    return dataclasses.replace(concept, forget_prompts=tuple(forget), anchors=anchors, without=_without(forget, words))
 
 
 def forget_prompts(config: TrainConfig | MaskConfig, model: Model, words: Sequence[str]) -> list[str]:
@@ -154,6 +164,13 @@ def _check_anchors(model: Model, words: Sequence[str], becomes: dict[str, list[s
         raise UserError(
             f"the tokenizer turns the anchor {empty[0]!r} into nothing. Use other words, or '' for the empty prompt."
         )
+
+
+def _without(forget: Sequence[str], words: Sequence[str]) -> dict[str, str]:
+    """Every forget prompt without the concepts' words; the unconditional where that leaves nothing, or all of it."""
+    finder = Finder(words)
+    cut = {prompt: finder.replaced(prompt, dict.fromkeys(words, "")) for prompt in forget}
+    return {prompt: rest if rest and finder.named(prompt) else UNCONDITIONAL for prompt, rest in cut.items()}
 
 
 def _anchored(
