@@ -52,7 +52,9 @@ ESD = Method(
     options=Options,
     anchor="optional",
     defaults={
-        "shapes": Defaults(120, 7e-4, 16, 8, "cross-attention", "linear", stop_residual=0.25),
+        "shapes": Defaults(
+            500, 7e-4, 16, 8, "cross-attention-kv", "linear", options=Options(2.0, "without"), stop_residual=0.15
+        ),
         "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention"),
     },
 )
