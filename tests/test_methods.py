@@ -161,12 +161,12 @@ def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
 
 @pytest.mark.parametrize(("guidance", "kappa"), [(0.0, 3.0), (1.0, 0.5), (-1.5, 2.0), (1.0, 1.0)])
 def test_saddle_refuses_a_margin_on_the_wrong_side(guidance, kappa):
-    with pytest.raises(UserError, match="`guidance` below 0 and `kappa` below 1"):
-        recipe("saddle", options={"guidance": guidance, "kappa": kappa})
+    with pytest.raises(UserError, match="and `kappa` above 0 and 1, or gets to one"):
+        recipe("saddle", options={"reference_guidance": guidance, "kappa": kappa})
 
 
 def test_saddle_can_measure_from_what_is_guided_by_the_concept_alone():
-    result = recipe("saddle", options={"reference": "without", "guidance": -1.5, "kappa": 0.2})
+    result = recipe("saddle", options={"reference": "without", "reference_guidance": -1.5, "kappa": 0.2})
     assert [dict(row.target) for row in rows_of(result, "forget")] == [
         {"a star": -0.5, "a": 1.5},
         {"star": -0.5, UNCONDITIONAL: 1.5},
@@ -264,8 +264,9 @@ def test_controls_are_those_without_forget_rows(name):
 def test_a_world_or_a_family_picks_its_defaults(key, chosen):
     method = get_method("esd")
     defaults = method.defaults_for(key)
-    assert dataclasses.replace(defaults, options=None) == method.defaults[chosen]
-    assert defaults.options == method.options()
+    named = method.defaults[chosen]
+    assert dataclasses.replace(defaults, options=named.options) == named
+    assert defaults.options == (named.options or method.options())
 
 
 def test_where_a_world_has_no_defaults_those_of_its_like_come_before_the_fields():

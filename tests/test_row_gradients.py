@@ -117,7 +117,7 @@ def test_the_gradient_of_esd(kind, reference, tiny):
     ("kind", "reference", "g", "kappa"), [("empty", lambda prompt: "", 1.0, 2.0), ("without", without, -1.5, 0.2)]
 )
 def test_the_gradient_of_saddle(kind, reference, g, kappa, tiny):
-    run = Run(tiny, "saddle", {"lambda_start": 0.3, "guidance": g, "kappa": kappa, "reference": kind})
+    run = Run(tiny, "saddle", {"lambda_start": 0.3, "reference_guidance": g, "kappa": kappa, "reference": kind})
     p = run.plain
 
     def target(row, number, k):

@@ -32,7 +32,7 @@ from .rules import Saddle
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    guidance: float = option("g: how far beyond the concept the distance is measured from", 1.0)
+    reference_guidance: float = option("g: how far beyond the concept the distance is measured from", 1.0)
     kappa: float = option("the margin, in units of that distance before the first step", 3.0, above=0)
     dual_rate: float = option("how fast lambda, the price of missing the margin, moves", 0.1, above=0)
     lambda_start: float = option("lambda before the first step", 0.1, at_least=0)
@@ -44,11 +44,11 @@ class Options:
 
 def recipe(concept: Concept) -> Recipe:
     options = dataclasses.asdict(concept.options)
-    kind, g = options.pop("reference"), options.pop("guidance")
+    kind, g = options.pop("reference"), options.pop("reference_guidance")
     if g == 0 or (g > 0) != (options["kappa"] > 1):
         raise UserError(
-            "the method saddle leaves a margin behind, with `guidance` above 0 and `kappa` above 1, or gets to one, "
-            "with `guidance` below 0 and `kappa` below 1."
+            "the method saddle leaves a margin behind, with `reference_guidance` and `kappa` above 0 and 1, or gets "
+            "to one, with `reference_guidance` and `kappa` below 0 and 1."
         )
     rows = [Row("forget", c, c, {c: 1.0 + g, concept.reference(c, kind): -g}) for c in concept.forget_prompts]
     rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
@@ -65,7 +65,7 @@ SADDLE = Method(
     defaults={
         "shapes": Defaults(
             *(400, 1e-3, 16, 16, "cross-attention-kv", "linear"),
-            options=Options(guidance=-2.0, kappa=0.03, lambda_max=0.5, reference="without"),
+            options=Options(reference_guidance=-2.0, kappa=0.03, lambda_max=0.5, reference="without"),
             stop_residual=0.08,
         ),
         "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention"),
