@@ -125,6 +125,9 @@ def test_saddles_residual_is_its_way_to_the_margin():
     saddle = Saddle(kappa=3.0)
     state = {"margin": torch.tensor(3.0)}
     assert [saddle.residual(error, 1.0, state) for error in (1.0, 2.0, 3.0, 9.0)] == [1.0, 0.5, 0.0, 0.0]
+    saddle, state = Saddle(kappa=0.2), {"margin": torch.tensor(0.2)}
+    left = [saddle.residual(error, 1.0, state) for error in (1.0, 0.6, 0.2, 0.1)]
+    assert left == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-6)
 
 
 def test_it_costs_at_most_a_tenth_of_the_training(tmp_path):

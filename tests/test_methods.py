@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastunlearn import plugins
+from fastunlearn.errors import UserError
 from fastunlearn.methods import Method, all_methods, broken_methods, get_method
 from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edit, Places, Recipe, Row
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
@@ -31,7 +32,8 @@ def concept(name, family="shapes", options=None, **settings):
     anchors = {"a star": "a circle", "star": "circle"}
     found = {"pictures": lambda folder: {"a": Path(folder, "a.png")}, "encode": encoded}
     found |= {"concepts": ("star",), "places": lambda prompt, names: Places((1,), 2)}
-    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, **found)
+    without = {"a star": "a", "star": UNCONDITIONAL}
+    return Concept("circle", tuple(anchors), anchors, ("a ring", "a heart"), defaults, without=without, **found)
 
 
 def encoded(prompts):
@@ -67,7 +69,8 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("eta", [0.5, 1.0, 2.0, 7.5])
 def test_esd_guides_the_concept_away_from_itself(eta):
     """T(c) - eta * (T(c) - T("")), on the concept's own trajectory, and nothing about other prompts."""
-    told = dataclasses.replace(concept("esd", options={"negative_guidance": eta}), anchor=None, anchors={})
+    options = {"negative_guidance": eta, "reference": "empty"}
+    told = dataclasses.replace(concept("esd", options=options), anchor=None, anchors={})
     result = get_method("esd").recipe(told)
     assert result.rule == Sum()
     assert [row.condition for row in result.rows] == ["a star", "star"]
@@ -76,9 +79,16 @@ def test_esd_guides_the_concept_away_from_itself(eta):
         assert dict(row.target) == {row.condition: 1 - eta, UNCONDITIONAL: eta}
 
 
+def test_esd_can_guide_away_along_the_concept_alone():
+    """T(c) - eta * (T(c) - T(r)), r being the prompt without the concept; of the bare word that is nothing."""
+    told = concept("esd", options={"negative_guidance": 1.5, "reference": "without"})
+    rows = get_method("esd").recipe(dataclasses.replace(told, anchor=None, anchors={})).rows
+    assert [dict(row.target) for row in rows] == [{"a star": -0.5, "a": 1.5}, {"star": -0.5, UNCONDITIONAL: 1.5}]
+
+
 def test_esd_with_an_anchor_starts_from_the_anchor():
     """T(a) - eta * (T(c) - T(""))."""
-    rows = recipe("esd", options={"negative_guidance": 2.0}).rows
+    rows = recipe("esd", options={"negative_guidance": 2.0, "reference": "empty"}).rows
     assert [(row.trajectory, row.condition, dict(row.target)) for row in rows] == [
         ("a star", "a star", {"a circle": 1.0, "a star": -2.0, UNCONDITIONAL: 2.0}),
         ("star", "star", {"circle": 1.0, "star": -2.0, UNCONDITIONAL: 2.0}),
@@ -86,13 +96,24 @@ def test_esd_with_an_anchor_starts_from_the_anchor():
 
 
 def test_esd_with_the_empty_anchor_counts_the_unconditional_once():
-    told = dataclasses.replace(
-        concept("esd", options={"negative_guidance": 2.0}), anchor="", anchors={"a star": EMPTY, "star": EMPTY}
-    )
+    told = concept("esd", options={"negative_guidance": 2.0, "reference": "empty"})
+    told = dataclasses.replace(told, anchor="", anchors={"a star": EMPTY, "star": EMPTY})
     assert [dict(row.target) for row in get_method("esd").recipe(told).rows] == [
         {EMPTY: 1.0, "a star": -2.0, UNCONDITIONAL: 2.0},
         {EMPTY: 1.0, "star": -2.0, UNCONDITIONAL: 2.0},
     ]
+
+
+def test_concept_ablation_keeps_retain_prompts_only_where_there_are_some():
+    told = concept("concept-ablation", options={"prior": "retain", "prior_weight": 2.0})
+    result = get_method("concept-ablation").recipe(told)
+    assert result.rule == Sum(2.0)
+    assert [(row.trajectory, dict(row.target)) for row in rows_of(result, "retain")] == [
+        ("a ring", {"a ring": 1.0}),
+        ("a heart", {"a heart": 1.0}),
+    ]
+    with pytest.raises(UserError, match="needs retain prompts"):
+        get_method("concept-ablation").recipe(dataclasses.replace(told, retain_prompts=()))
 
 
 def test_which_methods_take_an_anchor():
@@ -136,7 +157,7 @@ def test_ovw_overwrites_by_the_anchor_and_holds_the_rest():
 
 
 def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
-    result = recipe("saddle", options={"kappa": 2.5})
+    result = recipe("saddle", family="stable-diffusion", options={"kappa": 2.5})
     assert isinstance(result.rule, Saddle)
     assert result.rule.kappa == 2.5
     assert [dict(row.target) for row in rows_of(result, "forget")] == [
@@ -147,13 +168,37 @@ def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
     assert "circle" not in " ".join(result.prompts())
 
 
+@pytest.mark.parametrize(("guidance", "kappa"), [(0.0, 3.0), (1.0, 0.5), (-1.5, 2.0), (1.0, 1.0)])
+def test_saddle_refuses_a_margin_on_the_wrong_side(guidance, kappa):
+    with pytest.raises(UserError, match="and `kappa` above 0 and 1, or gets to one"):
+        recipe("saddle", options={"reference_guidance": guidance, "kappa": kappa})
+
+
+def test_saddle_can_measure_from_what_is_guided_by_the_concept_alone():
+    result = recipe("saddle", options={"reference": "without", "reference_guidance": -1.5, "kappa": 0.2})
+    assert [dict(row.target) for row in rows_of(result, "forget")] == [
+        {"a star": -0.5, "a": 1.5},
+        {"star": -0.5, UNCONDITIONAL: 1.5},
+    ]
+    assert isinstance(result.rule, Saddle)
+    assert result.rule.kappa == 0.2
+
+
 def test_salun_relabels_the_concept_and_trains_on_what_is_kept():
-    result = recipe("salun", retain_weight=0.3)
+    result = recipe("salun", family="stable-diffusion", retain_weight=0.3)
     assert result.rule == Sum(retain_weight=0.3)
     assert [dict(row.target) for row in rows_of(result, "forget")] == [{"a circle": 1.0}, {"circle": 1.0}]
     assert [(r.trajectory, r.condition, dict(r.target)) for r in rows_of(result, "retain")] == [
         ("a ring", "a ring", {NOISE: 1.0}),
         ("a heart", "a heart", {NOISE: 1.0}),
+    ]
+
+
+def test_salun_can_keep_without_the_noise():
+    rows = rows_of(recipe("salun", options={"retain_noise": False}), "retain")
+    assert [(row.trajectory, dict(row.target)) for row in rows] == [
+        ("a ring", {"a ring": 1.0}),
+        ("a heart", {"a heart": 1.0}),
     ]
 
 
@@ -216,7 +261,8 @@ def test_a_method_that_needs_retain_prompts_asks_for_them(name):
     if method.needs_retain:
         assert used >= {"a ring", "a heart"}
     else:
-        assert method.recipe(dataclasses.replace(concept(name), retain_prompts=())).rows or name == "identity"
+        told = dataclasses.replace(concept(name, family="stable-diffusion"), retain_prompts=())
+        assert method.recipe(told).rows or name == "identity"
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -231,8 +277,9 @@ def test_controls_are_those_without_forget_rows(name):
 def test_a_world_or_a_family_picks_its_defaults(key, chosen):
     method = get_method("esd")
     defaults = method.defaults_for(key)
-    assert dataclasses.replace(defaults, options=None) == method.defaults[chosen]
-    assert defaults.options == method.options()
+    named = method.defaults[chosen]
+    assert dataclasses.replace(defaults, options=named.options) == named
+    assert defaults.options == (named.options or method.options())
 
 
 def test_where_a_world_has_no_defaults_those_of_its_like_come_before_the_fields():

@@ -172,7 +172,7 @@ def test_flux_keeps_the_unconditional_where_a_target_mixes_it():
     assert [plan.branch_prompts(row) for row in rows] == [["a", UNCONDITIONAL], ["b"]]
     assert plan.unet_evaluations == 2 * 3
     bank = build_bank(model, Recipe(rows, Sum()), plan)
-    assert bank.places.tolist() == [[1, 0]] * 2 + [[-1, 0]] * 2
+    assert bank.own.tolist() == [0] * 4
     assert bank.concept_strength() > 0
 
 

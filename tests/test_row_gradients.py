@@ -52,6 +52,31 @@ def distilled(run):
     return error
 
 
+@pytest.mark.parametrize("retain_noise", [False, True])
+def test_the_gradient_of_salun(retain_noise, tiny):
+    """Of the elements that its mask lets change; here it lets all."""
+    run = Run(tiny, "salun", {"retain_noise": retain_noise}, retain_weight=0.7)
+    rows = run.rows()
+    keep = denoised(run) if retain_noise else distilled(run)
+    loss = run.mean(rows["forget"], relabelled(run)) + 0.7 * run.mean(rows["retain"], keep)
+    (gradient,) = run.step()
+    close(gradient, run.plain.gradient(loss, run.names))
+
+
+def test_concept_ablation_can_keep_the_retain_prompts(tiny):
+    run = Run(tiny, "concept-ablation", {"prior": "retain", "prior_weight": 0.5})
+    p, anchors = run.plain, run.plan.concept.anchors
+
+    def forget(row, number, k):
+        x, t = p.point(anchors[row.condition], number, k)
+        return 1.0, p.s(x, t, row.condition) - p.t(x, t, anchors[row.condition])
+
+    rows = run.rows()
+    loss = run.mean(rows["forget"], forget) + 0.5 * run.mean(rows["retain"], distilled(run))
+    (gradient,) = run.step()
+    close(gradient, p.gradient(loss, run.names))
+
+
 @pytest.mark.parametrize("noise_based", [False, True])
 def test_the_gradient_of_concept_ablation(noise_based, tiny):
     run = Run(tiny, "concept-ablation", {"noise_based": noise_based, "prior_weight": 0.5})
@@ -68,6 +93,54 @@ def test_the_gradient_of_concept_ablation(noise_based, tiny):
 
     rows = run.rows()
     loss = run.mean(rows["forget"], forget) + 0.5 * run.mean(rows["retain"], denoised(run))
+    (gradient,) = run.step()
+    close(gradient, p.gradient(loss, run.names))
+
+
+def without(prompt):
+    return " ".join(prompt.replace("star", "").split())
+
+
+@pytest.mark.parametrize(("kind", "reference"), [("empty", lambda prompt: ""), ("without", without)])
+def test_the_gradient_of_esd(kind, reference, tiny):
+    run = Run(tiny, "esd", {"negative_guidance": 1.5, "reference": kind})
+    p = run.plain
+
+    def forget(row, number, k):
+        c = row.condition
+        x, t = p.point(c, number, k)
+        return 1.0, p.s(x, t, c) - (p.t(x, t, c) - 1.5 * (p.t(x, t, c) - p.t(x, t, reference(c))))
+
+    loss = run.mean(run.rows(("forget",))["forget"], forget)
+    (gradient,) = run.step()
+    close(gradient, p.gradient(loss, run.names))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "g", "kappa"), [("empty", lambda prompt: "", 1.0, 2.0), ("without", without, -1.5, 0.2)]
+)
+def test_the_gradient_of_saddle(kind, reference, g, kappa, tiny):
+    run = Run(tiny, "saddle", {"lambda_start": 0.3, "reference_guidance": g, "kappa": kappa, "reference": kind})
+    p = run.plain
+
+    def target(row, number, k):
+        c = row.condition
+        x, t = p.point(c, number, k)
+        return x, t, p.t(x, t, c) + g * (p.t(x, t, c) - p.t(x, t, reference(c)))
+
+    def distance(row, number, k):
+        x, t, wanted = target(row, number, k)
+        return 1.0, p.s(x, t, row.condition) - wanted
+
+    rows = run.rows()
+    sign = 1 if kappa < 1 else -1
+    loss = run.mean(rows["retain"], distilled(run)) + sign * 0.3 * run.mean(rows["forget"], distance)
+    strength = []
+    for row, number in run.plan.bank.assignments:
+        for k in range(STEPS) if row.role == "forget" else ():
+            x, t, wanted = target(row, number, k)
+            strength.append((p.t(x, t, row.condition) - wanted).square().mean())
+    assert float(run.trainer.state["margin"]) == pytest.approx(kappa * float(sum(strength)) / len(strength), rel=1e-4)
     (gradient,) = run.step()
     close(gradient, p.gradient(loss, run.names))
 

@@ -72,6 +72,17 @@ def test_saddle_ascends_in_its_state():
     assert sum(seen, ()) == pytest.approx((0.25, 0.5, 0.5, 0.6, 0.6, 0.0))
 
 
+def test_saddle_descends_to_a_margin_below_the_start():
+    rule = Saddle(kappa=0.5, dual_rate=0.2, lambda_start=0.25, lambda_max=0.6)
+    state = {name: torch.tensor(value) for name, value in {"dual": 0.25, "margin": 1.5}.items()}
+    seen = []
+    for forget_loss in (3.0, 30.0, 1.5, 0.75, 0.0):
+        assert rule.updates(state)[0] == Update({"forget": state["dual"], "retain": 1.0})
+        rule.after_step({"forget_loss": torch.tensor(forget_loss)}, state)
+        seen.append(state["dual"].item())
+    assert seen == pytest.approx([0.45, 0.6, 0.6, 0.5, 0.3]), "it rises while the margin is missed, else it falls"
+
+
 def test_a_rule_must_say_its_updates():
     @dataclasses.dataclass(frozen=True)
     class Silent(Rule):

@@ -17,6 +17,7 @@ from fastunlearn.evaluation.inputs import forgotten_by
 from fastunlearn.evaluation.plan import world_groups
 from fastunlearn.judges import Verdicts
 from fastunlearn.methods import get_method
+from fastunlearn.methods.recipe import UNCONDITIONAL
 from fastunlearn.prompts import PromptGroups, is_forget
 from fastunlearn.schema import Ancestor, Evaluation, RunRecord
 from fastunlearn.training.concept import make_concept
@@ -77,6 +78,18 @@ def test_every_prompt_has_the_anchors_of_the_concepts_that_it_names(bundled):
     assert set(made.retain_prompts) == set(concept_of(bundled, forget="star").retain_prompts) & set(
         concept_of(bundled, forget="red").retain_prompts
     )
+
+
+def test_every_prompt_without_the_concepts(bundled):
+    prompts = "star;a red star;RED star;two moons"
+    assert concept_of(bundled, forget="star", forget_prompts=prompts).without == {
+        "star": UNCONDITIONAL,  # nothing is left
+        "a red star": "a red",
+        "RED star": "RED",
+        "two moons": UNCONDITIONAL,  # where the concept is in it is not known
+    }
+    both = concept_of(bundled, forget="star;red").without["a red star on a plain background"]
+    assert both == "a on a plain background"
 
 
 def test_no_concept_becomes_another_one_by_default_and_anchors_go_in_order(bundled):

@@ -259,11 +259,12 @@ def test_the_dual_rises_below_the_margin_and_falls_above_it(tmp_path):
     assert isinstance(run.rule, Saddle)
     start = run.state["dual"].item()
     run.run()
-    assert run.state["dual"].item() > start
-    run.state["margin"].fill_(1e-9)  # far exceeded
+    risen = run.state["dual"].item()
+    assert risen > start
+    run.state["margin"].fill_(1e9)  # it must be fallen to, and is
     run.schedule = dataclasses.replace(run.schedule, steps=2)
     run.run()
-    assert run.state["dual"].item() == 0.0
+    assert run.state["dual"].item() < risen
 
 
 def test_saddle_starts_one_unit_from_its_reference(tmp_path):

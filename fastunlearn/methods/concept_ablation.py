@@ -5,7 +5,9 @@ On images of the anchor a ("a grumpy cat" becomes "a cat") the student, asked fo
 - the anchor is answered with, ``|S(x_t, t, c) - T(x_t, t, a)|^2``;
 - with ``noise_based``, they were made of, ``|S(x_t, t, c) - noise|^2``: usual training under another caption.
 
-``prior_weight`` adds the usual training loss of the anchor on the same images.
+``prior_weight`` adds the usual training loss of the anchor on the same images.  What else hangs on the weights it does
+not see; with ``prior`` "retain" the squared distance between student and teacher on retain prompts stands in its place,
+which is ours.
 
 Differs from the authors' code: x_t lies on the frozen teacher's own trajectories for the anchor, in latents (theirs:
 a thousand generated files, encoded anew and noised; the noise variant is noised here, too); T is the frozen teacher,
@@ -18,7 +20,9 @@ Defaults for Stable Diffusion: the authors' 100 steps of batch 4 on 2 GPUs at 2e
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+from ..errors import UserError
 from . import Method
 from .recipe import NOISE, Concept, Defaults, Recipe, Row, option
 from .rules import Sum
@@ -27,7 +31,11 @@ from .rules import Sum
 @dataclasses.dataclass(frozen=True)
 class Options:
     noise_based: bool = option("learn the noise of the anchor's images, not the prediction for the anchor", False)
-    prior_weight: float = option("weight of the anchor's own training loss; 0: without", 0.0, at_least=0)
+    prior_weight: float = option("weight of the prior loss; 0: without", 0.0, at_least=0)
+    prior: Literal["anchor", "retain"] = option(
+        "the prior loss: of the anchor, its own training loss; of the retain prompts, the distance from the original",
+        "anchor",
+    )
 
 
 def recipe(concept: Concept) -> Recipe:
@@ -35,7 +43,11 @@ def recipe(concept: Concept) -> Recipe:
     rows = []
     for c, a in concept.anchors.items():
         rows.append(Row("forget", a, c, {NOISE if options.noise_based else a: 1.0}))
-    if options.prior_weight:
+    if options.prior_weight and options.prior == "retain":
+        if not concept.retain_prompts:
+            raise UserError("`prior` retain needs retain prompts: give `--retain-prompts` a FILE, 'TEXT;TEXT' or auto.")
+        rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
+    elif options.prior_weight:
         rows += [Row("retain", a, a, {NOISE: 1.0}) for a in dict.fromkeys(concept.anchors.values())]
     return Recipe(rows, Sum(options.prior_weight))
 
@@ -49,7 +61,11 @@ CONCEPT_ABLATION = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(160, 1e-3, 16, 16, "cross-attention-kv", "linear", stop_residual=0.08),
+        "shapes": Defaults(
+            *(400, 1e-3, 16, 16, "cross-attention-kv", "linear"),
+            options=Options(prior_weight=10.0, prior="retain"),
+            stop_residual=0.04,
+        ),
         "stable-diffusion": Defaults(100, 1.6e-5, 8, 32, "cross-attention-kv"),
     },
 )

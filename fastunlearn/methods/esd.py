@@ -5,6 +5,10 @@ guided *away* from it:  ``T(c) - eta * (T(c) - T(""))``.  This is the form and t
 code, where eta = 2 by default; the paper writes the same with eta one smaller.  With an anchor the first term is the
 anchor's, which is their ``--erase_from``.
 
+Of a caption that says more than the concept, ``T(c) - T("")`` is all of the caption, and guiding away from it takes the
+rest along.  With ``reference`` "without" the empty prompt is replaced by the caption without the concept's words, r:
+``T(c) - eta * (T(c) - T(r))``.  On the bare word, the authors' only prompt, both are the same.
+
 Differs from the authors' code: trajectories come from the bank (the frozen teacher, as in their code; the paper samples
 from the student); where a world brings prompts that name the concept, all of them are forget prompts, since what is
 learned on the bare word does not carry to captions (theirs is the bare word, as ours is for a user's model without
@@ -15,22 +19,27 @@ the resolution is the model's native one.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from . import Method
-from .recipe import UNCONDITIONAL, Concept, Defaults, Recipe, Row, mix, option
+from .recipe import Concept, Defaults, Recipe, Row, mix, option
 from .rules import Sum
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     negative_guidance: float = option("eta: how far the prediction is guided away from the concept", 2.0)
+    reference: Literal["empty", "without"] = option(
+        "r, what it is guided to: the empty prompt, or the prompt without the concept", "empty"
+    )
 
 
 def recipe(concept: Concept) -> Recipe:
     eta = concept.options.negative_guidance
     rows = []
     for c in concept.forget_prompts:
-        rows.append(Row("forget", c, c, mix((concept.anchors.get(c, c), 1.0), (c, -eta), (UNCONDITIONAL, eta))))
+        r = concept.reference(c, concept.options.reference)
+        rows.append(Row("forget", c, c, mix((concept.anchors.get(c, c), 1.0), (c, -eta), (r, eta))))
     return Recipe(rows, Sum())
 
 
@@ -43,7 +52,9 @@ ESD = Method(
     options=Options,
     anchor="optional",
     defaults={
-        "shapes": Defaults(120, 7e-4, 16, 8, "cross-attention", "linear", stop_residual=0.25),
+        "shapes": Defaults(
+            500, 7e-4, 16, 8, "cross-attention-kv", "linear", options=Options(2.0, "without"), stop_residual=0.15
+        ),
         "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention"),
     },
 )

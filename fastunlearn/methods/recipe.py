@@ -309,8 +309,10 @@ class Concept:
     """What a method is told: prompts that show the concept, what each becomes, and prompts to keep.
 
     ``anchor`` takes the concept's place and ``anchors`` maps every forget prompt to the prompt with it; None and empty
-    where the method needs no anchor and the user names none.  ``encode``: N prompts -> the denoiser's conditions, by
-    argument, (N, ...) float32, for methods that compute with embeddings.  ``concepts``: what is to be forgotten.
+    where the method needs no anchor and the user names none.  ``without`` maps every forget prompt to itself without
+    the concept's words; to :data:`UNCONDITIONAL` where nothing else, or nothing of the concept, is in it.
+    ``encode``: N prompts -> the denoiser's conditions, by argument, (N, ...) float32, for methods that compute with
+    embeddings.  ``concepts``: what is to be forgotten.
     ``pictures``: a folder -> its image files by name; raises UserError for one that holds none.
     ``places``: a prompt and names of concepts -> where these stand among its states.
     """
@@ -322,8 +324,13 @@ class Concept:
     settings: Defaults
     encode: Callable[[Sequence[str]], Mapping[str, Tensor]] = dataclasses.field(default=_no_encoder, compare=False)
     concepts: tuple[str, ...] = ()
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pictures: Callable[[str], Mapping[str, Path]] = dataclasses.field(default=_no_pictures, compare=False)
     places: Callable[[str, Sequence[str]], Places] = dataclasses.field(default=_no_places, compare=False)
+
+    def reference(self, prompt: str, kind: Literal["empty", "without"]) -> str:
+        """What a forget prompt is compared with: the empty prompt, or itself without the concept's words."""
+        return self.without[prompt] if kind == "without" else UNCONDITIONAL
 
     @property
     def options(self) -> Any:

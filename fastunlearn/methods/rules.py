@@ -24,7 +24,7 @@ class Measured(Protocol):
     """What a rule may ask of the training rows before the first step."""
 
     def concept_strength(self) -> float:
-        """Mean over the forget rows of ``(teacher(concept) - teacher(unconditional))^2``."""
+        """Mean over the forget rows of ``(teacher(concept) - target)^2``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,10 @@ class Alternate(Rule):
 class Saddle(Rule):
     """Minimise over weights, maximise over lambda >= 0: ``retain + lambda * (margin - forget)``.
 
-    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - teacher(unconditional)|^2``;
+    The forget loss is a distance that must reach ``margin = kappa * E|teacher(concept) - target|^2``;
     lambda, the price of missing it, follows by dual ascent, ``lambda += dual_rate * (1 - forget / margin)``, in
-    [0, lambda_max].
+    [0, lambda_max].  With ``kappa`` below 1 the distance must fall to the margin instead: both differences change their
+    sign, and no step of lambda is larger than ``dual_rate``.
     """
 
     kappa: float
@@ -120,15 +121,17 @@ class Saddle(Rule):
     def residual(self, error: float, before: float, state: Mapping[str, Tensor]) -> float:
         """The share of the way to the margin that is still to go."""
         margin = float(state["margin"])
-        return max(0.0, (margin - error) / (margin - before)) if margin > before else 0.0
+        return max(0.0, (margin - error) / (margin - before)) if margin != before else 0.0
 
     def updates(self, state: State) -> Sequence[Update]:
-        return [Update({"forget": -state["dual"], "retain": 1.0})]
+        return [Update({"forget": state["dual"] if self.kappa < 1 else -state["dual"], "retain": 1.0})]
 
     def after_step(self, metrics: dict[str, Tensor], state: State) -> None:
         metrics["dual"] = state["dual"].clone()
-        ascent = self.dual_rate * (1 - metrics["forget_loss"] / state["margin"])
-        state["dual"].add_(ascent).clamp_(0.0, self.lambda_max)
+        missed = 1 - metrics["forget_loss"] / state["margin"]
+        if self.kappa < 1:
+            missed = (-missed).clamp(max=1)
+        state["dual"].add_(self.dual_rate * missed).clamp_(0.0, self.lambda_max)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,8 @@
 The student, asked for the concept, learns the teacher's prediction for another class, ``T(a)``; on images to keep it
 learns the noise, as in training, with weight alpha.  Only the elements of a saliency mask change: the share of all
 weights on which the gradient of the concept's denoising loss, summed over its rows, is largest (``saliency.py``).
+With ``retain_noise`` false the images to keep are answered as the teacher does, which on its own generations is about
+what the noise is on average, without the noise.
 
 Differs from the authors' code: both kinds of rows lie on the frozen teacher's own generations, not on a data set's
 images; the target is the frozen teacher's prediction, not the student's of the moment; the other class is the anchor,
@@ -12,14 +14,21 @@ AdamW without decay, and what the mask leaves out is not written at all, where t
 
 from __future__ import annotations
 
+import dataclasses
+
 from . import Method
-from .recipe import NOISE, Concept, Defaults, Recipe, Row
+from .recipe import NOISE, Concept, Defaults, Recipe, Row, option
 from .rules import Sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    retain_noise: bool = option("learn the noise of the images to keep, not the original's prediction on them", True)
 
 
 def recipe(concept: Concept) -> Recipe:
     rows = [Row("forget", c, c, {concept.anchors[c]: 1.0}) for c in concept.forget_prompts]
-    rows += [Row("retain", r, r, {NOISE: 1.0}) for r in concept.retain_prompts]
+    rows += [Row("retain", r, r, {NOISE if concept.options.retain_noise else r: 1.0}) for r in concept.retain_prompts]
     return Recipe(rows, Sum(concept.settings.retain_weight))
 
 
@@ -29,9 +38,16 @@ SALUN = Method(
     needs="the concept, an anchor (or several), retain prompts",
     summary="relabels the concept, changing only its most salient weights",
     recipe=recipe,
+    options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(60, 5e-4, 32, 16, "all", "linear", retain_weight=0.1, mask_density=0.5),
+        "shapes": Defaults(
+            *(300, 5e-4, 16, 16, "cross-attention-kv", "linear"),
+            retain_weight=20.0,
+            mask_density=0.5,
+            options=Options(retain_noise=False),
+            stop_residual=0.1,
+        ),
         "stable-diffusion": Defaults(500, 1e-5, 8, 32, "all", retain_weight=0.1, mask_density=0.5),
     },
     needs_retain=True,

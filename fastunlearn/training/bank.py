@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import UserError
-from ..methods.recipe import NOISE, ROLES, UNCONDITIONAL, Recipe, Role, Row, picture
+from ..methods.recipe import NOISE, ROLES, Recipe, Role, Row, picture
 from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
 from ..progress import OnProgress, untold
@@ -48,8 +48,8 @@ class Bank:
 
     All are float32, timesteps too: many samplers ask at fractions, and there the teacher answered.
     ``coefficients``: (P, K) mixes the K predictions into the row's target.  ``condition``: (P,) indexes ``conditions``.
-    ``weights``: (P,), of each row's squared error.  ``places``: (P, 2) int64, where among the K predictions are the
-    unconditional and that of the trajectory's prompt; -1 where one is not kept.  ``role_rows`` lists, for
+    ``weights``: (P,), of each row's squared error.  ``own``: (P,) int64, which of the K predictions is that of the
+    trajectory's prompt; -1 where it is not kept.  ``role_rows`` lists, for
     each role, the rows that are trained on: those within their kind's window of timesteps.
     """
 
@@ -58,7 +58,7 @@ class Bank:
     teacher_preds: torch.Tensor
     coefficients: torch.Tensor
     weights: torch.Tensor
-    places: torch.Tensor
+    own: torch.Tensor
     condition: torch.Tensor
     conditions: Conditions
     role_rows: dict[Role, torch.Tensor]
@@ -86,7 +86,7 @@ class Bank:
             row_index=index,
             coefficients=self.coefficients[index],
             weights=self.weights[index],
-            own=self.places[index, 1],
+            own=self.own[index],
             roles=tuple(roles),
         )
 
@@ -103,14 +103,13 @@ class Bank:
         return torch.cat(picked)
 
     def concept_strength(self) -> float:
-        """Mean over forget rows of ``(teacher(concept) - teacher(unconditional))^2``, the unit of Saddle's margin."""
+        """Mean over forget rows of ``(teacher(trajectory's prompt) - target)^2``, the unit of Saddle's margin."""
         rows = self.role_rows["forget"].to(self.latents.device)
-        unconditional, concept = self.places[rows].unbind(1)
-        if unconditional.min() < 0:
-            raise ValueError(
-                "a rule that asks for the concept's strength needs rows with the unconditional in the target"
-            )
-        return (self.teacher_preds[concept, rows] - self.teacher_preds[unconditional, rows]).square().mean().item()
+        own = self.own[rows]
+        if own.min() < 0:
+            raise ValueError("the concept's strength is asked of rows of prompts, whose target is no noise")
+        target = (self.teacher_preds[:, rows] * self.coefficients[rows].T[..., None, None, None]).sum(0)
+        return (self.teacher_preds[own, rows] - target).square().mean().item()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +214,7 @@ def build_bank(
     teacher_preds = torch.zeros(plan.branches, total, *shape, device=model.device)
     coefficients = torch.zeros(total, plan.branches, device=model.device)
     weights = torch.ones(total, device=model.device)
-    places = torch.full((total, 2), -1, device=model.device)
+    own = torch.full((total,), -1, device=model.device)
     condition = torch.empty(total, dtype=torch.int64, device=model.device)
     role_rows: dict[Role, list[torch.Tensor]] = {}
     lower = torch.autocast(model.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
@@ -258,8 +257,7 @@ def build_bank(
                             teacher_preds[number, where] = model.predict(x, t, conditions.of([name] * points))
             condition[where] = conditions.prompts.index(row.condition)
             coefficients[where, : len(branch)] = torch.tensor(_coefficients(row, branch), device=model.device)
-            kept = [branch.index(name) if name in branch else -1 for name in (UNCONDITIONAL, row.trajectory)]
-            places[where] = torch.tensor(kept, device=model.device)
+            own[where] = branch.index(row.trajectory) if row.trajectory in branch else -1
             weights[where] = row.weight
             if row.noise_power:
                 weights[where] *= noise_share(model, timesteps[where]) ** row.noise_power
@@ -272,7 +270,7 @@ def build_bank(
             "its settings (`prediction_type`, `rescale_betas_zero_snr`) do not fit the model. Mend its scheduler."
         )
     indexed = {role: torch.cat(rows) for role, rows in role_rows.items()}
-    return Bank(latents, timesteps, teacher_preds, coefficients, weights, places, condition, conditions, indexed)
+    return Bank(latents, timesteps, teacher_preds, coefficients, weights, own, condition, conditions, indexed)
 
 
 def _encoded(model: Model, recipe: Recipe, guided_from: Sequence[str], batch_size: int | None) -> Conditions:

@@ -12,7 +12,7 @@ from ..concept_prompts import KEPT_KINDS, concept_prompts
 from ..concepts import Finder, Named, read_concepts
 from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import EMPTY, Concept, Defaults, Places
+from ..methods.recipe import EMPTY, UNCONDITIONAL, Concept, Defaults, Places
 from ..models.base import Model
 from .config import MaskConfig, TrainConfig
 from .pictures import find_pictures
@@ -48,7 +48,18 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
         anchor = becomes[words[0]][0]
     where = functools.partial(places, model)
     encode = lambda given: model.encode(given).of(given)  # noqa: E731 - a row for each prompt, repeats included
-    return Concept(anchor, tuple(forget), anchors, tuple(retain), settings, encode, tuple(words), find_pictures, where)
+    return Concept(
+        anchor,
+        tuple(forget),
+        anchors,
+        tuple(retain),
+        settings,
+        encode=encode,
+        concepts=tuple(words),
+        without=_without(forget, words),
+        pictures=find_pictures,
+        places=where,
+    )
 
 
 def places(model: Model, prompt: str, names: Sequence[str]) -> Places:
@@ -103,7 +114,7 @@ def held_out_concept(config: TrainConfig, method: Method, model: Model, concept:
         return concept
     becomes = _anchors(config, method, model, read_concepts(config.forget))
     anchors = _anchored(config, forget, words, becomes)
-    return dataclasses.replace(concept, forget_prompts=tuple(forget), anchors=anchors)
+    return dataclasses.replace(concept, forget_prompts=tuple(forget), anchors=anchors, without=_without(forget, words))
 
 
 def forget_prompts(config: TrainConfig | MaskConfig, model: Model, words: Sequence[str]) -> list[str]:
@@ -175,6 +186,13 @@ def _check_anchors(model: Model, words: Sequence[str], becomes: dict[str, list[s
         raise UserError(
             f"the tokenizer turns the anchor {empty[0]!r} into nothing. Use other words, or '' for the empty prompt."
         )
+
+
+def _without(forget: Sequence[str], words: Sequence[str]) -> dict[str, str]:
+    """Every forget prompt without the concepts' words; the unconditional where that leaves nothing, or all of it."""
+    finder = Finder(words)
+    cut = {prompt: finder.replaced(prompt, dict.fromkeys(words, "")) for prompt in forget}
+    return {prompt: rest if rest and finder.named(prompt) else UNCONDITIONAL for prompt, rest in cut.items()}
 
 
 def _anchored(
