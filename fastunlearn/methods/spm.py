@@ -98,7 +98,7 @@ SPM = Method(
     anchor="optional",
     adapter_rank=1,
     defaults={
-        "shapes": Defaults(120, 1e-2, 16, 16, "cross-attention", "linear", 100.0),
+        "shapes": Defaults(200, 1e-2, 16, 16, "cross-attention-kv", "linear", 100.0),
         "stable-diffusion": Defaults(3000, 1e-4, 4, 32, "cross-attention", retain_weight=1000.0),
     },
 )
