@@ -167,11 +167,11 @@ def test_a_latent_anchor_replaces_text_alone():
 
 
 def test_latent_anchors_near_the_concept_are_the_fewest():
-    """In two dimensions, where it shows: with a density of 1 - cos the mean cosine is -1/2."""
+    """In two dimensions, where it shows: by a density of min(1, 1 - cos) the mean cosine is -pi / (4 pi - 4)."""
     states, generator = torch.tensor([[3.0, 4.0]]), torch.Generator().manual_seed(0)
     drawn = torch.cat([spm._near_in_norm(states, generator) for _ in range(2000)])
     cosine = torch.cosine_similarity(drawn, states)
-    assert abs(cosine.mean().item() + 0.5) < 0.05
+    assert cosine.mean().item() == pytest.approx(-math.pi / (4 * math.pi - 4), abs=0.03)
     assert drawn.norm(dim=1).aminmax() == pytest.approx((4.0, 6.0), abs=0.01)
 
 

@@ -7,7 +7,7 @@ anchor or, where none is given, the unconditional,
 
 The e are no prompts but noise in the place of text states: latent anchors, which hold what the model does everywhere.
 One is drawn from a normal distribution, scaled to 0.8 to 1.2 times the norm of the concept's states, and kept with the
-probability ``1 - cos(e, c)``, so that the fewest lie near the concept.
+probability ``1 - cos(e, c)``, or always where that is above 1, so that the fewest lie near the concept.
 
 LECO is the same without anchors and with any rank: ``--retain-weight 0 --rank 4``.
 
