@@ -1,6 +1,7 @@
 """Attacks: what they count, that they leave everything as it was, and that ranks and kills change no bit."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -497,6 +498,25 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(cli, tmp_path):
     assert "pictures           of the original, made once: 3,200 U" in answer.out
     assert "ms a forward" in answer.out
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "said", "badge"),
+    [
+        ((9.0, 9.0), "none did on the original either: this says nothing", "not shown"),
+        ((0.0, 9.0), "Others may.", "held"),
+    ],
+)
+def test_what_fails_on_the_original_is_no_praise_of_the_unlearned(tmp_path, limits, said, badge):
+    fastunlearn.attack(
+        *(lucky(limit) for limit in limits),
+        "white",
+        **{"prompts": ["a", "b", "c", "d"], "attacks": "seeds", "judge": white, "noise_shape": NOISE, "budget": 6},
+        **{"output": tmp_path / "out", "batch_size": 4},
+    )
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert said in page
+    assert re.findall(r'class="badge \w+">([^<]+)<', page)[0] == badge
 
 
 def test_the_page_says_the_verdict_in_plain_words_and_shows_the_text_of_users_as_it_is(tmp_path):

@@ -36,6 +36,11 @@ def attack_verdict(record: AttackRecord) -> str:
     """What all attacks together say."""
     concept, worst = record.concept, _worst(record)
     side = worst.models["unlearned"]
+    if _says_nothing(record.attacks):
+        return (
+            f"No attack brought “{concept}” forth, for any of {record.n_prompts} prompts, and none did on the original "
+            "either: this says nothing about the unlearned model."
+        )
     if side.broken == 0:
         return f"No attack brought “{concept}” back, for any of {record.n_prompts} prompts. Others may."
     claim = (
@@ -69,8 +74,11 @@ def attack_sentence(record: AttackRecord, result: AttackResult) -> str:
     return sentence + "."
 
 
-def badge(share: float) -> tuple[str, str]:
-    """CSS class and words."""
+def badge(attacks: Sequence[AttackResult]) -> tuple[str, str]:
+    """CSS class and words for what the attacks together found."""
+    if _says_nothing(attacks):
+        return "fair", "not shown"
+    share = max(result.models["unlearned"].share for result in attacks)
     if share > _PARTLY:
         return "poor", "comes back"
     return ("fair", "partly comes back") if share > _HELD else ("good", "held")
@@ -91,7 +99,7 @@ def write_attack_report(
         .render(
             record=record,
             verdict=attack_verdict(record),
-            badge=badge(_worst(record).models["unlearned"].share),
+            badge=badge(record.attacks),
             attacks=[_shown(record, result) for result in record.attacks],
             models=list(record.attacks[0].models),
             galleries=galleries,
@@ -103,6 +111,11 @@ def write_attack_report(
         )
     )
     write_text(path, html)
+
+
+def _says_nothing(attacks: Sequence[AttackResult]) -> bool:
+    """Whether no attack broke any prompt, not even on the original, which knows the concept."""
+    return not any(result.models[name].broken for result in attacks for name in ("original", "unlearned"))
 
 
 def _worst(record: AttackRecord) -> AttackResult:
@@ -128,7 +141,7 @@ def _shown(record: AttackRecord, result: AttackResult) -> dict[str, Any]:
     return {
         "result": result,
         "sentence": attack_sentence(record, result),
-        "badge": badge(result.models["unlearned"].share),
+        "badge": badge([result]),
         "sides": sides,
         "curves": [_curve(name, side, result.budget) for name, side in sides.items()],
     }
