@@ -26,6 +26,9 @@ class Measured(Protocol):
     def concept_strength(self) -> float:
         """Mean over the forget rows of ``(teacher(concept) - teacher(unconditional))^2``."""
 
+    def way_to_go(self) -> float:
+        """Mean over the forget rows of ``weight * (teacher(concept) - target)^2``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -49,12 +52,14 @@ class Rule(ABC):
 
     ``passes``: student batches in a step, for the plan.  ``projects``: whether any update has a gradient ``against``,
     which not every engine can compute.  ``has_target``: whether the forget rows' targets are to be reached, or left
-    behind by a known distance, so that what is left of the concept can be measured.
+    behind by a known distance, so that what is left of the concept can be measured.  ``ends_early``: whether a training
+    is done once little enough of it is left.
     """
 
     passes: ClassVar[int] = 1
     projects: ClassVar[bool] = False
     has_target: ClassVar[bool] = True
+    ends_early: ClassVar[bool] = True
 
     def start(self, rows: Measured) -> dict[str, float]:
         """The state before the first step, name -> value; the trainer keeps each as a () float32 tensor."""
@@ -129,6 +134,44 @@ class Saddle(Rule):
         metrics["dual"] = state["dual"].clone()
         ascent = self.dual_rate * (1 - metrics["forget_loss"] / state["margin"])
         state["dual"].add_(ascent).clamp_(0.0, self.lambda_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constrained(Rule):
+    """One loss as small as possible while the other keeps within a bound: its price follows by dual ascent.
+
+    With ``bounded`` "forget" it deviates as little as possible, subject to having forgotten:
+
+        min over weights, max over lambda > 0:   retain + lambda * (forget - bound * way)
+
+    ``way`` is the forget loss before the first step: forget / way is the residual of a step's rows.  While more than
+    ``bound`` of it is left, lambda rises, and while less is, it falls.  With "retain" it forgets as far as it can,
+    subject to retain / way <= ``bound``: while the deviation is larger than that, lambda falls.
+
+        log lambda += +-price_rate * clamp(loss / way / bound - 1, -1, 1),   1e-3 <= lambda <= 1e3
+
+    A step is made on the losses by the weights lambda / (1 + lambda) and 1 / (1 + lambda), so that its size does not
+    follow the price.  1 / lambda is the retain weight that this finds.
+    """
+
+    bound: float
+    bounded: Role = "forget"
+    price_rate: float = 0.05
+    price_start: float = 1.0
+    ends_early: ClassVar[bool] = False  # what is gained within the bound, is gained to the last step
+
+    def start(self, rows: Measured) -> dict[str, float]:
+        return {"price": self.price_start, "way": rows.way_to_go()}
+
+    def updates(self, state: State) -> Sequence[Update]:
+        price = state["price"]
+        return [Update({"forget": price / (1 + price), "retain": 1 / (1 + price)})]
+
+    def after_step(self, metrics: dict[str, Tensor], state: State) -> None:
+        metrics["price"] = state["price"].clone()
+        missed = (metrics[f"{self.bounded}_loss"] / (self.bound * state["way"]) - 1).clamp(-1, 1)
+        rise = self.price_rate * (missed if self.bounded == "forget" else -missed)
+        state["price"].mul_(rise.exp()).clamp_(1e-3, 1e3)
 
 
 @dataclasses.dataclass(frozen=True)
