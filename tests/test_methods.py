@@ -15,7 +15,7 @@ from fastunlearn.training.config import TrainConfig
 
 NAMES = (
     *("esd", "ovw", "saddle", "salun", "neggrad", "uce", "rece", "speed", "concept-ablation", "ace", "erasediff"),
-    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn"),
+    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn", "holdfast"),
     *("placebo", "placebo-noise", "identity"),
 )
 FAMILIES = ("shapes", "stable-diffusion")
@@ -107,6 +107,7 @@ def test_which_methods_take_an_anchor():
         "advanchor": "needed",
         "race": "none",
         "advunlearn": "none",
+        "holdfast": "needed",
         "placebo": "none",
         "placebo-noise": "none",
         "identity": "none",

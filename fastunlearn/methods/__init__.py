@@ -97,6 +97,7 @@ def _registry() -> Registry[Method]:
     from .controls import IDENTITY, PLACEBO, PLACEBO_NOISE
     from .erasediff import ERASEDIFF
     from .esd import ESD
+    from .holdfast import HOLDFAST
     from .instance import INSTANCE
     from .neggrad import NEGGRAD
     from .ovw import OVW
@@ -111,7 +112,7 @@ def _registry() -> Registry[Method]:
 
     ours = (
         *(ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, RECE, SPEED, CONCEPT_ABLATION, ACE, ERASEDIFF, SCISSORHANDS),
-        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, PLACEBO, PLACEBO_NOISE, IDENTITY),
+        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, HOLDFAST, PLACEBO, PLACEBO_NOISE, IDENTITY),
     )
     return registry(
         "method",

@@ -53,13 +53,15 @@ class Rule(ABC):
     ``passes``: student batches in a step, for the plan.  ``projects``: whether any update has a gradient ``against``,
     which not every engine can compute.  ``has_target``: whether the forget rows' targets are to be reached, or left
     behind by a known distance, so that what is left of the concept can be measured.  ``ends_early``: whether a training
-    is done once little enough of it is left.
+    is done once little enough of it is left.  ``takes_weight``: whether it adds the two losses by a weight that is
+    given, so that :class:`Constrained` may find it.
     """
 
     passes: ClassVar[int] = 1
     projects: ClassVar[bool] = False
     has_target: ClassVar[bool] = True
     ends_early: ClassVar[bool] = True
+    takes_weight: ClassVar[bool] = False
 
     def start(self, rows: Measured) -> dict[str, float]:
         """The state before the first step, name -> value; the trainer keeps each as a () float32 tensor."""
@@ -89,6 +91,7 @@ class Sum(Rule):
 
     retain_weight: float = 1.0
     forget_weight: float = 1.0
+    takes_weight: ClassVar[bool] = True
 
     def updates(self, state: State) -> Sequence[Update]:
         return [Update({"forget": self.forget_weight, "retain": self.retain_weight})]
@@ -100,6 +103,7 @@ class Alternate(Rule):
 
     retain_weight: float = 1.0
     passes: ClassVar[int] = 2
+    takes_weight: ClassVar[bool] = True
 
     def updates(self, state: State) -> Sequence[Update]:
         return [Update({"forget": 1.0}), Update({"retain": self.retain_weight})]

@@ -10,7 +10,7 @@ import dataclasses
 
 from ..errors import UserError
 from ..methods.recipe import NOISE, Edit, Recipe, picture
-from ..methods.rules import Alternate, Constrained, Sum
+from ..methods.rules import Constrained
 
 AUTO_WEIGHT = "auto"
 BOUND = 0.1  # where neither the user nor the method says how much may be left
@@ -22,7 +22,7 @@ def priced(method: str, recipe: Recipe | Edit, bound: float) -> Recipe:
         raise _refused(method, "trains nothing")
     if not any(row.role == "retain" for row in recipe.rows):
         raise _refused(method, "has no retain rows, so that there is nothing to weigh")
-    if not isinstance(recipe.rule, Sum | Alternate):
+    if not recipe.rule.takes_weight:
         raise _refused(method, "weighs by a rule of its own")
     forget = [row for row in recipe.rows if row.role == "forget"]
     if not forget or any(NOISE in row.target or row.trajectory.startswith(picture("")) for row in forget):
