@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
 PAGE = ROOT / "docs" / "attacks.md"
 PROMPTS = 16
-MODELS = "original,gold,uce,esd,ovw,saddle,placebo"
+MODELS = "original,gold,uce,holdfast,esd,ovw,saddle,placebo"
 ATTACKS = ("seeds", "prompts", "completion", "embedding", "embedding:word", "relearn")
 BEGIN, END = "<!-- begin attacks -->", "<!-- end attacks -->"
 

@@ -30,7 +30,10 @@ LARGEST = 2**32 - 1  # of any number: what a seed can be, and more than anything
 
 
 def setting(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field of settings.  ``path=True``: it names a file or folder.  ``positional=True``: it has no flag."""
+    """A field of settings.  ``path=True``: it names a file or folder.  ``positional=True``: it has no flag.
+
+    ``word``: a text that may stand in a number's place.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -150,6 +153,8 @@ def converted(kind: type[Any], name: str, value: Any, where: str) -> Any:
     accepted, choices = field_type(kind, name)
     if value is None and kind.__dataclass_fields__[name].default is None:
         return None
+    if isinstance(value, str) and value == kind.__dataclass_fields__[name].metadata.get("word"):
+        return value
     if accepted is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value]
         if not all(isinstance(item, str) for item in items):
@@ -251,7 +256,7 @@ def field_type(kind: type[Any], name: str) -> tuple[type, tuple[str, ...]]:
 def at_least(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not low <= value <= LARGEST:
+        if value is not None and not isinstance(value, str) and not low <= value <= LARGEST:
             limit = f"at most {LARGEST}" if value > LARGEST else f"at least {low:g}"
             raise UserError(f"`--{name.replace('_', '-')}` must be {limit}, got {value}.")
 

@@ -499,13 +499,15 @@ class Ending:
 
     ``steps``: that were made.  ``steps_bound``: at most so many.  ``residual``: how much of the concept was left on
     held-out rows, 1 before the first step; None where nothing was measured.  ``stop_residual``: the value at which
-    training ends; None where nothing was measured.
+    training ends; None where nothing was measured.  ``retain_weight``: that was found while training, its last value;
+    None where it was given.
     """
 
     steps: int
     steps_bound: int
     residual: float | None = None
     stop_residual: float | None = None
+    retain_weight: float | None = None
 
     @property
     def is_short(self) -> bool:

@@ -17,7 +17,7 @@ from fastunlearn.training.trainer import Schedule, Trainer
 STEPS, BATCH = 3, 4
 FORGET, RETAIN = "a red star;a blue star", "a red ring;a green heart"
 ROW_METHODS = ("concept-ablation", "ace", "erasediff", "scissorhands", "selective-amnesia", "instance", "advanchor")
-ROW_METHODS = (*ROW_METHODS, "race", "advunlearn", "spm", "placebo-noise")
+ROW_METHODS = (*ROW_METHODS, "race", "advunlearn", "spm", "holdfast", "placebo-noise")
 
 
 def own_options(method, folders):
@@ -59,7 +59,15 @@ class Run:
         self.engine.optimizer.step = self._look
         schedule = Schedule(1, BATCH, 0, 1, 0)
         self.trainer = Trainer(
-            self.model, self.bank, self.recipe.rule, self.engine, schedule, Path(), inner=self.recipe.inner
+            self.model,
+            self.bank,
+            self.recipe.rule,
+            self.engine,
+            schedule,
+            Path(),
+            None,
+            self.recipe.inner,
+            self.recipe.pursuit,
         )
 
     def move(self, amount):

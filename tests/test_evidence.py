@@ -1,11 +1,13 @@
 """What is left of the concept, measured on held-out rows: right, repeatable, and the end of a training."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from test_trainer import config, weights
 
+from fastunlearn.errors import UserError
 from fastunlearn.methods import get_method
 from fastunlearn.methods.rules import Saddle
 from fastunlearn.models.loading import load_model
@@ -172,6 +174,60 @@ class NoWorld:
 
     def count_tokens(self, prompt):
         return len(prompt.split())
+
+
+def test_a_retain_weight_is_found_while_training(tmp_path, cli):
+    """The price of forgetting rises while more than the bound is left, and falls while less is; no step is left out."""
+    words = [
+        "--method",
+        "ovw",
+        "--steps",
+        "40",
+        "--stop-residual",
+        "0.5",
+        "--retain-weight",
+        "auto",
+        "--log-every",
+        "1",
+    ]
+    words += ["--trajectories", "4", "--trajectory-steps", "4", "--micro-batch-size", "8"]
+    answer = cli("train", "--forget", "star", *words, "--evaluation-prompts", "none", "--output", tmp_path / "run")
+    assert answer.status == 0, answer.err
+    assert "as little deviation as possible with 50% of the concept left" in " ".join(answer.out.split())
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 40
+    model, plan = planned(tmp_path, trajectories=4, trajectory_steps=4, retain_weight="auto", stop_residual=0.5)
+    bound = 0.5 * build_bank(model, plan.recipe, plan.bank).way_to_go()
+    rose = [after["price"] > before["price"] for before, after in itertools.pairwise(steps)]
+    assert rose == [step["forget_loss"] > bound for step in steps[:-1]]
+    assert rose[0]
+    assert not all(rose)
+    ending = RunRecord.read(tmp_path / "run" / "run.json").ending
+    assert steps[-1]["price"] * ending.retain_weight == pytest.approx(1.0, rel=0.06), "one step later"
+    assert "retain_weight: auto" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("uce", "trains nothing"),
+        ("esd", "has no retain rows"),
+        ("saddle", "weighs by a rule of its own"),
+        ("neggrad", "has no target"),
+        ("placebo", "has no target"),
+    ],
+)
+def test_a_method_without_a_trade_has_no_weight_to_find(method, words, tmp_path):
+    with pytest.raises(UserError, match=rf"`--retain-weight auto`: the method {method} {words}"):
+        planned(tmp_path, method, retain_weight="auto")
+
+
+def test_a_retain_weight_is_a_number_or_auto(tmp_path, cli):
+    answer = cli("train", "--forget", "star", "--retain-weight", "much", "--output", tmp_path / "run")
+    assert answer.status == 2
+    assert "wants a number or auto, got 'much'" in answer.err
+    with pytest.raises(UserError, match="above 0"):
+        planned(tmp_path, retain_weight="auto", stop_residual=0.0)
 
 
 def test_nothing_is_said_where_nothing_was_measured():

@@ -17,7 +17,7 @@ from fastunlearn.training.config import TrainConfig
 
 NAMES = (
     *("esd", "ovw", "saddle", "salun", "neggrad", "uce", "rece", "speed", "concept-ablation", "ace", "erasediff"),
-    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn", "spm", "mace"),
+    *("scissorhands", "selective-amnesia", "instance", "advanchor", "race", "advunlearn", "spm", "mace", "holdfast"),
     *("placebo", "placebo-noise", "identity"),
 )
 FAMILIES = ("shapes", "stable-diffusion")
@@ -137,6 +137,7 @@ def test_which_methods_take_an_anchor():
         "advunlearn": "none",
         "spm": "optional",
         "mace": "needed",
+        "holdfast": "needed",
         "placebo": "none",
         "placebo-noise": "none",
         "identity": "none",

@@ -376,6 +376,35 @@ def test_the_gradient_under_attack(method, eta, monkeypatch, tiny):
     close(gradient, p.gradient(loss, run.names))
 
 
+def test_the_gradient_of_holdfast_and_where_its_offsets_go(tiny):
+    """At an offset that is under way, which then makes a step of Adam towards what the teacher shows of the concept."""
+    run = Run(tiny, "holdfast", {"attack_offsets": 1, "attack_rate": 0.2, "price_start": 1.0})
+    p, chase, anchors = run.plain, run.trainer.chase, run.plan.concept.anchors
+    start = 0.3 * torch.randn(chase.values["offset"].shape, generator=torch.Generator().manual_seed(2))
+    chase.values["offset"].copy_(start)
+    offset = start.double().requires_grad_(True)
+    rows = run.rows()
+    (attacked, number, k), (plain, other, at) = rows["forget"]
+    states = p.states(attacked.condition)
+    moved = torch.cat([states[:, :1], states[:, 1:] + offset], dim=1)
+    x, t = p.point(attacked.trajectory, number, k)
+    shown = p.s(x, t, moved)
+    forget = (shown - p.t(x, t, anchors[attacked.trajectory])).square().mean()
+    x_plain, t_plain = p.point(plain.trajectory, other, at)
+    answered = p.s(x_plain, t_plain, plain.condition) - p.t(x_plain, t_plain, anchors[plain.trajectory])
+    forget = (forget + answered.square().mean()) / 2
+    (gradient,) = run.step()
+    close(gradient, p.gradient(0.5 * forget + 0.5 * run.mean(rows["retain"], distilled(run)), run.names))
+    distance = (p.s(x, t, moved) - p.t(x, t, attacked.trajectory)).square().mean()
+    (descent,) = torch.autograd.grad(distance, [offset])
+    close(chase.values["mean"] / 0.1, descent)
+    size = run.bank.conditions.tensors["encoder_hidden_states"][:, 1:].square().mean().sqrt().item()
+    optimizer = torch.optim.Adam([offset], lr=0.2 * size)
+    offset.grad = descent
+    optimizer.step()
+    torch.testing.assert_close(chase.values["offset"].double(), offset.detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_the_gradient_of_the_placebo_on_noise(tiny):
     run = Run(tiny, "placebo-noise")
     (gradient,) = run.step()

@@ -18,7 +18,7 @@ from tiny_models import build, ddim, flux, sd1, sd3
 from fastunlearn import unlearn
 from fastunlearn.errors import UserError
 from fastunlearn.methods import all_methods, get_method, spm
-from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Edit, Inner, Recipe, Row, picture
+from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Edit, Inner, Pursuit, Recipe, Row, picture
 from fastunlearn.methods.rules import Bilevel, Project, Sum
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.training import adversary, fit, saliency
@@ -196,8 +196,9 @@ def test_ace_takes_its_anchors_evenly_and_none_where_it_is_told():
     ("rows", "given", "words"),
     [
         ([Row("retain", "a", "a", {"a": 1.0})], {"elastic": 1.0}, "target is noise"),
-        ([Row("forget", "a", "a", {NOISE: 1.0})], {"inner": Inner(1, 0.1)}, "inner attack needs"),
-        ([Row("forget", picture("a"), "a", {"a": 1.0})], {"inner": Inner(1, 0.1)}, "inner attack needs"),
+        ([Row("forget", "a", "a", {NOISE: 1.0})], {"inner": Inner(1, 0.1)}, "attack needs"),
+        ([Row("forget", picture("a"), "a", {"a": 1.0})], {"inner": Inner(1, 0.1)}, "attack needs"),
+        ([Row("forget", "a", "a", {NOISE: 1.0})], {"pursuit": Pursuit(1, 0.1, 9)}, "attack needs"),
     ],
 )
 def test_what_does_not_go_together_is_refused(rows, given, words):
@@ -305,7 +306,9 @@ def test_every_method_trains_flow_models(method, family, folders, flow_folders):
     engine = TorchEngine(model.denoiser, plan.selection, learning_rate=1e-3)
     if curvature:
         engine.hold(curvature)
-    trainer = Trainer(model, bank, recipe.rule, engine, Schedule(2, 2, 0, 10, 0), Path(), inner=recipe.inner)
+    trainer = Trainer(
+        model, bank, recipe.rule, engine, Schedule(2, 2, 0, 10, 0), Path(), None, recipe.inner, recipe.pursuit
+    )
     for _ in range(2):
         metrics = trainer._train_step()
         trainer.step += 1
@@ -330,7 +333,7 @@ def test_a_short_run_changes_what_is_selected_alone(method, tiny, folders, tmp_p
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not_with_an_edit_and_held_weights(tiny, tmp_path):
     """What training starts from, and what the weights are held to, is computed again."""
-    for method in ("scissorhands", "selective-amnesia"):
+    for method in ("scissorhands", "selective-amnesia", "holdfast"):
         given = {"forget_prompts": FORGET, "retain_prompts": RETAIN, "anchor": "circle", "trainable": "attn2"} | SHORT
         given |= {"steps": 3, "checkpoint_every": 1}
         whole = unlearn(tiny, "star", method, output=tmp_path / method, **given)
@@ -352,7 +355,8 @@ def test_a_run_with_other_pictures_is_not_resumed(tiny, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "words"), [("selective-amnesia", "holds each weight"), ("race", "attacks the student")]
+    ("method", "words"),
+    [("selective-amnesia", "holds each weight"), ("race", "attacks the student"), ("holdfast", "attacks the student")],
 )
 def test_deepspeed_is_refused_what_it_cannot_do(method, words, tiny, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fastunlearn_kernels import pack_bits
 from fastunlearn.errors import UserError
 from fastunlearn.methods import Method, get_method
 from fastunlearn.methods.recipe import Defaults, Recipe, Row
-from fastunlearn.methods.rules import Alternate, Project, Rule, Saddle, Sum, Update
+from fastunlearn.methods.rules import Alternate, Constrained, Project, Rule, Saddle, Sum, Update
 from fastunlearn.models.loading import load_model
 from fastunlearn.training.bank import build_bank
 from fastunlearn.training.config import TrainConfig
@@ -81,6 +82,43 @@ def test_saddle_descends_to_a_margin_below_the_start():
         rule.after_step({"forget_loss": torch.tensor(forget_loss)}, state)
         seen.append(state["dual"].item())
     assert seen == pytest.approx([0.45, 0.6, 0.6, 0.5, 0.3]), "it rises while the margin is missed, else it falls"
+
+
+def test_the_price_rises_while_too_much_is_left_and_falls_while_less_is():
+    rule = Constrained(bound=0.2, price_rate=0.1)
+    start = rule.start(type("Rows", (), {"way_to_go": lambda self: 3.0})())
+    assert start == {"price": 1.0, "way": 3.0}
+    state = {name: torch.tensor(value) for name, value in start.items()}
+    seen = []
+    for residual in (1.0, 0.3, 0.2, 0.1, 0.0):
+        (update,) = rule.updates(state)
+        price = state["price"].item()
+        weights = {role: weight.item() for role, weight in update.weights.items()}
+        assert weights == pytest.approx({"forget": price / (1 + price), "retain": 1 / (1 + price)})
+        metrics = {"forget_loss": torch.tensor(3.0 * residual)}
+        rule.after_step(metrics, state)
+        assert metrics["price"].item() == pytest.approx(price)
+        seen.append(math.log(state["price"].item()))
+    assert seen == pytest.approx([0.1, 0.15, 0.15, 0.1, 0.0], abs=1e-5)
+
+
+def test_a_bound_of_the_deviation_lowers_the_price_while_it_is_passed():
+    rule = Constrained(bound=0.1, bounded="retain", price_rate=0.1)
+    state, seen = {"price": torch.tensor(1.0), "way": torch.tensor(2.0)}, []
+    for deviation in (0.15, 0.9, 0.1, 0.05, 0.0):
+        rule.after_step({"forget_loss": torch.tensor(9.0), "retain_loss": torch.tensor(2.0 * deviation)}, state)
+        seen.append(math.log(state["price"].item()))
+    assert seen == pytest.approx([-0.05, -0.15, -0.15, -0.1, 0.0], abs=1e-5)
+
+
+def test_a_price_stays_within_its_bounds():
+    rule, metrics = Constrained(bound=0.5, price_rate=9.0), {"forget_loss": torch.tensor(5.0)}
+    state = {"price": torch.tensor(1.0), "way": torch.tensor(1.0)}
+    rule.after_step(metrics, state)
+    assert state["price"].item() == 1e3
+    for _ in range(2):
+        rule.after_step({"forget_loss": torch.tensor(0.0)}, state)
+    assert state["price"].item() == pytest.approx(1e-3)
 
 
 def test_a_rule_must_say_its_updates():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config]) -> None:
             options["choices"] = choices
         else:
             options["metavar"] = metavar
-        place.add_argument(flag, dest=field.name, type=accepted, default=argparse.SUPPRESS, **options)
+        read = _number_or(field.metadata["word"], accepted) if "word" in field.metadata else accepted
+        place.add_argument(flag, dest=field.name, type=read, default=argparse.SUPPRESS, **options)
 
 
 def build(kind: type[Config], flags: dict[str, Any]) -> Config:
@@ -79,6 +81,18 @@ def build(kind: type[Config], flags: dict[str, Any]) -> Config:
 
 def _shown(default: Any) -> str:
     return "" if default is None or default is False or default is dataclasses.MISSING else f"default {default}"
+
+
+def _number_or(word: str, number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads a number, or the word that may stand in its place."""
+
+    def read(text: str) -> Any:
+        try:
+            return text if text == word else number(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a number or {word}, got {text!r}") from None
+
+    return read
 
 
 def _named_value(text: str) -> tuple[str, str]:

@@ -99,6 +99,7 @@ def _registry() -> Registry[Method]:
     from .controls import IDENTITY, PLACEBO, PLACEBO_NOISE
     from .erasediff import ERASEDIFF
     from .esd import ESD
+    from .holdfast import HOLDFAST
     from .instance import INSTANCE
     from .mace import MACE
     from .neggrad import NEGGRAD
@@ -115,7 +116,8 @@ def _registry() -> Registry[Method]:
 
     ours = (
         *(ESD, OVW, SADDLE, SALUN, NEGGRAD, UCE, RECE, SPEED, CONCEPT_ABLATION, ACE, ERASEDIFF, SCISSORHANDS),
-        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, SPM, MACE, PLACEBO, PLACEBO_NOISE, IDENTITY),
+        *(SELECTIVE_AMNESIA, INSTANCE, ADVANCHOR, RACE, ADVUNLEARN, SPM, MACE, HOLDFAST),
+        *(PLACEBO, PLACEBO_NOISE, IDENTITY),
     )
     return registry(
         "method",

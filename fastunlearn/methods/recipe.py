@@ -142,6 +142,25 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pursuit:
+    """An attack that goes on beside the training: offsets of the text states that are carried from step to step.
+
+    An offset d is one vector, added to the states at all places but the first.  A step's forget rows are dealt to
+    ``offsets`` of them in turn, and every ``offsets`` + 1st row is asked as it is.  The student answers a row at its
+    offset, and from the same forward the offset makes a step of Adam, by ``rate`` times the states' root mean square,
+    down the mean over its rows of
+
+        |S(x_t, t, c + d) - T(x_t, t, concept)|^2,
+
+    the concept being the row's trajectory.  After ``lifetime`` steps an offset begins at 0 again, one after another.
+    """
+
+    offsets: int
+    rate: float
+    lifetime: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a method trains on.  No rows means that nothing is trained.
 
@@ -150,7 +169,7 @@ class Recipe:
     ``searches``: embeddings that are found first; a row names them by :func:`found`.
     ``pictures``: name -> image file, of the model's size; a row names them by :func:`picture`.
     ``start``: an edit of the weights that training starts from.  The rows are of the weights before it.
-    ``inner``: an attack inside every step.
+    ``inner``: an attack inside every step.  ``pursuit``: one that goes on beside them.
     ``elastic``: lambda of ``lambda * sum_i F_i (w_i - w0_i)^2``, added to every update's loss (elastic weight
     consolidation).  w0 are the weights that training starts from and F_i the Fisher information of the retain rows,
     whose targets must be noise: the mean over trajectories of ``(sum over all timesteps of the gradient)^2``.
@@ -163,13 +182,14 @@ class Recipe:
     pictures: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     start: Edit | None = None
     inner: Inner | None = None
+    pursuit: Pursuit | None = None
     elastic: float = 0.0
 
     def __post_init__(self) -> None:
         if self.elastic and any(row.role == "retain" and NOISE not in row.target for row in self.rows):
             raise ValueError("the Fisher information is that of retain rows whose target is noise.")
-        if self.inner and any(row.role == "forget" and _has_no_teacher(row) for row in self.rows):
-            raise ValueError("an inner attack needs forget rows of prompts, whose target is no noise.")
+        if (self.inner or self.pursuit) and any(row.role == "forget" and _has_no_teacher(row) for row in self.rows):
+            raise ValueError("an attack needs forget rows of prompts, whose target is no noise.")
 
     def prompts(self) -> list[str]:
         """Every prompt that must be encoded, each once, the unconditional first."""

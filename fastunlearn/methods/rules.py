@@ -26,6 +26,9 @@ class Measured(Protocol):
     def concept_strength(self) -> float:
         """Mean over the forget rows of ``(teacher(concept) - target)^2``."""
 
+    def way_to_go(self) -> float:
+        """Mean over the forget rows of ``weight * (teacher(concept) - target)^2``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -49,12 +52,16 @@ class Rule(ABC):
 
     ``passes``: student batches in a step, for the plan.  ``projects``: whether any update has a gradient ``against``,
     which not every engine can compute.  ``has_target``: whether the forget rows' targets are to be reached, or left
-    behind by a known distance, so that what is left of the concept can be measured.
+    behind by a known distance, so that what is left of the concept can be measured.  ``ends_early``: whether a training
+    is done once little enough of it is left.  ``takes_weight``: whether it adds the two losses by a weight that is
+    given, so that :class:`Constrained` may find it.
     """
 
     passes: ClassVar[int] = 1
     projects: ClassVar[bool] = False
     has_target: ClassVar[bool] = True
+    ends_early: ClassVar[bool] = True
+    takes_weight: ClassVar[bool] = False
 
     def start(self, rows: Measured) -> dict[str, float]:
         """The state before the first step, name -> value; the trainer keeps each as a () float32 tensor."""
@@ -84,6 +91,7 @@ class Sum(Rule):
 
     retain_weight: float = 1.0
     forget_weight: float = 1.0
+    takes_weight: ClassVar[bool] = True
 
     def updates(self, state: State) -> Sequence[Update]:
         return [Update({"forget": self.forget_weight, "retain": self.retain_weight})]
@@ -95,6 +103,7 @@ class Alternate(Rule):
 
     retain_weight: float = 1.0
     passes: ClassVar[int] = 2
+    takes_weight: ClassVar[bool] = True
 
     def updates(self, state: State) -> Sequence[Update]:
         return [Update({"forget": 1.0}), Update({"retain": self.retain_weight})]
@@ -132,6 +141,44 @@ class Saddle(Rule):
         if self.kappa < 1:
             missed = (-missed).clamp(max=1)
         state["dual"].add_(self.dual_rate * missed).clamp_(0.0, self.lambda_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constrained(Rule):
+    """One loss as small as possible while the other keeps within a bound: its price follows by dual ascent.
+
+    With ``bounded`` "forget" it deviates as little as possible, subject to having forgotten:
+
+        min over weights, max over lambda > 0:   retain + lambda * (forget - bound * way)
+
+    ``way`` is the forget loss before the first step: forget / way is the residual of a step's rows.  While more than
+    ``bound`` of it is left, lambda rises, and while less is, it falls.  With "retain" it forgets as far as it can,
+    subject to retain / way <= ``bound``: while the deviation is larger than that, lambda falls.
+
+        log lambda += +-price_rate * clamp(loss / way / bound - 1, -1, 1),   1e-3 <= lambda <= 1e3
+
+    A step is made on the losses by the weights lambda / (1 + lambda) and 1 / (1 + lambda), so that its size does not
+    follow the price.  1 / lambda is the retain weight that this finds.
+    """
+
+    bound: float
+    bounded: Role = "forget"
+    price_rate: float = 0.05
+    price_start: float = 1.0
+    ends_early: ClassVar[bool] = False  # what is gained within the bound, is gained to the last step
+
+    def start(self, rows: Measured) -> dict[str, float]:
+        return {"price": self.price_start, "way": rows.way_to_go()}
+
+    def updates(self, state: State) -> Sequence[Update]:
+        price = state["price"]
+        return [Update({"forget": price / (1 + price), "retain": 1 / (1 + price)})]
+
+    def after_step(self, metrics: dict[str, Tensor], state: State) -> None:
+        metrics["price"] = state["price"].clone()
+        missed = (metrics[f"{self.bounded}_loss"] / (self.bound * state["way"]) - 1).clamp(-1, 1)
+        rise = self.price_rate * (missed if self.bounded == "forget" else -missed)
+        state["price"].mul_(rise.exp()).clamp_(1e-3, 1e3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..errors import UserError
-from ..methods.recipe import Inner, Recipe, Row, Search, found
+from ..methods.recipe import Inner, Pursuit, Recipe, Row, Search, found
 from ..methods.rules import Sum
 from ..models.base import Model, Tensors
 from ..progress import OnProgress, untold
-from .bank import Batch, build_bank, plan_bank
+from .bank import Bank, Batch, build_bank, plan_bank
 from .engine import Engine
 
 STATES = "encoder_hidden_states"
@@ -123,3 +124,85 @@ def attacked(model: Model, engine: Engine, batch: Batch, inner: Inner, seeds: tu
     result = dict(batch.conditions)
     result[STATES] = torch.cat([states + offset.detach(), batch.conditions[STATES][count:]])
     return result
+
+
+class Chase:
+    """The offsets of a :class:`Pursuit`, on their way: K vectors of the states' width, with Adam's moments and an age.
+
+    A step is ``moved``, ``look`` for each of its parts, then ``advance``.
+    """
+
+    def __init__(self, model: Model, pursuit: Pursuit, bank: Bank) -> None:
+        self.pursuit = pursuit
+        states = bank.conditions.tensors[STATES]
+        self.rate = pursuit.rate * float(states[:, 1:].float().square().mean().sqrt())
+        self.values = {
+            name: torch.zeros(pursuit.offsets, width, device=model.device)
+            for name, width in (("offset", states.shape[-1]), ("mean", states.shape[-1]), ("square", states.shape[-1]))
+        }
+        # Staggered, so that offsets of every age are there at any time.
+        ages = [index * pursuit.lifetime // pursuit.offsets for index in range(pursuit.offsets)]
+        self.left = [pursuit.lifetime - age for age in ages]  # steps until an offset begins again
+        self.age = [0] * pursuit.offsets
+        self._asked: torch.Tensor | None = None
+        self._rows: list[int] = []
+        self._gradient = torch.zeros_like(self.values["offset"])
+        self._counts = [0] * pursuit.offsets
+
+    def moved(self, batch: Batch, part: int, parts: int) -> Tensors:
+        """The batch's conditions, the forget rows' at their offsets.  ``part`` of ``parts``: which rows they are."""
+        count = next((number for role, number in batch.roles if role == "forget"), 0)  # forget rows stand first
+        taken = self.pursuit.offsets + 1
+        self._rows = [(part + index * parts) % taken for index in range(count)]
+        if not count:
+            return batch.conditions
+        nothing = torch.zeros_like(self.values["offset"][:1])
+        self._asked = self.values["offset"].clone().requires_grad_(True)
+        offset = torch.cat([self._asked, nothing])[self._rows][:, None]
+        states = batch.conditions[STATES]
+        behind = states[:count, 1:] + offset.to(states.dtype)
+        return {**batch.conditions, STATES: torch.cat([torch.cat([states[:count, :1], behind], 1), states[count:]])}
+
+    def look(self, batch: Batch, predicted: torch.Tensor) -> None:
+        """Keep what the batch says of the offsets; the graph of ``predicted`` stays for the weights' own gradient."""
+        asked, count = self._asked, len(self._rows)
+        if asked is None or not count:
+            return
+        wanted = batch.teacher_preds[batch.own[:count], batch.row_index[:count]]
+        errors = (predicted[:count] - wanted).square().mean(dim=(1, 2, 3))
+        is_attacked = torch.tensor(self._rows, device=errors.device) < self.pursuit.offsets
+        if is_attacked.any():
+            (gradient,) = torch.autograd.grad(errors[is_attacked].sum(), [asked], retain_graph=True)
+            self._gradient += gradient
+        for row in self._rows:
+            if row < self.pursuit.offsets:
+                self._counts[row] += 1
+        self._asked = None
+
+    def advance(self) -> None:
+        """One step of Adam for each offset that had rows, then those whose time is over begin again."""
+        offset, mean, square = (self.values[name] for name in ("offset", "mean", "square"))
+        for index, count in enumerate(self._counts):
+            if count:
+                self.age[index] += 1
+                gradient, age = self._gradient[index] / count, self.age[index]
+                mean[index] = 0.9 * mean[index] + 0.1 * gradient
+                square[index] = 0.999 * square[index] + 0.001 * gradient.square()
+                ahead = mean[index] / (1 - 0.9**age)
+                offset[index] -= self.rate * ahead / ((square[index] / (1 - 0.999**age)).sqrt() + 1e-8)
+            self.left[index] -= 1
+            if self.left[index] <= 0:
+                self.left[index], self.age[index] = self.pursuit.lifetime, 0
+                for values in self.values.values():
+                    values[index] = 0
+        self._gradient.zero_()
+        self._counts = [0] * self.pursuit.offsets
+
+    def saved(self) -> dict[str, list[Any]]:
+        """What :meth:`restore` reads, as JSON holds it: a float32 comes back as it was."""
+        return {"left": self.left, "age": self.age} | {name: one.tolist() for name, one in self.values.items()}
+
+    def restore(self, saved: Mapping[str, list[Any]]) -> None:
+        self.left, self.age = list(saved["left"]), list(saved["age"])
+        for name, values in self.values.items():
+            values.copy_(torch.tensor(saved[name]))

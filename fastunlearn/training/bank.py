@@ -111,6 +111,19 @@ class Bank:
         target = (self.teacher_preds[:, rows] * self.coefficients[rows].T[..., None, None, None]).sum(0)
         return (self.teacher_preds[own, rows] - target).square().mean().item()
 
+    def way_to_go(self) -> float:
+        """Mean over forget rows of ``weight * (teacher(concept) - target)^2``: the forget loss before training.
+
+        ValueError for rows whose trajectory is no prompt's own.
+        """
+        rows = self.role_rows["forget"].to(self.latents.device)
+        concept = self.places[rows, 1]
+        if concept.min() < 0:
+            raise ValueError("the way to a target starts at the concept's own prediction, which these rows have not")
+        coefficients = self.coefficients[rows].T[..., None, None, None]
+        errors = self.teacher_preds[concept, rows] - (self.teacher_preds[:, rows] * coefficients).sum(0)
+        return (errors.square().mean((1, 2, 3)) * self.weights[rows]).mean().item()
+
 
 @dataclasses.dataclass(frozen=True)
 class BankPlan:

@@ -53,7 +53,11 @@ class TrainConfig(ModelOptions):
     trainable: str | None = setting(
         "a group of the model's family, such as cross-attention, text-attention, all; or name parts", None
     )
-    retain_weight: float | None = setting("weight of the retain loss", None)
+    retain_weight: float | Literal["auto"] | None = setting(
+        "weight of the retain loss; auto finds it: the least deviation with `--stop-residual` of the concept left",
+        None,
+        word="auto",
+    )
     options: Mapping[str, Any] = map_setting("an option of the method's own (`fastunlearn methods METHOD`)", flag="set")
     mask: str | None = setting(
         "FILE of `fastunlearn mask`: only the elements that it selects may change", None, path=True

@@ -57,7 +57,7 @@ def plan_evidence(
     rows = [row for row in recipe.rows if row.role == "forget" and NOISE not in row.target]
     if not rows or not recipe.rule.has_target:
         return None
-    held = dataclasses.replace(recipe, rows=rows, start=None, inner=None, elastic=0.0)
+    held = dataclasses.replace(recipe, rows=rows, start=None, inner=None, pursuit=None, elastic=0.0)
     bank = plan_bank(
         model,
         held,

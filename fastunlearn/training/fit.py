@@ -52,7 +52,9 @@ def fit(
     try:
         if curvature:
             engine.hold(curvature)
-        trainer = Trainer(model, bank, plan.recipe.rule, engine, schedule, folder, evidence, inner=plan.recipe.inner)
+        trainer = Trainer(
+            model, bank, plan.recipe.rule, engine, schedule, folder, evidence, plan.recipe.inner, plan.recipe.pursuit
+        )
         if config.resume:
             trainer.resume()
         trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))

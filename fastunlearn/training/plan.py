@@ -34,6 +34,7 @@ from .export import check_export, unread_files
 from .low_rank import AdapterPlan, with_default_adapter
 from .memory import Workload
 from .pictures import check_pictures
+from .price import AUTO_WEIGHT, BOUND, priced
 from .selection import GROUPS, Selection, load_mask, select_parameters
 from .suppression import plan_images, watched_layers
 
@@ -64,6 +65,7 @@ class TrainPlan:
     trainable_parameters: int
     total_parameters: int
     bank: BankPlan
+    is_priced: bool  # whether the retain weight is found while training
     search_trajectories: int  # of each embedding that is found first
     search_evaluations: int  # of what is found before training, or inside an edit
     loop_forwards: int
@@ -94,6 +96,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     """
     config = with_default_adapter(config, method)
     settings = _settings(config, method, model)
+    is_priced = config.retain_weight == AUTO_WEIGHT
     accumulation = config.gradient_accumulation_steps or 1
     deepspeed = None
     if config.deepspeed is not None:
@@ -111,6 +114,8 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         settings = dataclasses.replace(settings, micro_batch_size=deepspeed["train_micro_batch_size_per_gpu"])
     concept = make_concept(config, method, model, settings)
     recipe = method.recipe(concept)
+    if is_priced:
+        recipe = priced(method.name, recipe, settings.stop_residual)
     _check_engine(config, method, recipe, settings)
     if isinstance(recipe, Recipe):
         check_pictures(model, recipe.pictures)
@@ -181,6 +186,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         inside = _inside_edit(config, model, recipe, settings)
         search_evaluations = sum(images.unet_evaluations for images in inside)
         loop_forwards = sum(one.steps for one in recipe.suppressions) * settings.micro_batch_size
+    if rows.pursuit:  # a second backward of the forget rows, two thirds of a pass
+        share = len({row.role for row in rows.rows})
+        loop_forwards += math.ceil(settings.steps * -(-rows_per_step // share) * 2 / 3)
     memory = None
     if config.dry_run:
         device = resolve_device(config.device) if is_sketch(model) else model.device
@@ -206,6 +214,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         trainable_parameters=trainable,
         total_parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
         bank=bank,
+        is_priced=is_priced,
         search_trajectories=search_trajectories,
         search_evaluations=search_evaluations,
         loop_forwards=loop_forwards,
@@ -246,6 +255,8 @@ def resolved(config: TrainConfig, plan: TrainPlan) -> TrainConfig:
     settings = dataclasses.asdict(plan.settings)
     settings |= {"anchor": plan.concept.anchor, "options": _options(plan.settings.options)}
     settings |= {"dry_run": False, "resume": False, "overwrite": False}
+    if plan.is_priced:
+        settings["retain_weight"] = AUTO_WEIGHT
     if plan.adapter is not None:
         settings |= {"rank": plan.adapter.adapter.rank, "lora_alpha": plan.adapter.adapter.alpha}
     for name in ("output", "model", "lora", "parts", "mask", "deepspeed"):
@@ -282,6 +293,11 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     defaults = method.defaults_for(*model.defaults_keys)
     names = [field.name for field in dataclasses.fields(Defaults) if field.name != "options"]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.retain_weight == AUTO_WEIGHT:
+        if config.stop_residual == 0:
+            raise UserError("`--retain-weight auto` keeps no more of the concept than `--stop-residual`: above 0.")
+        bound = config.stop_residual or defaults.stop_residual or BOUND
+        chosen = {name: value for name, value in chosen.items() if name != "retain_weight"} | {"stop_residual": bound}
     if defaults.trainable in GROUPS and defaults.trainable not in model.groups:
         defaults = dataclasses.replace(defaults, trainable=model.default_group)
     return method.with_options(dataclasses.replace(defaults, **chosen), config.options)
@@ -318,7 +334,7 @@ def _check_engine(config: TrainConfig, method: Method, recipe: Recipe | Edit, se
     elif config.is_adapted and (recipe.start is not None or recipe.elastic):
         what = "holds each weight to where it started" if recipe.elastic else "edits whole weights before it trains"
         raise UserError(f"the method {method.name} {what}, which an adapter has not. Leave `--adapter` out.")
-    elif config.deepspeed is not None and (recipe.elastic or recipe.inner):
+    elif config.deepspeed is not None and (recipe.elastic or recipe.inner or recipe.pursuit):
         what = "holds each weight to where it started" if recipe.elastic else "attacks the student in every step"
         raise UserError(
             f"the method {method.name} {what}, which is not possible with DeepSpeed. Leave `--deepspeed` out."

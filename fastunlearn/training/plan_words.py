@@ -73,7 +73,14 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         f"{plan.bank.unet_evaluations:,} UNet evaluations",
         f"loop        {at_most}{settings.steps} steps, {plan.loop_evaluations:,} UNet evaluations, a backward as two",
     ]
-    if plan.evidence is not None:
+    if plan.is_priced:
+        lines.append(
+            f"price       found while training: as little deviation as possible with {plan.settings.stop_residual:.0%} "
+            "of the concept left"
+        )
+        if plan.evidence is not None:
+            lines.append(f"measured    on {plan.evidence.rows} held-out rows, every {plan.evidence.every} steps")
+    elif plan.evidence is not None:
         lines.append(
             f"ends        once {plan.evidence.until:.0%} of the concept is left on {plan.evidence.rows} held-out rows, "
             f"looked at every {plan.evidence.every} steps"

@@ -17,11 +17,11 @@ from fastunlearn_kernels import noise_pred_loss
 
 from ..errors import UserError
 from ..files.atomic import remove_folder, remove_temporaries, write_text
-from ..methods.recipe import ROLES, Inner, Role
+from ..methods.recipe import ROLES, Inner, Pursuit, Role
 from ..methods.rules import Rule
 from ..models.base import Model
 from ..schema import Ending
-from .adversary import attacked
+from .adversary import Chase, attacked
 from .bank import Bank
 from .engine import Engine
 from .evidence import Evidence
@@ -59,8 +59,10 @@ class Trainer:
         folder: Path,
         evidence: Evidence | None = None,
         inner: Inner | None = None,
+        pursuit: Pursuit | None = None,
     ) -> None:
         self.inner = inner
+        self.chase = Chase(model, pursuit, bank) if pursuit else None
         self.model, self.bank, self.rule, self.engine, self.schedule = model, bank, rule, engine, schedule
         self.evidence = evidence
         self.checkpoints = folder / "checkpoints"
@@ -110,6 +112,8 @@ class Trainer:
         state = {"step": self.step, "seconds": self.seconds, "rule": rule, "rows": self._rows_per_step}
         if self.evidence is not None:
             state["residual"] = self.evidence.last
+        if self.chase is not None:
+            state["chase"] = self.chase.saved()
         self.engine.save(self._checkpoint(), state)
         if self.engine.world.is_main:
             for path in self._saved()[:-_KEPT_CHECKPOINTS]:
@@ -127,6 +131,8 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
             if self.evidence is not None:
                 self.evidence.last = state["residual"]
+            if self.chase is not None:
+                self.chase.restore(state["chase"])
             if state["rule"].keys() != self.state.keys():
                 raise UserError(f"the checkpoint {saved[-1]} is of another run: its method has another rule.")
             for name, value in state["rule"].items():
@@ -157,6 +163,8 @@ class Trainer:
                 metrics["loss"] = metrics.get("loss", 0.0) + share * loss
                 for (role, count), row_sum in zip(counts.items(), row_sums, strict=True):
                     metrics[f"{role}_loss"] = row_sum / count
+        if self.chase is not None:
+            self.chase.advance()
         self.rule.after_step(metrics, self.state)
         self.finite &= torch.isfinite(metrics["loss"]) & torch.isfinite(metrics["grad_norm"])
         return metrics
@@ -169,11 +177,12 @@ class Trainer:
             steps_bound=self.schedule.steps,
             residual=evidence.last if evidence else None,
             stop_residual=evidence.until if evidence else None,
+            retain_weight=1 / float(self.state["price"]) if "price" in self.state else None,
         )
 
     @property
     def _is_met(self) -> bool:
-        return self.evidence is not None and self.evidence.is_met
+        return self.evidence is not None and self.rule.ends_early and self.evidence.is_met
 
     def _measure(self) -> dict[str, torch.Tensor]:
         """The residual, where it is time to measure it."""
@@ -215,8 +224,12 @@ class Trainer:
         if self.inner is not None and self.step >= self.inner.warm_up * self.schedule.steps:
             seeds = (self.schedule.seed, self.step, part, parts)
             conditions = attacked(self.model, self.engine, batch, self.inner, seeds)
+        if self.chase is not None:
+            conditions = self.chase.moved(batch, part, parts)
         with self.engine.autocast():
             noise_pred = self.model.predict(batch.latents, batch.timesteps, conditions, self.engine.module)
+        if self.chase is not None:
+            self.chase.look(batch, noise_pred)
         # Each role's loss is a mean over all its rows, whatever its share of this batch; the engine means over parts.
         scale = len(batch.timesteps) * parts
         weights = torch.cat([(role_weights[role] * scale / counts[role]).expand(n) for role, n in batch.roles])
