@@ -144,6 +144,15 @@ def test_spm_holds_noise_in_the_place_of_states_on_the_concepts_trajectories():
     )
 
 
+def test_latent_anchors_are_encoded_when_they_are_read():
+    """A dry run plans for a model without weights, whose states hold nothing to look at."""
+
+    def encode(prompts):
+        raise AssertionError("nothing is to be encoded yet")
+
+    assert len(get_method("spm").recipe(dataclasses.replace(concept("spm"), encode=encode)).embeddings) == 16
+
+
 def test_a_latent_anchor_replaces_text_alone():
     """Sizes and masks, which are no text, stay; a vector of the whole text is noise, too."""
 
