@@ -25,6 +25,7 @@ Defaults for Stable Diffusion: the authors' steps, rate, guidance and weight; un
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -48,32 +49,41 @@ def recipe(concept: Concept) -> Recipe:
     for c in prompts:
         n = concept.anchors.get(c, UNCONDITIONAL)
         rows.append(Row("forget", c, c, mix((n, 1 + g), (c, -g))))
-    embeddings = {}
-    if weight:
-        wanted = max(concept.settings.trajectories, len(prompts))
-        for number, (c, embedding) in zip(range(wanted), latent_anchors(concept), strict=False):
-            name = f"\0latent anchor/{number}"
-            embeddings[name] = embedding
-            rows.append(Row("retain", c, name, {name: 1.0}))
-    return Recipe(rows, Sum(weight), embeddings=embeddings)
+    anchors: dict[str, LatentAnchor] = {}
+    for number in range(max(concept.settings.trajectories, len(prompts)) if weight else 0):
+        name, c = f"\0latent anchor/{number}", prompts[number % len(prompts)]
+        anchors[name] = LatentAnchor(concept, c, number)
+        rows.append(Row("retain", c, name, {name: 1.0}))
+    return Recipe(rows, Sum(weight), embeddings=anchors)
 
 
-def latent_anchors(concept: Concept) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Without end: a forget prompt, each in its turn, and noise in the place of what it is encoded to.
+class LatentAnchor(Mapping[str, "Tensor"]):
+    """Noise, drawn from the seed, in the place of what a prompt is encoded to; what is no text, or a mask, stays.
 
-    What does not depend on the text, or is a mask, stays.
+    It is made when it is first read: a plan may be of a model without weights.
     """
-    import torch
 
-    generator = torch.Generator().manual_seed(0)
-    encoded = {prompt: concept.encode([prompt, EMPTY]) for prompt in concept.forget_prompts}
-    while True:
-        for prompt, both in encoded.items():
-            embedding = {}
-            for name, (states, empty) in both.items():
-                is_text = states.is_floating_point() and "mask" not in name and not torch.equal(states, empty)
-                embedding[name] = _near_in_norm(states, generator) if is_text else states
-            yield prompt, embedding
+    def __init__(self, concept: Concept, prompt: str, seed: int) -> None:
+        self.concept, self.prompt, self.seed = concept, prompt, seed
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        import torch
+
+        generator, tensors = torch.Generator().manual_seed(self.seed), {}
+        for name, (states, empty) in self.concept.encode([self.prompt, EMPTY]).items():
+            is_text = states.is_floating_point() and "mask" not in name and not torch.equal(states, empty)
+            tensors[name] = _near_in_norm(states, generator) if is_text else states
+        return tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _near_in_norm(states: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ def attention_maps(denoiser: nn.Module, layers: Sequence[str]) -> Iterator[dict[
     """While this lasts: what each of the layers attended to in the newest forward, (B, heads, pixels, states)."""
     maps: dict[str, torch.Tensor] = {}
     queries: dict[str, torch.Tensor] = {}
-    hooks = []
+    hooks: list[Any] = []
 
     def heads(values: torch.Tensor, layer: Any) -> torch.Tensor:
         return values.unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()

@@ -72,7 +72,8 @@ def suppressed(
     recipe, plan = plan_images(model, wanted, guidance_scale=trajectory_guidance_scale, seed=seed, **budget)
     bank = build_bank(model, recipe, plan, micro_batch_size=bank_batch_size)
     generator = torch.Generator().manual_seed(seed)
-    down, up = {}, {}
+    down: dict[str, torch.Tensor] = {}
+    up: dict[str, torch.Tensor] = {}
     for name, matrix in values.items():
         drawn = torch.randn(wanted.rank, matrix.shape[1], generator=generator) / wanted.rank
         down[name] = drawn.to(matrix).requires_grad_(True)
