@@ -78,7 +78,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(length=0)
     axes[0, 0].set_ylabel("retention R")
-    dots = [
+    dots: list[Any] = [
         plt.Line2D([], [], ls="", marker="o", ms=12, mfc=color, mec="#6b7280", label=label)
         for color, label in ((_SEEN, f"{content['power']:.0%} or more: sees it"), (_UNSEEN, "less: does not"))
     ]

@@ -142,7 +142,7 @@ def test_trajectories_lead_away_from_it_and_targets_do_not():
     assert plan.unet_evaluations == plain.unet_evaluations * 3 // 2
     assert bank.coefficients[0].tolist() == [0, -1, 2]
     assert torch.allclose(bank.teacher_preds[2, 0], before.teacher_preds[0, 0], atol=1e-5)
-    assert bank.concept_strength() > 0
+    assert bank.way_to_go() > 0
     assert not torch.allclose(bank.latents[1], before.latents[1])
     with torch.no_grad():
         asked = model.predict(bank.latents, bank.timesteps, model.encode([UNCONDITIONAL]).rows([0, 0]))
@@ -173,7 +173,7 @@ def test_flux_keeps_the_unconditional_where_a_target_mixes_it():
     assert plan.unet_evaluations == 2 * 3
     bank = build_bank(model, Recipe(rows, Sum()), plan)
     assert bank.own.tolist() == [0] * 4
-    assert bank.concept_strength() > 0
+    assert bank.way_to_go() > 0
 
 
 # ---- a sampler by name -----------------------------------------------------------------------------------------------

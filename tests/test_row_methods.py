@@ -104,7 +104,7 @@ def test_every_target_of_every_row_sums_to_one_and_says_where_it_is_from(method)
 
 
 def test_the_rules_are_these():
-    assert recipe("concept-ablation").rule == Sum(0.0)
+    assert recipe("concept-ablation", {"prior_weight": 3.0}).rule == Sum(3.0)
     assert recipe("erasediff", {"forget_rate": 2.0}).rule == Bilevel(2.0)
     assert recipe("erasediff", {"constant_weight": "0.1"}).rule == Sum(1.0, forget_weight=0.1)
     assert recipe("instance", retain_weight=3.0).rule == Project(3.0)
@@ -116,7 +116,7 @@ def test_leco_is_spm_without_anchors_and_its_target_is_esds():
     """T(n) - g (T(c) - T(n)) with n the unconditional is ESD's target with eta = g + 1."""
     g = 1.5
     leco = dataclasses.replace(concept("spm", options={"negative_guidance": g}, retain_weight=0.0), anchors={})
-    esd = dataclasses.replace(concept("esd", options={"negative_guidance": g + 1}), anchors={})
+    esd = dataclasses.replace(concept("esd", options={"negative_guidance": g + 1, "reference": "empty"}), anchors={})
     ours, theirs = get_method("spm").recipe(leco), get_method("esd").recipe(esd)
     assert list(ours.rows) == list(theirs.rows)
     assert not ours.embeddings

@@ -61,7 +61,7 @@ def test_a_rule_says_its_updates(rule, updates):
 
 def test_saddle_ascends_in_its_state():
     rule = Saddle(kappa=2.0, dual_rate=0.5, lambda_start=0.25, lambda_max=0.6)
-    start = rule.start(type("Rows", (), {"concept_strength": lambda self: 3.0})())
+    start = rule.start(type("Rows", (), {"way_to_go": lambda self: 3.0})())
     assert start == {"dual": 0.25, "margin": 6.0}
     state = {name: torch.tensor(value) for name, value in start.items()}
     seen = []

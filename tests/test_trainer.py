@@ -272,7 +272,7 @@ def test_saddle_starts_one_unit_from_its_reference(tmp_path):
     run.schedule = dataclasses.replace(run.schedule, micro_batch_size=2 * len(run.bank.role_rows["forget"]))
     seen = {}
     run.run(lambda step, metrics: seen.update(metrics))
-    assert seen["forget_loss"] == pytest.approx(run.bank.concept_strength(), rel=1e-3)
+    assert seen["forget_loss"] == pytest.approx(run.bank.way_to_go(), rel=1e-3)
 
 
 def test_identity_exports_the_original(tmp_path, bundled):

@@ -12,7 +12,7 @@ class Until(Rule):
     share: float
 
     def start(self, rows):
-        return {"forgetting": 1.0, "limit": self.share * rows.concept_strength()}
+        return {"forgetting": 1.0, "limit": self.share * rows.way_to_go()}
 
     def updates(self, state):
         return [Update({"forget": state["forgetting"], "retain": 1.0})]

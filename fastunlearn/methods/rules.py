@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 class Measured(Protocol):
     """What a rule may ask of the training rows before the first step."""
 
-    def concept_strength(self) -> float:
-        """Mean over the forget rows of ``(teacher(concept) - target)^2``."""
-
     def way_to_go(self) -> float:
-        """Mean over the forget rows of ``weight * (teacher(concept) - target)^2``."""
+        """The forget loss before the first step: the mean of ``weight * (teacher(concept) - target)^2``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +122,7 @@ class Saddle(Rule):
     lambda_max: float = 1.0
 
     def start(self, rows: Measured) -> dict[str, float]:
-        return {"dual": self.lambda_start, "margin": self.kappa * rows.concept_strength()}
+        return {"dual": self.lambda_start, "margin": self.kappa * rows.way_to_go()}
 
     def residual(self, error: float, before: float, state: Mapping[str, Tensor]) -> float:
         """The share of the way to the margin that is still to go."""

@@ -102,22 +102,13 @@ class Bank:
             position, missing = position + len(part), missing - len(part)
         return torch.cat(picked)
 
-    def concept_strength(self) -> float:
-        """Mean over forget rows of ``(teacher(trajectory's prompt) - target)^2``, the unit of Saddle's margin."""
-        rows = self.role_rows["forget"].to(self.latents.device)
-        own = self.own[rows]
-        if own.min() < 0:
-            raise ValueError("the concept's strength is asked of rows of prompts, whose target is no noise")
-        target = (self.teacher_preds[:, rows] * self.coefficients[rows].T[..., None, None, None]).sum(0)
-        return (self.teacher_preds[own, rows] - target).square().mean().item()
-
     def way_to_go(self) -> float:
         """Mean over forget rows of ``weight * (teacher(concept) - target)^2``: the forget loss before training.
 
         ValueError for rows whose trajectory is no prompt's own.
         """
         rows = self.role_rows["forget"].to(self.latents.device)
-        concept = self.places[rows, 1]
+        concept = self.own[rows]
         if concept.min() < 0:
             raise ValueError("the way to a target starts at the concept's own prediction, which these rows have not")
         coefficients = self.coefficients[rows].T[..., None, None, None]
