@@ -66,6 +66,11 @@ CONCEPT_ABLATION = Method(
             options=Options(prior_weight=10.0, prior="retain"),
             stop_residual=0.04,
         ),
+        "gallery": Defaults(
+            *(200, 1e-3, 8, 16, "context_embedder,text_embedder", "linear"),
+            options=Options(prior_weight=10.0, prior="retain"),
+            stop_residual=0.08,
+        ),
         "stable-diffusion": Defaults(100, 1.6e-5, 8, 32, "cross-attention-kv"),
     },
 )

@@ -55,6 +55,11 @@ ESD = Method(
         "shapes": Defaults(
             500, 7e-4, 16, 8, "cross-attention-kv", "linear", options=Options(2.0, "without"), stop_residual=0.15
         ),
+        "gallery": Defaults(
+            *(200, 7e-4, 8, 8, "context_embedder,text_embedder", "linear"),
+            options=Options(2.0, "without"),
+            stop_residual=0.25,
+        ),
         "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention"),
     },
 )

@@ -30,6 +30,9 @@ OVW = Method(
     anchor="needed",
     defaults={
         "shapes": Defaults(160, 1e-3, 16, 16, "cross-attention-kv", "linear", retain_weight=20.0, stop_residual=0.08),
+        "gallery": Defaults(
+            *(200, 5e-4, 8, 16, "context_embedder,text_embedder", "linear"), retain_weight=20.0, stop_residual=0.15
+        ),
         "stable-diffusion": Defaults(200, 1e-5, 4, 32, "cross-attention"),
     },
     needs_retain=True,
