@@ -50,9 +50,6 @@ results: $(VENV)/.installed
 	cp demo/grid.png docs/grid.png
 	$(BIN)/fastunlearn demo --model gallery --output .benchmarks/demo-gallery --overwrite
 	cp .benchmarks/demo-gallery/demo.json benchmarks/results/demo_gallery.json
-	$(BIN)/python benchmarks/gallery.py
-	$(BIN)/python benchmarks/attacks.py
-	$(BIN)/python benchmarks/attacks.py --world gallery --models original,gold,uce
 	$(BIN)/python -m pytest benchmarks/bench_bank.py --benchmark-enable --benchmark-json .benchmarks/bank.json
 	$(BIN)/python -m pytest benchmarks/bench_evaluation.py --benchmark-enable --benchmark-json .benchmarks/evaluation.json
 	$(BIN)/python -m pytest benchmarks/bench_second_model.py --benchmark-enable --benchmark-json .benchmarks/second.json
@@ -70,8 +67,11 @@ results: $(VENV)/.installed
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/edits.py
 	$(BIN)/python benchmarks/attacks.py
+	$(BIN)/python benchmarks/attacks.py --world gallery --models original,gold,uce
 	$(BIN)/python benchmarks/metrics_miss.py
 	$(BIN)/python benchmarks/leaderboard.py --minutes 1000
+	$(BIN)/python benchmarks/leaderboard.py --world gallery --minutes 1000
+	$(BIN)/python benchmarks/leaderboard_figure.py
 	$(BIN)/python benchmarks/readme.py --bank-speed .benchmarks/bank.json --evaluation-speed .benchmarks/evaluation.json \
 	  --second-model .benchmarks/second.json
 

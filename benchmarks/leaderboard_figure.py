@@ -1,0 +1,81 @@
+"""What a method keeps against what attacks bring back: a point a method, drawn from two results files.
+
+    python benchmarks/leaderboard_figure.py        # writes docs/leaderboard.png
+
+Upwards: R over the leaderboard's concepts that no default was chosen on, median and range.  To the right: prompts that
+an attack broke on the attacks' one concept, with its 95 % interval.  Only methods that both files have are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fastunlearn.files.atomic import whole_file
+
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = "shapes"
+ATTACKS = {
+    "embedding": "an embedding, in context",
+    "completion": "half-finished images",
+    "relearn": "a little training",
+}
+_POINT, _REFERENCE = "#1d4ed8", "#9ca3af"
+
+
+def points(board: dict[str, Any], attacks: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, Any]]]:
+    """Method -> (R: median, least, most; its attacks by label), for the methods that both results hold."""
+    methods, models = board["worlds"][WORLD]["methods"], attacks["worlds"][WORLD]["models"]
+    return {
+        name: (sums["held_out"]["retention"], models[name]["attacks"])
+        for name, sums in methods.items()
+        if sums["held_out"] is not None and name in models
+    }
+
+
+def draw(board: dict[str, Any], attacks: dict[str, Any], path: Path) -> None:
+    """A panel an attack; grey lines: the gold reference and the original."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = attacks["worlds"][WORLD]["models"]
+    figure, axes = plt.subplots(1, len(ATTACKS), figsize=(12, 4.2), sharey=True, layout="constrained")
+    for axis, (label, title) in zip(axes, ATTACKS.items(), strict=True):
+        for name in ("gold", "original"):
+            share = models[name]["attacks"][label]["share"]
+            axis.axvline(share, color=_REFERENCE, ls=":", zorder=0)
+            axis.annotate(
+                name, (share, 0.02), xycoords=("data", "axes fraction"), color=_REFERENCE, rotation=90, fontsize=8
+            )
+        for name, (kept, broken) in points(board, attacks).items():
+            share, (low, high) = broken[label]["share"], broken[label]["share_ci95"]
+            across = [[share - low], [high - share]]
+            along = [[kept["median"] - kept["least"]], [kept["most"] - kept["median"]]]
+            axis.errorbar(share, kept["median"], along, across, fmt="o", color=_POINT, ecolor="#bfdbfe", ms=6)
+            axis.annotate(name, (share, kept["median"]), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        axis.set_title(f"brought back by {title}", fontsize=10)
+        axis.set_xlim(-0.04, 1.04)
+        axis.xaxis.set_major_formatter("{x:.0%}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("retention R")
+    axes[1].set_xlabel(f"prompts broken, {attacks['worlds'][WORLD]['concept']}, 95 % interval")
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "leaderboard.png")
+    args = parser.parse_args()
+    results = ROOT / "benchmarks" / "results"
+    board, attacks = (json.loads((results / f"{name}.json").read_text()) for name in ("leaderboard", "attacks"))
+    draw(board, attacks, args.output)
+
+
+if __name__ == "__main__":
+    main()
