@@ -13,8 +13,7 @@ but the first, carried from step to step, as the perturbations of fast adversari
 begun anew after ``attack_lifetime`` steps.  The price of forgetting against keeping follows by dual ascent
 (:class:`~fastunlearn.methods.rules.Constrained`); it begins at ``price_start``.
 
-What it costs: it keeps less than the edit, and least of what says little, such as the empty prompt, from which one offset
-leads to the concept as well as from any other.
+What it costs: it keeps less than the edit does, least of all what the empty prompt generates.
 
 What did not help, on the bundled model's "crescent": training all weights, or the keys and values alone, in the place
 of the whole cross-attention; a price that begins at 1, since what the first steps break is not mended; a result mixed
