@@ -8,13 +8,14 @@ A cell is one method, concept and training seed: a training with the method's de
 noise that no training sees.  Finished cells stay in ``--work``, so a stopped run continues; ``--shard 1/2`` takes every
 second cell.  The results file holds, by world, every cell that is done, which concepts the defaults were chosen on
 (:data:`CHOSEN_ON`), and for each method the sums over the others alone.  Cells that it has of the same original stay
-until they are made anew; those of another original go.
+until they are made anew; those of another original, or of other defaults, go.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import statistics
@@ -32,6 +33,7 @@ from fastunlearn.methods import all_methods
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import versions
 from fastunlearn.worlds import get_world
+from fastunlearn.worlds.base import World
 
 RESULTS = Path(__file__).resolve().parent / "results" / "leaderboard.json"
 #: Methods' defaults for a world were chosen on these; sums leave them out.
@@ -78,27 +80,37 @@ def main() -> None:
     original = hash_pipeline(load_model(world.name, "cpu").source)
     for seed, concept, method in cells[shard - 1 :: shards]:
         path = args.work / f"{world.name}-{method}-{concept}-{seed}.json"
-        if _read(path, original) is None:
+        if _read(path, world, original) is None:
             if time.monotonic() - begun > 60 * args.minutes:
                 print("the time is over; run the command again for the rest")
                 break
-            write_json(path, {"original": original} | cell(world.name, method, concept, seed, args.work / "cache"))
-            print(json.dumps({key: _read(path, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
+            stamp = {"original": original, "defaults": defaults_of(world, method)}
+            write_json(path, stamp | cell(world.name, method, concept, seed, args.work / "cache"))
+            print(json.dumps({key: _read(path, world, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
     board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
     board["forgotten_at_most"] = FORGOTTEN
-    board["worlds"][world.name] = collected(args.work, world.name, original, board["worlds"].get(world.name))
+    board["worlds"][world.name] = collected(args.work, world, original, board["worlds"].get(world.name))
     write_json(args.output, board)
 
 
 SHOWN = ("method", "concept", "seed", "shown", "valid", "kept", "retention", "seconds")
 
 
-def _read(path: Path, original: str) -> dict[str, Any] | None:
-    """A finished cell; None where there is none, or one of another original."""
+def defaults_of(world: World, method: str) -> str:
+    """What tells a method's defaults for this world from earlier ones; empty for a method that is no more."""
+    methods = all_methods()
+    if method not in methods:
+        return ""
+    return hashlib.sha256(repr(methods[method].defaults_for(world.name, *world.like)).encode()).hexdigest()[:12]
+
+
+def _read(path: Path, world: World, original: str) -> dict[str, Any] | None:
+    """A finished cell; None where there is none, or one of another original or of other defaults."""
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content if content["original"] == original else None
+    current = content["original"] == original and content["defaults"] == defaults_of(world, content["method"])
+    return content if current else None
 
 
 def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[str, Any]:
@@ -137,25 +149,27 @@ def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[
     }
 
 
-def collected(work: Path, world: str, original: str, before: dict[str, Any] | None) -> dict[str, Any]:
+def collected(work: Path, world: World, original: str, before: dict[str, Any] | None) -> dict[str, Any]:
     """A world's part of the results: every finished cell, and sums over concepts that nothing was chosen on.
 
-    ``before``: what the results file has of the world.  Of its cells those stay that are of the same original and were
-    not made anew.
+    ``before``: what the results file has of the world.  Of its cells those stay that are of the same original and the
+    same defaults, and were not made anew.
     """
-    made = [one for path in sorted(work.glob(f"{world}-*.json")) if (one := _read(path, original)) is not None]
+    paths = sorted(work.glob(f"{world.name}-*.json"))
+    made = [one for path in paths if (one := _read(path, world, original)) is not None]
     kept = before["cells"] if before is not None and before["original"] == original else []
+    kept = [one for one in kept if one["defaults"] == defaults_of(world, one["method"])]
     by_key = {(one["method"], one["concept"], one["seed"]): one for one in (*kept, *made)}
     cells = [{name: value for name, value in by_key[key].items() if name != "original"} for key in sorted(by_key)]
     methods = {}
     for method in dict.fromkeys(one["method"] for one in cells):
         mine = [one for one in cells if one["method"] == method]
-        held = [one for one in mine if one["concept"] not in CHOSEN_ON[world]]
+        held = [one for one in mine if one["concept"] not in CHOSEN_ON[world.name]]
         methods[method] = {"chosen_on": _sums([one for one in mine if one not in held]), "held_out": _sums(held)}
     return {
         "original": original,
         "versions": versions(),
-        "chosen_on": list(CHOSEN_ON[world]),
+        "chosen_on": list(CHOSEN_ON[world.name]),
         "methods": methods,
         "cells": cells,
     }

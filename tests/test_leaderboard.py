@@ -12,11 +12,14 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import leaderboard
 
+GALLERY = get_world("gallery")
 
-def finished(method, concept, *, shown=0.0, original="now"):
+
+def finished(method, concept, *, shown=0.0, original="now", defaults=None):
     """A cell as the work folder holds it."""
+    stamp = {"original": original, "defaults": defaults or leaderboard.defaults_of(GALLERY, method)}
     figures = {"shown": shown, "valid": 1.0, "retention": 0.9, "judged_the_same": 0.95, "seconds": 3.0}
-    return {"original": original, "method": method, "concept": concept, "seed": 0, **figures}
+    return {**stamp, "method": method, "concept": concept, "seed": 0, **figures}
 
 
 def put(work, *cells):
@@ -28,22 +31,31 @@ def put(work, *cells):
 def test_sums_are_over_concepts_that_no_default_was_chosen_on(tmp_path):
     chosen = leaderboard.CHOSEN_ON["gallery"]
     put(tmp_path, *(finished("uce", word, shown=1.0) for word in chosen), finished("uce", "cat"))
-    sums = leaderboard.collected(tmp_path, "gallery", "now", None)["methods"]["uce"]
+    sums = leaderboard.collected(tmp_path, GALLERY, "now", None)["methods"]["uce"]
     assert (sums["held_out"]["concepts"], sums["held_out"]["forgotten"]) == (["cat"], 1)
     assert (sums["chosen_on"]["cells"], sums["chosen_on"]["forgotten"]) == (len(chosen), 0)
 
 
 def test_cells_of_the_same_original_stay_until_they_are_made_anew(tmp_path):
     put(tmp_path / "first", finished("uce", "cat", shown=0.5), finished("uce", "fox"))
-    before = leaderboard.collected(tmp_path / "first", "gallery", "now", None)
+    before = leaderboard.collected(tmp_path / "first", GALLERY, "now", None)
     put(tmp_path / "second", finished("uce", "cat", shown=0.25), finished("esd", "fox", original="earlier"))
 
     def shown(original):
-        cells = leaderboard.collected(tmp_path / "second", "gallery", original, before)["cells"]
+        cells = leaderboard.collected(tmp_path / "second", GALLERY, original, before)["cells"]
         return {(cell["method"], cell["concept"]): cell["shown"] for cell in cells}
 
     assert shown("now") == {("uce", "cat"): 0.25, ("uce", "fox"): 0.0}
     assert shown("earlier") == {("esd", "fox"): 0.0}
+
+
+def test_cells_of_other_defaults_go(tmp_path):
+    put(tmp_path / "first", finished("uce", "cat"), finished("uce", "fox", defaults="earlier"))
+    before = leaderboard.collected(tmp_path / "first", GALLERY, "now", None)
+    assert [cell["concept"] for cell in before["cells"]] == ["cat"]
+    before["cells"][0]["defaults"] = "earlier"
+    (tmp_path / "none").mkdir()
+    assert not leaderboard.collected(tmp_path / "none", GALLERY, "now", before)["cells"]
 
 
 @pytest.mark.parametrize("name", leaderboard.CHOSEN_ON)
