@@ -464,7 +464,7 @@ ASKED = {
     "another method's option": (["--set", "kappa=2"], r"the method ovw has no option 'kappa'\. It has none\."),
     "unknown option": (
         ["--method", "saddle", "--set", "kapa=2"],
-        r"'kapa'\. It has: kappa, dual_rate, lambda_start, lambda_max\. Did you mean `kappa`\?",
+        r"'kapa'\. It has: reference_guidance, kappa, .*, reference\. Did you mean `kappa`\?",
     ),
     "option of another type": (["--method", "esd", "--set", "negative_guidance=far"], r"must be float, got 'far'"),
     "option out of range": (["--method", "saddle", "--set", "kappa=0"], r"`kappa` must be above 0, got 0"),

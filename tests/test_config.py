@@ -349,7 +349,7 @@ def test_a_missing_setting_is_named_as_a_flag():
 
 
 def test_the_demos_methods_exist_and_are_two_or_more():
-    assert DemoConfig().compared(("esd", "ovw", "uce")) == ("esd", "ovw", "uce")
+    assert DemoConfig().compared(("esd", "uce", "ovw")) == ("esd", "uce", "ovw")
     assert DemoConfig(methods="uce, esd,uce,placebo").compared(("ovw",)) == ("uce", "esd")
     for given in ("esd", "esd,placebo", "esd,nobody"):
         with pytest.raises(UserError):

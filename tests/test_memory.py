@@ -191,7 +191,7 @@ def test_every_family_is_counted_without_its_weights(name, tmp_path):
     assert all(phase.device["activations"] for phase in counted if phase.name != "export")
     # Of an edit the new weights, of a mask the summed gradients, beside the denoiser.
     trained = sum(dict(model.denoiser.named_parameters())[name].nbytes for name in names)
-    (edit,) = count_phases(blueprint, dataclasses.replace(work, is_edit=True), ["edit"])
+    (edit,) = count_phases(blueprint, dataclasses.replace(work, is_edit=True, rows=0), ["edit"])
     (mask,) = count_phases(blueprint, dataclasses.replace(work, makes_mask=True), ["mask"])
     assert edit.device["new weights"] == mask.device["saliency"] == trained
     assert mask.device["activations"] > edit.device["activations"]

@@ -114,8 +114,8 @@ def test_the_four_ways_to_give_an_option_make_one_run(cli, tmp_path):
     assert cli("train", "--config", yaml, "--set", "negative-guidance=5", "--output", tmp_path / "other").status == 0
     runs = {name: (tmp_path / name / UNET).read_bytes() for name in ("flag", "yaml", "keyword", "map", "other")}
     assert runs["flag"] == runs["yaml"] == runs["keyword"] == runs["map"] != runs["other"]
-    assert from_yaml(tmp_path / "yaml" / "config.yaml", TrainConfig).options == {"negative_guidance": 1.0}
-    assert from_yaml(tmp_path / "other" / "config.yaml", TrainConfig).options == {"negative_guidance": 5.0}
+    assert from_yaml(tmp_path / "yaml" / "config.yaml", TrainConfig).options["negative_guidance"] == 1.0
+    assert from_yaml(tmp_path / "other" / "config.yaml", TrainConfig).options["negative_guidance"] == 5.0
 
 
 def lines(settings):
@@ -125,7 +125,9 @@ def lines(settings):
 def test_a_saved_run_has_every_option_of_its_method(tmp_path):
     unlearn("shapes", "star", "saddle", output=tmp_path / "run", dual_rate=0.2, **TINY)
     saved = from_yaml(tmp_path / "run" / "config.yaml", TrainConfig).options
-    assert saved == {"kappa": 3.0, "dual_rate": 0.2, "lambda_start": 0.1, "lambda_max": 1.0}
+    method = get_method("saddle")
+    defaults = dataclasses.asdict(method.defaults_for("shapes").options)
+    assert saved == defaults | {"dual_rate": 0.2}
 
 
 def test_a_flag_that_is_no_pair_is_refused(refused, tmp_path):

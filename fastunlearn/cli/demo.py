@@ -29,7 +29,7 @@ class DemoConfig:
     model: str = setting("a bundled model: `shapes` or `gallery`", "shapes")
     forget: str | None = setting("a word that the model knows; default: star, of the gallery the style twemoji", None)
     methods: str | None = setting(
-        "two methods or more, by commas; a placebo goes with them; default: esd,ovw,uce; the gallery has others", None
+        "two methods or more, by commas; a placebo goes with them; default: esd,uce,ovw; the gallery has others", None
     )
     judge: str | None = setting(
         "who says whether an image shows the concept: NAME or NAME:OPTION; default: the bundled model's", None

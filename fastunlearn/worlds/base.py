@@ -67,7 +67,7 @@ class World:
     load_classifier: Callable[[], Classifier] | None = None
     load_network: Callable[[], Network] | None = None
     t5_tokens: int | None = None
-    demo_methods: tuple[str, ...] = ("esd", "ovw", "uce")
+    demo_methods: tuple[str, ...] = ("esd", "uce", "ovw")
     golds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     like: tuple[str, ...] = ()
 
