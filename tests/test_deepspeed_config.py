@@ -174,7 +174,8 @@ def test_the_examples_are_read_and_their_figures_are_the_counts(example):
 
 def test_a_dry_run_counts_the_models_own_memory(cli, tmp_path):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    flags = ["--method", "salun", "--mask-density", "0.1", "--trainable", "all", "--deepspeed", tmp_path / "ds.json", "--num-processes", 2]
+    flags = ["--method", "salun", "--mask-density", "0.1", "--trainable", "all"]
+    flags += ["--deepspeed", tmp_path / "ds.json", "--num-processes", 2]
     answer = cli("train", "--forget", "star", "--output", tmp_path / "run", "--dry-run", "--device", "cpu", *flags)
     assert (answer.status, answer.err) == (0, "")
     weights = 3_988_680 * 4 / 1e6
