@@ -1,6 +1,6 @@
 """What the usual metrics miss: which of them tell an unlearned model from harmless training, by concept and method.
 
-    python benchmarks/metrics_miss.py                   # all of it, about 25 minutes of one core
+    python benchmarks/metrics_miss.py                   # all of it, about 40 minutes of one core
     python benchmarks/metrics_miss.py --minutes 3       # a part; the same command continues
 
 Every concept of :data:`CONCEPTS` is forgotten by every method of :data:`METHODS` with its defaults.  Beside each model
@@ -61,6 +61,7 @@ HARMLESS = "placebo-noise"
 HARMLESS_SETTINGS = {"trajectories": 64, "trajectory_steps": 20, "trajectory_guidance_scale": 0.0}
 HARMLESS_STEPS, HARMLESS_SEEDS = (40, 80, 160), (0, 1)  # a training of every length from every seed
 DRAWS = (0, 1)  # seeds of the noise
+OTHER = len(DRAWS)  # added to a seed: other noise, of which no model draws
 GENERAL = ("open", "empty")  # groups of prompts that name too little to be shown in full
 KEPT = 40  # prompts that all models of a world are asked for, less those that name what was forgotten
 ASKED = 16  # prompts that ask for the concept, one image each
@@ -216,11 +217,11 @@ class Cells:
         if not path.exists():
             print(f"{self.name}: the original's images", flush=True)
             source = PipelineSource(load_model(self.name, "cpu"), SamplerSpec())
-            drawn = [source.generate([(prompt, seed) for prompt in self.prompts]) for seed in DRAWS]
+            drawn = [source.generate([(prompt, seed) for prompt in self.prompts]) for seed in range(2 * OTHER)]
             with whole_file(path) as unfinished:
                 torch.save(torch.stack(drawn), unfinished)
         images = torch.load(path, weights_only=True)
-        return {seed: dict(zip(self.prompts, images[seed], strict=True)) for seed in DRAWS}
+        return {seed: dict(zip(self.prompts, images[seed], strict=True)) for seed in range(2 * OTHER)}
 
     @functools.cached_property
     def forgotten_by_the_original(self) -> dict[str, float]:
@@ -249,7 +250,9 @@ class Cells:
         """Rows (prompts, ...) of every metric for the images from one seed beside the original's."""
         before, other = (torch.stack([self.original[s][p] for p in prompts]) for s in (seed, DRAWS[1 - seed]))
         rows = {name: metric.measure(before, after, prompts).numpy() for name, metric in self._metrics.items()}
-        others = self._metrics["fid"].measure(other, other, prompts).numpy()
+        # Of noise that no set holds: the same two draws, exchanged, would be the same set.
+        unseen = torch.stack([self.original[seed + OTHER][p] for p in prompts])
+        others = self._metrics["fid"].measure(unseen, unseen, prompts).numpy()
         features = others.shape[1] // 2
         rows["fid-other"] = np.concatenate([others[:, :features], rows["fid"][:, features:]], axis=1)
         rows["pairs"] = self._distance.distance(before, after).numpy()

@@ -408,7 +408,7 @@ def _seconds(row: dict[str, Any]) -> float:
 def metrics_section(path: Path) -> str:
     """Which metrics tell unlearned models from harmless trainings, then what they measured."""
     if not path.is_file():
-        return "Not measured yet; `python benchmarks/metrics_miss.py` measures it in about 25 minutes of one core."
+        return "Not measured yet; `python benchmarks/metrics_miss.py` measures it in about 40 minutes of one core."
     result = json.loads(path.read_text(encoding="utf-8"))
     blocks = columns(result)
     alarms = {
