@@ -16,7 +16,7 @@ from fastunlearn.methods.recipe import Concept, Places, Suppression, Weights
 from fastunlearn.models.attention_maps import attention_maps, mapped_layers
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.training import suppression
-from fastunlearn.training.bank import build_bank
+from fastunlearn.training.bank import build_bank, plan_images
 from fastunlearn.training.concept import places
 from fastunlearn.training.edit import edit_weights, text_matrices
 from fastunlearn.training.plan_words import plan_lines
@@ -188,9 +188,7 @@ def test_the_gradient_of_attention_is_that_of_plain_torch(tiny):
     p, seen = Plain(model, STEPS), []
     p.student.set_attn_processor(Explicit(seen))
     marked = {"a red star": (3, 4), "a blue star on a ring": (3,)}
-    recipe, plan = suppression.plan_images(
-        model, Suppression(marked, 1, 1, 0.1), trajectories=3, num_inference_steps=STEPS, guidance_scale=3.0, seed=0
-    )
+    recipe, plan = plan_images(model, marked, trajectories=3, num_inference_steps=STEPS, guidance_scale=3.0, seed=0)
     bank = build_bank(model, recipe, plan)
     names = select_parameters(model, KV)
     generator, values = torch.Generator().manual_seed(1), {}
@@ -256,8 +254,8 @@ def test_training_on_attention_lowers_it_and_leaves_the_model_alone(tiny):
     assert not any(p.requires_grad for p in model.denoiser.parameters())
     assert changes.keys() == set(names)
     assert max(int(torch.linalg.matrix_rank(change)) for change in changes.values()) <= 2
-    recipe, plan = suppression.plan_images(
-        model, wanted, trajectories=1, num_inference_steps=STEPS, guidance_scale=3.0, seed=5
+    recipe, plan = plan_images(
+        model, wanted.places, trajectories=1, num_inference_steps=STEPS, guidance_scale=3.0, seed=5
     )
     bank, layers = build_bank(model, recipe, plan), suppression.watched_layers(model)
     given = (layers, bank, torch.arange(STEPS), places_of)

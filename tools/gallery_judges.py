@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+from classifying import Judged, loss_of, remeasure, report, save
 from fastunlearn_gallery.words import HEADS, STYLES, WIDTHS
 from fitting import Fit, run
 from gallery_art import COPIES, OTHER_COPIES, OTHERS, Scenes, draw
-from safetensors.torch import save_file
-from torch import nn
 from torch.nn import functional as F
 
 from fastunlearn.worlds.classifier import Classifier, load_weights, to_pixel_values
@@ -20,7 +19,7 @@ STYLE_JUDGE = "style-judge"
 STYLE_HEADS = {"style": STYLES, "valid": HEADS["valid"]}
 
 
-def _judged_batch(pool: Scenes, count: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+def _judged_batch(pool: Scenes, count: int, seed: int) -> Judged:
     """Scenes, a third of them spoilt.  Returns pixel values, labels by head, and which rows are valid."""
     chance = torch.Generator().manual_seed(seed)
 
@@ -70,31 +69,15 @@ def _spoilt(pixels: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
 def _train_classifier(args: argparse.Namespace, name: str, heads: Mapping[str, Sequence[str]], pool: Scenes) -> None:
     """A classifier of these heads, ``valid`` one of them, trained on scenes alone; kept as ``name``.safetensors."""
     torch.manual_seed(args.seed)
-    model, named = Classifier(heads, WIDTHS), [head for head in heads if head != "valid"]
+    model = Classifier(heads, WIDTHS)
 
     def loss_at(step: int) -> torch.Tensor:
-        pixels, labels, valid = _judged_batch(pool, 48, args.seed * 1_000_003 + step)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = {head: values.float() for head, values in model(pixels).items()}
-        loss = F.cross_entropy(logits["valid"], labels["valid"])
-        for head in named:
-            loss = loss + F.cross_entropy(logits[head][valid], labels[head][valid])
-        return loss
+        return loss_of(model, _judged_batch(pool, 48, args.seed * 1_000_003 + step))
 
     fit = Fit({"classifier": model}, outer=("heads", "stages.0.0"), lr=0.01, outer_lr=3e-3)
     run(name, fit, loss_at, args.judge_steps, args.judge_steps // 2, args.work / f"{name}.pt", decay=0.98)
-    # The running statistics belong to the live weights of training; measure them anew for the averaged ones.
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    with torch.no_grad():
-        for step in range(40):
-            model(_judged_batch(pool, 96, 10_000_000 + step)[0])
-    save_file(
-        {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
-        args.work / f"{name}.safetensors",
-    )
+    remeasure(model, (_judged_batch(pool, 96, 10_000_000 + step) for step in range(40)))
+    save(model, args.work / f"{name}.safetensors")
 
 
 def train_judge(args: argparse.Namespace) -> None:
@@ -103,13 +86,10 @@ def train_judge(args: argparse.Namespace) -> None:
         return
     _train_classifier(args, "classifier", HEADS, draw(args.work / "sets", COPIES))
     model = load_weights(Classifier(HEADS, WIDTHS), path)
-    pixels, labels, valid = _judged_batch(draw(args.work / "sets", 2, args.seed + 1), 1200, 20_000_000)
+    batch = _judged_batch(draw(args.work / "sets", 2, args.seed + 1), 1200, 20_000_000)
     with torch.inference_mode():
-        logits = [model(part) for part in pixels.split(100)]
-    for head in HEADS:
-        rows = torch.ones_like(valid) if head == "valid" else valid
-        right = (torch.cat([one[head] for one in logits]).argmax(1) == labels[head])[rows].float().mean()
-        print(f"judge: {head} {right:.4f} on fresh images", flush=True)
+        logits = [model(part) for part in batch[0].split(100)]
+    report("judge", {head: torch.cat([one[head] for one in logits]) for head in HEADS}, batch)
 
 
 def train_style_judge(args: argparse.Namespace) -> None:

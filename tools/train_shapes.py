@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from classifying import loss_of, remeasure, report, save
 from torch import nn
 from torch.nn import functional as F
 from word_tokenizer import word_tokenizer
@@ -104,8 +105,6 @@ def _fit(
 
 
 def train_classifier(args: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
-
     path = args.output / "classifier.safetensors"
     if path.exists():
         return
@@ -113,32 +112,14 @@ def train_classifier(args: argparse.Namespace) -> None:
     model = Classifier(HEADS)
 
     def loss_at(step: int) -> torch.Tensor:
-        pixels, labels, valid = training_batch(64, seed=args.seed * 1_000_000 + step)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = {head: values.float() for head, values in model(pixels).items()}
-        loss = F.cross_entropy(logits["valid"], labels["valid"])
-        for head in ("shape", "color", "background"):
-            loss = loss + F.cross_entropy(logits[head][valid], labels[head][valid])
-        return loss
+        return loss_of(model, training_batch(64, seed=args.seed * 1_000_000 + step))
 
     _fit("classifier", [model], loss_at, args.classifier_steps, 4e-3)
-    # The running statistics belong to the live weights of training; measure them anew for the averaged ones.
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    with torch.no_grad():
-        for step in range(50):
-            model(training_batch(128, seed=10_000_000 + step)[0])
-    model.eval()
-    pixels, labels, valid = training_batch(4000, seed=20_000_000)
+    remeasure(model, (training_batch(128, seed=10_000_000 + step) for step in range(50)))
+    batch = training_batch(4000, seed=20_000_000)
     with torch.inference_mode():
-        logits = model(pixels)
-    for head in HEADS:
-        rows = torch.ones_like(valid) if head == "valid" else valid
-        right = (logits[head].argmax(1) == labels[head])[rows].float().mean()
-        print(f"classifier: {head} {right:.4f} on fresh images", flush=True)
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
+        report("classifier", model(batch[0]), batch)
+    save(model, path)
 
 
 def train_vae(args: argparse.Namespace) -> None:

@@ -142,8 +142,8 @@ def identity_like(matrix: Tensor) -> Tensor:
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def concept_edit(concept: Concept, method: str, refined: Refine) -> Edit:
-    """UCE's edit, with what ``refined`` makes of the factor of each group of matrices.
+def concept_edit(concept: Concept, method: str, refined: Refine | None = None) -> Edit:
+    """UCE's edit, with what ``refined`` makes of the factor of each group of matrices, if anything.
 
     ``refined``: (M, the forget prompts' sums, the sum over what stays, weights, names) -> M, matrices (D, D) float64.
     The options must have UCE's.
@@ -157,7 +157,9 @@ def concept_edit(concept: Concept, method: str, refined: Refine) -> Edit:
             held += options.ridge * identity_like(held)
             told, strength = sums(concept, read), options.erase_weight
             factor = right_factor(strength * told.anchored, strength * told.forgotten, held, weights.facts)
-            new |= multiplied(weights, names, refined(factor, told, held, weights, names))
+            if refined is not None:
+                factor = refined(factor, told, held, weights, names)
+            new |= multiplied(weights, names, factor)
         return new
 
     return Edit(change)

@@ -55,8 +55,7 @@ def recipe(concept: Concept) -> Recipe:
 def _edit(concept: Concept) -> Edit:
     """UCE's, with a weight of its own for what is kept."""
     settings = dataclasses.replace(concept.settings, retain_weight=concept.options.keep_weight)
-    weighed = dataclasses.replace(concept, settings=settings)
-    return concept_edit(weighed, "holdfast", lambda factor, told, held, weights, names: factor)
+    return concept_edit(dataclasses.replace(concept, settings=settings), "holdfast")
 
 
 HOLDFAST = Method(

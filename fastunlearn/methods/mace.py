@@ -59,26 +59,30 @@ def recipe(concept: Concept) -> Edit:
     def change(weights: Weights) -> Mapping[str, Tensor]:
         groups = by_input(dataclasses.replace(weights, pooled=()), "mace")
         refined: dict[str, Tensor] = {}
+        stays: dict[Read | None, Tensor] = {}
         for names, read in groups:
-            held = weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
+            stays[read] = weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
             anchored, forgotten = beside(concept, read)
-            held += options.ridge * identity_like(held)
+            held = stays[read] + options.ridge * identity_like(stays[read])
             refined |= multiplied(weights, names, right_factor(anchored, forgotten, held, weights.facts))
         if not tasks:
             return refined
         changes = {name: weights.suppressed(refined, task) for name, task in tasks.items()}
-        return {name: values for group in groups for name, values in fused(*group, weights, refined, changes).items()}
+        new: dict[str, Tensor] = {}
+        for names, read in groups:
+            new |= fused(names, read, stays[read], weights, refined, changes)
+        return new
 
     def fused(
         names: Sequence[str],
         read: Read | None,
+        stays: Tensor,
         weights: Weights,
         refined: Mapping[str, Tensor],
         changes: Mapping[str, Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """W* of the matrices ``names``, which read their states through ``read``."""
+        """W* of the matrices ``names``, read through ``read``; ``stays``: the sum over what stays."""
         moments = {one: kept(concept, list(task.places), read) for one, task in tasks.items()}
-        stays = weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
         eye = identity_like(stays)
         of_refined = options.ridge * eye
         for moment in moments.values():

@@ -188,7 +188,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.elastic and any(row.role == "retain" and NOISE not in row.target for row in self.rows):
             raise ValueError("the Fisher information is that of retain rows whose target is noise.")
-        if (self.inner or self.pursuit) and any(row.role == "forget" and _has_no_teacher(row) for row in self.rows):
+        if (self.inner or self.pursuit) and any(row.role == "forget" and has_no_teacher(row) for row in self.rows):
             raise ValueError("an attack needs forget rows of prompts, whose target is no noise.")
 
     def prompts(self) -> list[str]:
@@ -202,7 +202,8 @@ class Recipe:
         return [prompt for prompt in dict.fromkeys(prompts) if prompt not in others]
 
 
-def _has_no_teacher(row: Row) -> bool:
+def has_no_teacher(row: Row) -> bool:
+    """Whether there is no prediction of the teacher's for the row's own prompt, or none for it to become."""
     return NOISE in row.target or row.trajectory.startswith(picture(""))
 
 

@@ -71,6 +71,10 @@ class Rule(ABC):
         """
         return error / before if before > 0 else 0.0
 
+    def found_weight(self, state: Mapping[str, Tensor]) -> float | None:
+        """The retain weight that the rule has found, where it looks for one."""
+        return None
+
     @abstractmethod
     def updates(self, state: State) -> Sequence[Update]:
         """The updates of one step, in order."""
@@ -166,6 +170,9 @@ class Constrained(Rule):
 
     def start(self, rows: Measured) -> dict[str, float]:
         return {"price": self.price_start, "way": rows.way_to_go()}
+
+    def found_weight(self, state: Mapping[str, Tensor]) -> float | None:
+        return 1 / float(state["price"])
 
     def updates(self, state: State) -> Sequence[Update]:
         price = state["price"]

@@ -30,7 +30,7 @@ class Options:
 
 
 def recipe(concept: Concept) -> Edit:
-    return concept_edit(concept, "uce", lambda factor, told, held, weights, names: factor)
+    return concept_edit(concept, "uce")
 
 
 UCE = Method(

@@ -102,7 +102,7 @@ def attacked(model: Model, engine: Engine, batch: Batch, inner: Inner, seeds: tu
     ``seeds``: the run's, the step, and which part of how many the batch is: the rows of a step start from the same
     offsets in however many parts they are taken.
     """
-    count = next((number for role, number in batch.roles if role == "forget"), 0)  # forget rows stand first
+    count = batch.forget_rows
     if not count:
         return batch.conditions
     seed, step, part, parts = seeds
@@ -151,7 +151,7 @@ class Chase:
 
     def moved(self, batch: Batch, part: int, parts: int) -> Tensors:
         """The batch's conditions, the forget rows' at their offsets.  ``part`` of ``parts``: which rows they are."""
-        count = next((number for role, number in batch.roles if role == "forget"), 0)  # forget rows stand first
+        count = batch.forget_rows
         taken = self.pursuit.offsets + 1
         self._rows = [(part + index * parts) % taken for index in range(count)]
         if not count:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ..errors import UserError
 from ..methods.recipe import NOISE, ROLES, Recipe, Role, Row, picture
+from ..methods.rules import Sum
 from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
 from ..progress import OnProgress, untold
@@ -40,6 +41,11 @@ class Batch:
     weights: torch.Tensor
     own: torch.Tensor
     roles: tuple[tuple[Role, int], ...]
+
+    @property
+    def forget_rows(self) -> int:
+        """How many forget rows there are; they stand first."""
+        return dict(self.roles).get("forget", 0)
 
 
 @dataclasses.dataclass
@@ -190,6 +196,28 @@ def plan_bank(
 
 
 @torch.no_grad()
+def plan_images(
+    model: Model,
+    prompts: Iterable[str],
+    *,
+    trajectories: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+) -> tuple[Recipe, BankPlan]:
+    """The rows of the teacher's own images of these prompts, with noise, whose target the noise is; and their plan."""
+    recipe = Recipe([Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in prompts], Sum())
+    plan = plan_bank(
+        model,
+        recipe,
+        trajectories=trajectories,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+    return recipe, plan
+
+
 def build_bank(
     model: Model,
     recipe: Recipe,

@@ -19,13 +19,13 @@ def with_default_adapter(config: TrainConfig, method: Method) -> TrainConfig:
     Raises UserError for settings that contradict it.
     """
     if config.adapter is None and method.adapter_rank is not None:
-        for name, given in (
-            ("save", config.save == "delta"),
-            ("mask", config.mask),
-            ("mask_density", config.mask_density),
-        ):
+        refused = {
+            "--save delta": config.save == "delta",
+            "--mask": config.mask,
+            "--mask-density": config.mask_density,
+        }
+        for flag, given in refused.items():
             if given:
-                flag = "--save delta" if name == "save" else f"--{name.replace('_', '-')}"
                 raise UserError(
                     f"the method {method.name} trains an adapter and leaves the weights alone. Leave `{flag}` out, or "
                     "give `--adapter none`."

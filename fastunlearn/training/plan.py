@@ -22,7 +22,7 @@ from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
 from ..models.sketch import Blueprint, is_sketch
 from ..worlds import get_world, world_with_model
-from .bank import BankPlan, plan_bank
+from .bank import BankPlan, plan_bank, plan_images
 from .budget import Budget, plan_memory
 from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
@@ -36,7 +36,7 @@ from .memory import Workload
 from .pictures import check_pictures
 from .price import AUTO_WEIGHT, BOUND, priced
 from .selection import GROUPS, Selection, load_mask, select_parameters
-from .suppression import plan_images, watched_layers
+from .suppression import watched_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _inside_edit(config: TrainConfig, model: Model, edit: Edit, settings: Defaul
     """The images of everything that an edit has trained on the way."""
     given = {"trajectories": settings.trajectories, "num_inference_steps": config.trajectory_steps}
     scale, seed = config.trajectory_guidance_scale, config.seed
-    return [plan_images(model, one, guidance_scale=scale, seed=seed, **given)[1] for one in edit.suppressions]
+    return [plan_images(model, one.places, guidance_scale=scale, seed=seed, **given)[1] for one in edit.suppressions]
 
 
 def _search_evaluations(recipe: Recipe, bank: BankPlan, trajectories: int, micro_batch_size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import UserError
-from ..methods.recipe import NOISE, Edit, Recipe, picture
+from ..methods.recipe import Edit, Recipe, has_no_teacher
 from ..methods.rules import Constrained
 
 AUTO_WEIGHT = "auto"
@@ -25,7 +25,7 @@ def priced(method: str, recipe: Recipe | Edit, bound: float) -> Recipe:
     if not recipe.rule.takes_weight:
         raise _refused(method, "weighs by a rule of its own")
     forget = [row for row in recipe.rows if row.role == "forget"]
-    if not forget or any(NOISE in row.target or row.trajectory.startswith(picture("")) for row in forget):
+    if not forget or any(map(has_no_teacher, forget)):
         raise _refused(method, "has no target that the original's prediction for the concept is to become")
     return dataclasses.replace(recipe, rule=Constrained(bound))
 

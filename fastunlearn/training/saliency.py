@@ -13,8 +13,7 @@ from ..concepts import read_concepts
 from ..errors import UserError
 from ..files.run_folder import claimed_file
 from ..methods import get_method
-from ..methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row
-from ..methods.rules import Sum
+from ..methods.recipe import UNCONDITIONAL
 from ..models.base import Model
 from ..models.loading import load_model
 from ..models.options import ModelOptions
@@ -22,7 +21,7 @@ from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
 from ..progress import OnProgress, Reporter, untold
-from .bank import Bank, build_bank, plan_bank
+from .bank import Bank, build_bank, plan_images
 from .concept import forget_prompts
 from .config import MaskConfig
 from .selection import Selection, save_mask, select_parameters
@@ -151,11 +150,9 @@ def concept_gradient(
     Signs and all: the mean over the rows.  With a guidance of 0 it is the concept's usual training loss.
     ``on_progress`` counts the rows twice: when they are made, and when they are in the gradient.
     """
-    rows = [Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in forget_prompts]
-    recipe = Recipe(rows, Sum())
-    plan = plan_bank(
+    recipe, plan = plan_images(
         model,
-        recipe,
+        forget_prompts,
         trajectories=trajectories,
         num_inference_steps=num_inference_steps,
         guidance_scale=trajectory_guidance_scale,

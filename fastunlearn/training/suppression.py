@@ -9,12 +9,11 @@ import torch
 from torch.func import functional_call
 
 from ..errors import UserError
-from ..methods.recipe import NOISE, Recipe, Row, Suppression
-from ..methods.rules import Sum
+from ..methods.recipe import Suppression
 from ..models.attention_maps import attention_maps, mapped_layers
 from ..models.base import Model
 from ..progress import OnProgress, untold
-from .bank import Bank, BankPlan, build_bank, plan_bank
+from .bank import Bank, build_bank, plan_images
 from .edit import text_matrices
 
 DECAY = 0.01  # AdamW's, as MACE's authors have it
@@ -29,22 +28,6 @@ def watched_layers(model: Model) -> list[str]:
             "be seen. Use another method, such as uce or rece."
         )
     return layers
-
-
-def plan_images(
-    model: Model, wanted: Suppression, *, trajectories: int, num_inference_steps: int, guidance_scale: float, seed: int
-) -> tuple[Recipe, BankPlan]:
-    """The rows of a suppression: the teacher's own images of its prompts, with noise."""
-    recipe = Recipe([Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in wanted.places], Sum())
-    plan = plan_bank(
-        model,
-        recipe,
-        trajectories=trajectories,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-    )
-    return recipe, plan
 
 
 @torch.enable_grad()
@@ -69,7 +52,7 @@ def suppressed(
     """
     layers = watched_layers(model)
     budget: dict[str, Any] = {"trajectories": trajectories, "num_inference_steps": num_inference_steps}
-    recipe, plan = plan_images(model, wanted, guidance_scale=trajectory_guidance_scale, seed=seed, **budget)
+    recipe, plan = plan_images(model, wanted.places, guidance_scale=trajectory_guidance_scale, seed=seed, **budget)
     bank = build_bank(model, recipe, plan, micro_batch_size=bank_batch_size)
     generator = torch.Generator().manual_seed(seed)
     down: dict[str, torch.Tensor] = {}

@@ -177,7 +177,7 @@ class Trainer:
             steps_bound=self.schedule.steps,
             residual=evidence.last if evidence else None,
             stop_residual=evidence.until if evidence else None,
-            retain_weight=1 / float(self.state["price"]) if "price" in self.state else None,
+            retain_weight=self.rule.found_weight(self.state),
         )
 
     @property
