@@ -15,6 +15,7 @@ from fastunlearn.reports.sentences import how_it_ended
 from fastunlearn.schema import Ending, RunRecord
 from fastunlearn.training.bank import build_bank
 from fastunlearn.training.concept import make_concept
+from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.evidence import Evidence
 from fastunlearn.training.plan import plan_training
 from fastunlearn.training.plan_words import plan_lines
@@ -74,12 +75,12 @@ def test_a_training_ends_on_evidence_and_says_so(tmp_path, cli):
     assert answer.status == 0
     assert "at most 40 steps" in answer.out
     ending = RunRecord.read(tmp_path / "run" / "run.json").ending
-    assert ending.steps == 10
+    assert ending.steps == 15  # met at 10, and half as many again for the rate to fall
     assert ending.steps_bound == 40
     assert ending.residual <= ending.stop_residual == 0.9
-    assert f"ended after 10 of at most 40 steps: {ending.residual:.1%} of the concept is left" in answer.out
+    assert f"ended after 15 of at most 40 steps: {ending.residual:.1%} of the concept is left" in answer.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 10
+    assert lines[-1]["step"] == 15
     assert lines[-1]["residual"] == pytest.approx(ending.residual)
 
 
@@ -88,6 +89,24 @@ def test_a_training_that_runs_out_of_steps_warns_in_its_last_line(tmp_path, cli)
     words += ["--trajectories", "1", "--trajectory-steps", "2"]
     answer = cli("train", "--forget", "star", *words, "--evaluation-prompts", "none", "--output", tmp_path / "run")
     assert answer.out.strip().splitlines()[-1].startswith("warning: the concept may not be gone: after all 2 steps")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "bound", "rates"),
+    [
+        ("linear", 40, [*(1 - n / 40 for n in range(10)), *(0.75 * (1 - n / 5) for n in range(5))]),
+        ("linear", 12, [*(1 - n / 12 for n in range(10)), *(2 / 12 * (1 - n / 2) for n in range(2))]),
+        ("constant", 40, None),
+    ],
+)
+def test_once_it_is_met_a_falling_rate_gets_to_0(tmp_path, monkeypatch, scheduler, bound, rates):
+    """Met at step 10: over five more steps, or those that the bound leaves; a constant rate ends at once."""
+    seen = []
+    monkeypatch.setattr(TorchEngine, "scale_learning_rate", lambda engine, factor: seen.append(factor))
+    settings = {"steps": bound, "stop_residual": 0.9, "lr_scheduler": scheduler, "learning_rate": 1e-3}
+    ending = unlearn(config(tmp_path, **settings)).record.ending
+    assert ending.steps == len(rates or range(10))
+    assert seen == pytest.approx(rates or [])
 
 
 def test_a_run_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
@@ -154,6 +173,7 @@ def test_retain_prompts_are_proposed_where_the_user_has_none(tmp_path):
     for word in ("Van Gogh", "zebra finch"):
         concept = make_concept(config(tmp_path, forget=word, retain_prompts="auto"), get_method("ovw"), NoWorld(), None)
         kept[word] = concept.retain_prompts
+        assert not concept.is_guided
         assert concept.retain_prompts[-1] == ""
         assert len(concept.retain_prompts) >= 10
         assert not any(word.lower() in prompt.lower() for prompt in concept.retain_prompts)
@@ -171,6 +191,7 @@ class NoWorld:
 
     world = None
     max_tokens = 75
+    is_guided = False
 
     def count_tokens(self, prompt):
         return len(prompt.split())

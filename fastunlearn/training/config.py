@@ -40,7 +40,8 @@ class TrainConfig(ModelOptions):
     )
     steps: int | None = setting("training steps, at most", None)
     stop_residual: float | None = setting(
-        "end earlier, once so much of the concept is left on held-out rows; 0: never", None
+        "end earlier, once so much of the concept is left on held-out rows, as soon as a falling rate is 0; 0: never",
+        None,
     )
     learning_rate: float | None = setting("AdamW's rate", None)
     lr_scheduler: Literal["constant", "linear"] | None = setting("linear falls to 0 over the steps", None)

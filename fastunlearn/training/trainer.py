@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from .evidence import Evidence
 
 Metrics = dict[str, float]
 _KEPT_CHECKPOINTS = 2
+_LANDING = 0.5  # steps in which a falling rate gets to 0 once the evidence is met, by the steps until then
 
 
 class Interrupted(Exception):
@@ -36,7 +38,11 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long and how often.  ``lr_scheduler``: ``constant``, or ``linear``, which falls to 0 over the steps."""
+    """How long and how often.
+
+    ``lr_scheduler``: ``constant``, or ``linear``, which falls to 0 over the steps; once enough of the concept is gone,
+    over half as many steps again as were made.
+    """
 
     steps: int
     micro_batch_size: int
@@ -68,6 +74,7 @@ class Trainer:
         self.checkpoints = folder / "checkpoints"
         self.metrics_path = folder / "metrics.jsonl"
         self.step = 0
+        self.met_at: int | None = None  # the step at which the evidence was met first
         self.seconds = 0.0
         device = model.device
         # Stay on the device, so that the loop never waits for it.
@@ -77,17 +84,18 @@ class Trainer:
     def run(self, on_log: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train to the last step, or until so little of the concept is left as the evidence asks for.
 
+        A rate that falls gets to 0 then, too, in half as many steps again.
         UserError when a loss or a weight is not finite (the last good checkpoint stays), :class:`Interrupted` when
         asked to stop (the state is saved first).
         """
         started = time.monotonic() - self.seconds
         with _stop_requests() as stop:
-            while self.step < self.schedule.steps and not self._is_met:
+            while self.step < self._end:
                 metrics = self._train_step()
                 self.step += 1
                 measured = self._measure()
                 self.seconds = time.monotonic() - started
-                is_last = self.step == self.schedule.steps or self._is_met
+                is_last = self.step >= self._end
                 if self.step % self.schedule.log_every == 0 or is_last:
                     metrics |= measured
                     self._check_finite()
@@ -111,7 +119,7 @@ class Trainer:
         rule = {name: value.item() for name, value in self.state.items()}
         state = {"step": self.step, "seconds": self.seconds, "rule": rule, "rows": self._rows_per_step}
         if self.evidence is not None:
-            state["residual"] = self.evidence.last
+            state |= {"residual": self.evidence.last, "met_at": self.met_at}
         if self.chase is not None:
             state["chase"] = self.chase.saved()
         self.engine.save(self._checkpoint(), state)
@@ -130,7 +138,7 @@ class Trainer:
                 )
             self.step, self.seconds = state["step"], state["seconds"]
             if self.evidence is not None:
-                self.evidence.last = state["residual"]
+                self.evidence.last, self.met_at = state["residual"], state.get("met_at")
             if self.chase is not None:
                 self.chase.restore(state["chase"])
             if state["rule"].keys() != self.state.keys():
@@ -147,7 +155,7 @@ class Trainer:
     def _train_step(self) -> dict[str, torch.Tensor]:
         metrics: dict[str, torch.Tensor] = {}
         if self.schedule.lr_scheduler == "linear":
-            self.engine.scale_learning_rate(1 - self.step / self.schedule.steps)
+            self.engine.scale_learning_rate(self._rate())
         for update in self.rule.updates(self.state):
             passes = []
             if against := self._present(update.against):
@@ -181,19 +189,32 @@ class Trainer:
         )
 
     @property
-    def _is_met(self) -> bool:
-        return self.evidence is not None and self.rule.ends_early and self.evidence.is_met
+    def _end(self) -> int:
+        """The step before which the training ends, as far as is known."""
+        bound, met = self.schedule.steps, self.met_at
+        if met is None or self.schedule.lr_scheduler != "linear":
+            return bound if met is None else met
+        return min(bound, met + math.ceil(_LANDING * met))
+
+    def _rate(self) -> float:
+        """The next step's rate by the one that the training began with."""
+        whole = self.schedule.steps
+        if self.met_at is None:
+            return 1 - self.step / whole
+        return (1 - self.met_at / whole) * (self._end - self.step) / (self._end - self.met_at)
 
     def _measure(self) -> dict[str, torch.Tensor]:
         """The residual, where it is time to measure it."""
         evidence, world, device = self.evidence, self.engine.world, self.model.device
-        if evidence is None or (self.step % evidence.every and self.step != self.schedule.steps):
+        if evidence is None or (self.step % evidence.every and self.step != self._end):
             return {}
         with self.engine.autocast():
             residual = evidence.measure(self.engine.module, self.state, self.schedule.micro_batch_size)
         # All processes measure the same rows; where they differ in a bit, the mean decides for all.
         mean = world.sum(torch.tensor([residual], dtype=torch.float32, device=device))[0] / world.size
         evidence.last = float(mean)
+        if self.met_at is None and self.rule.ends_early and evidence.is_met:
+            self.met_at = self.step
         return {"residual": mean}
 
     def _accumulate(self, role_weights: dict[Role, torch.Tensor]) -> tuple[dict[Role, int], torch.Tensor]:
