@@ -11,7 +11,7 @@ import torch
 from fastunlearn import plugins
 from fastunlearn.errors import UserError
 from fastunlearn.methods import Method, all_methods, broken_methods, get_method
-from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edit, Places, Recipe, Row
+from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Concept, Edit, Places, Recipe, Row, rows_to_keep
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.training.config import TrainConfig
 
@@ -43,6 +43,17 @@ def encoded(prompts):
 
 def recipe(name, **settings):
     return get_method(name).recipe(concept(name, **settings))
+
+
+def assert_keeps(result):
+    """The two prompts, and the unconditional: with one of them, with one of the concept's, and by itself."""
+    rows = [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(result, "retain")]
+    nothing = (UNCONDITIONAL, {UNCONDITIONAL: 1.0})
+    assert rows == [
+        ("a ring", "a ring", {"a ring": 1.0}),
+        ("a heart", "a heart", {"a heart": 1.0}),
+        *[(trajectory, *nothing) for trajectory in ("a ring", "a star", UNCONDITIONAL)],
+    ]
 
 
 def trains(name):
@@ -108,10 +119,7 @@ def test_concept_ablation_keeps_retain_prompts_only_where_there_are_some():
     told = concept("concept-ablation", options={"prior": "retain", "prior_weight": 2.0})
     result = get_method("concept-ablation").recipe(told)
     assert result.rule == Sum(2.0)
-    assert [(row.trajectory, dict(row.target)) for row in rows_of(result, "retain")] == [
-        ("a ring", {"a ring": 1.0}),
-        ("a heart", {"a heart": 1.0}),
-    ]
+    assert_keeps(result)
     with pytest.raises(UserError, match="needs retain prompts"):
         get_method("concept-ablation").recipe(dataclasses.replace(told, retain_prompts=()))
 
@@ -151,10 +159,7 @@ def test_ovw_overwrites_by_the_anchor_and_holds_the_rest():
         ("a star", "a star", {"a circle": 1.0}),
         ("star", "star", {"circle": 1.0}),
     ]
-    assert [(row.trajectory, row.condition, dict(row.target)) for row in rows_of(result, "retain")] == [
-        ("a ring", "a ring", {"a ring": 1.0}),
-        ("a heart", "a heart", {"a heart": 1.0}),
-    ]
+    assert_keeps(result)
 
 
 def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
@@ -165,7 +170,7 @@ def test_saddle_measures_from_the_guided_prediction_and_names_no_replacement():
         {"a star": 2.0, UNCONDITIONAL: -1.0},
         {"star": 2.0, UNCONDITIONAL: -1.0},
     ]
-    assert [dict(row.target) for row in rows_of(result, "retain")] == [{"a ring": 1.0}, {"a heart": 1.0}]
+    assert_keeps(result)
     assert "circle" not in " ".join(result.prompts())
 
 
@@ -196,11 +201,25 @@ def test_salun_relabels_the_concept_and_trains_on_what_is_kept():
 
 
 def test_salun_can_keep_without_the_noise():
-    rows = rows_of(recipe("salun", options={"retain_noise": False}), "retain")
-    assert [(row.trajectory, dict(row.target)) for row in rows] == [
-        ("a ring", {"a ring": 1.0}),
-        ("a heart", {"a heart": 1.0}),
-    ]
+    assert_keeps(recipe("salun", options={"retain_noise": False}))
+
+
+@pytest.mark.parametrize(
+    ("kept", "forgotten", "beside"), [(56, 10, (14, 10, 7)), (1, 1000, (1, 1, 1)), (5, 1, (2, 1, 1))]
+)
+def test_the_unconditional_is_held_beside_the_prompts(kept, forgotten, beside):
+    """On a quarter of their trajectories, evenly, on no more of the concept's, however many there are, and its own."""
+    told = concept("ovw")
+    names = tuple(f"keep {number}" for number in range(kept)), tuple(f"star {number}" for number in range(forgotten))
+    rows = rows_to_keep(dataclasses.replace(told, retain_prompts=names[0], forget_prompts=names[1]))
+    assert [row.trajectory for row in rows[:kept]] == list(names[0])
+    held = [row.trajectory for row in rows[kept:]]
+    assert all(row.condition == UNCONDITIONAL and dict(row.target) == {UNCONDITIONAL: 1.0} for row in rows[kept:])
+    counts = [sum(name in known for name in held) for known in (*names, (UNCONDITIONAL,))]
+    assert tuple(counts) == beside
+    places = [names[0].index(name) for name in held if name in names[0]]
+    assert len(rows_to_keep(dataclasses.replace(told, is_guided=False))) == 2, "a distilled model asks for none"
+    assert {later - earlier for earlier, later in itertools.pairwise(places)} <= {2, 4}
 
 
 def test_neggrad_ascends_the_concepts_loss_and_descends_the_others():

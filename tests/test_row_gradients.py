@@ -43,10 +43,11 @@ def denoised(run):
 
 
 def distilled(run):
-    """|S(x, r) - T(x, r)|^2 on the prompt's own trajectory."""
+    """|S(x, r) - T(x, r)|^2 on the row's trajectory: the prompt's own, or any of them for the unconditional."""
 
     def error(row, number, k):
-        x, t = run.plain.point(row.condition, number, k)
+        assert row.condition in (row.trajectory, UNCONDITIONAL)
+        x, t = run.plain.point(row.trajectory, number, k)
         return 1.0, run.plain.s(x, t, row.condition) - run.plain.t(x, t, row.condition)
 
     return error
@@ -347,8 +348,9 @@ def test_the_gradient_of_spms_adapter_is_that_of_its_weights_through_its_factors
     close(torch.cat([one.flatten() for one in ours]), torch.cat([one.flatten() for one in plain]))
 
 
+@pytest.mark.parametrize(("kind", "reference"), [("empty", lambda prompt: ""), ("without", without)])
 @pytest.mark.parametrize(("method", "eta"), [("race", 2.0), ("advunlearn", 1.0)])
-def test_the_gradient_under_attack(method, eta, monkeypatch, tiny):
+def test_the_gradient_under_attack(method, eta, kind, reference, monkeypatch, tiny):
     """At the offset that was found: the concept's row is asked with it, its target is of the concept itself."""
     told = {}
 
@@ -357,7 +359,7 @@ def test_the_gradient_under_attack(method, eta, monkeypatch, tiny):
         return args[2].conditions | {"encoder_hidden_states": told["states"]}
 
     monkeypatch.setattr(trainer_module, "attacked", attacked)
-    run = Run(tiny, method, own_options(method, None), retain_weight=0.3)
+    run = Run(tiny, method, own_options(method, None) | {"reference": kind}, retain_weight=0.3)
     p = run.plain
     roles = ("forget", "retain") if method == "advunlearn" else ("forget",)
     (gradient,) = run.step()
@@ -365,7 +367,7 @@ def test_the_gradient_under_attack(method, eta, monkeypatch, tiny):
 
     def forget(row, number, k):
         x, t = p.point(row.condition, number, k)
-        nothing, concept = p.t(x, t, ""), p.t(x, t, row.condition)
+        nothing, concept = p.t(x, t, reference(row.condition)), p.t(x, t, row.condition)
         target = {"race": concept - eta * (concept - nothing), "advunlearn": nothing - eta * (concept - nothing)}
         return 1.0, p.s(x, t, next(states)[None]) - target[method]
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from toys import names_in
 
 from fastunlearn.methods import get_method
+from fastunlearn.methods.recipe import UNCONDITIONAL
 from fastunlearn.methods.rules import Alternate, Saddle, Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import import_diffusers
@@ -198,23 +199,31 @@ def test_a_rows_weight_multiplies_its_loss_and_its_gradient(tmp_path):
 
 
 def test_every_forget_prompt_takes_part_unless_fewer_trajectories_are_asked_for(tmp_path, bundled):
-    """ESD's default on the bundled model is 8 trajectories; here are 11 forget and 13 retain prompts."""
-    forget = ";".join(f"a star of kind {n}" for n in range(11))
+    """Here are 50 forget prompts, more than ESD's default of trajectories on the bundled model, and 13 to keep.
+
+    These have ten trajectories more on which the unconditional is held: no prompts of the user's, so none is counted.
+    """
+    forget = ";".join(f"a star of kind {n}" for n in range(50))
     retain = ";".join(f"a ring of kind {n}" for n in range(13))
     given = {"forget_prompts": forget, "retain_prompts": retain, "trajectories": None}
     for method, changes, taking in (
-        ("esd", {}, (11, 0)),
+        ("esd", {}, (50, 0)),
         ("esd", {"trajectories": 5}, (5, 0)),
-        ("ovw", {}, (11, 13)),
-        ("ovw", {"trajectories": 3}, (3, 3)),
-        ("ovw", {"trajectories": 12}, (11, 12)),
+        ("ovw", {}, (50, 13)),
+        ("ovw", {"trajectories": 60}, (50, 13)),
+        ("ovw", {"trajectories": 3}, (3, None)),
+        ("ovw", {"trajectories": 22}, (22, None)),
     ):
         plan = plan_training(config(tmp_path, method=method, **{**given, **changes}), get_method(method), bundled)
-        used = [{r.trajectory for r, _ in plan.bank.assignments if r.role == role} for role in ("forget", "retain")]
-        assert tuple(map(len, used)) == taking
+        rows = [row for row, _ in plan.bank.assignments if row.condition != UNCONDITIONAL]
+        used = [len({row.trajectory for row in rows if row.role == role}) for role in ("forget", "retain")]
+        assert used[0] == taking[0]
+        assert taking[1] is None or used[1] == taking[1]
         lines = {line[:6]: line for line in plan_lines(plan)}
-        assert ("5 of 11 take part; `--trajectories 11` for all" in lines["forget"]) == (taking[0] == 5)
-        assert ("12 of 13 take part; `--trajectories 13` for all" in lines.get("keep  ", "")) == (taking[1] == 12)
+        told = f"{used[0]} of 50 take part; `--trajectories 50` for all"
+        assert (told in lines["forget"]) == (used[0] < 50)
+        told = f"{used[1]} of 13 take part; `--trajectories 23` for all"
+        assert (told in lines.get("keep  ", "")) == (0 < used[1] < 13)
 
 
 def test_prompts_that_are_read_in_part_are_told(tmp_path, bundled):

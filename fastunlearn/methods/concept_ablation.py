@@ -6,8 +6,8 @@ On images of the anchor a ("a grumpy cat" becomes "a cat") the student, asked fo
 - with ``noise_based``, they were made of, ``|S(x_t, t, c) - noise|^2``: usual training under another caption.
 
 ``prior_weight`` adds the usual training loss of the anchor on the same images.  What else hangs on the weights it does
-not see; with ``prior`` "retain" the squared distance between student and teacher on retain prompts stands in its place,
-which is ours.
+not see; with ``prior`` "retain" the squared distance between student and teacher stands in its place, on retain prompts
+and for the unconditional beside them (:func:`~fastunlearn.methods.recipe.rows_to_keep`), which is ours.
 
 Differs from the authors' code: x_t lies on the frozen teacher's own trajectories for the anchor, in latents (theirs:
 a thousand generated files, encoded anew and noised; the noise variant is noised here, too); T is the frozen teacher,
@@ -24,7 +24,7 @@ from typing import Literal
 
 from ..errors import UserError
 from . import Method
-from .recipe import NOISE, Concept, Defaults, Recipe, Row, option
+from .recipe import NOISE, Concept, Defaults, Recipe, Row, option, rows_to_keep
 from .rules import Sum
 
 
@@ -46,7 +46,7 @@ def recipe(concept: Concept) -> Recipe:
     if options.prior_weight and options.prior == "retain":
         if not concept.retain_prompts:
             raise UserError("`prior` retain needs retain prompts: give `--retain-prompts` a FILE, 'TEXT;TEXT' or auto.")
-        rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
+        rows += rows_to_keep(concept)
     elif options.prior_weight:
         rows += [Row("retain", a, a, {NOISE: 1.0}) for a in dict.fromkeys(concept.anchors.values())]
     return Recipe(rows, Sum(options.prior_weight))
@@ -62,9 +62,9 @@ CONCEPT_ABLATION = Method(
     anchor="needed",
     defaults={
         "shapes": Defaults(
-            *(400, 1e-3, 16, 16, "cross-attention-kv", "linear"),
+            *(400, 1e-3, 16, 88, "cross-attention-kv", "linear"),
             options=Options(prior_weight=10.0, prior="retain"),
-            stop_residual=0.04,
+            stop_residual=0.02,
         ),
         "gallery": Defaults(
             *(200, 1e-3, 8, 16, "context_embedder,text_embedder", "linear"),

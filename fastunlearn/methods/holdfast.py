@@ -7,10 +7,11 @@ states that are kept.  So training goes on from UCE's edit (arXiv 2308.14761), o
     min over weights   E |S(x_t, t, c + d) - T(x_t, t, a)|^2
     subject to         E |S(x_t, t, r) - T(x_t, t, r)|^2  <=  deviation * E |T(x_t, t, c) - T(x_t, t, a)|^2
 
-with a the anchor's prompt and r the prompts to keep and the empty one.  d is 0, or one of ``attack_offsets`` offsets
-that go on attacking while the training runs (:class:`~fastunlearn.methods.recipe.Pursuit`): one vector on all places
-but the first, carried from step to step, as the perturbations of fast adversarial training are (arXiv 1904.12843), and
-begun anew after ``attack_lifetime`` steps.  The price of forgetting against keeping follows by dual ascent
+with a the anchor's prompt and r the prompts to keep, and the unconditional beside them
+(:func:`~fastunlearn.methods.recipe.rows_to_keep`).  d is 0, or one of ``attack_offsets`` offsets that go on attacking
+while the training runs (:class:`~fastunlearn.methods.recipe.Pursuit`): one vector on all places but the first, carried
+from step to step, as the perturbations of fast adversarial training are (arXiv 1904.12843), and begun anew after
+``attack_lifetime`` steps.  The price of forgetting against keeping follows by dual ascent
 (:class:`~fastunlearn.methods.rules.Constrained`); it begins at ``price_start``.
 
 What it costs: it keeps less than the edit does, least of all what the empty prompt generates.
@@ -27,13 +28,13 @@ import dataclasses
 
 from . import Method
 from .closed_form import concept_edit
-from .recipe import EMPTY, Concept, Defaults, Edit, Pursuit, Recipe, Row, option
+from .recipe import Concept, Defaults, Edit, Pursuit, Recipe, Row, option, rows_to_keep
 from .rules import Constrained
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    deviation: float = option("how far what is kept may move, as a share of the concept's way", 0.006, above=0)
+    deviation: float = option("how far what is kept may move, as a share of the concept's way", 0.003, above=0)
     price_start: float = option("the price of forgetting in the first step, in units of keeping", 0.15, above=0)
     attack_offsets: int = option("how many offsets attack beside the training", 6, at_least=1)
     attack_rate: float = option("a step of an offset, in units of the states' root mean square", 0.05, above=0)
@@ -46,7 +47,7 @@ class Options:
 def recipe(concept: Concept) -> Recipe:
     options = concept.options
     rows = [Row("forget", c, c, {concept.anchors[c]: 1.0}) for c in concept.forget_prompts]
-    rows += [Row("retain", r, r, {r: 1.0}) for r in dict.fromkeys((*concept.retain_prompts, EMPTY))]
+    rows += rows_to_keep(concept)
     rule = Constrained(options.deviation, "retain", price_start=options.price_start)
     pursuit = Pursuit(options.attack_offsets, options.attack_rate, options.attack_lifetime)
     return Recipe(rows, rule, start=_edit(concept), pursuit=pursuit)
@@ -67,7 +68,7 @@ HOLDFAST = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(300, 4e-4, 32, 56, "cross-attention", "linear"),
+        "shapes": Defaults(300, 4e-4, 32, 88, "cross-attention", "linear"),
         "stable-diffusion": Defaults(1000, 1e-5, 8, 32, "cross-attention", "linear"),
     },
     needs_retain=True,

@@ -336,6 +336,7 @@ class Concept:
     embeddings.  ``concepts``: what is to be forgotten.
     ``pictures``: a folder -> its image files by name; raises UserError for one that holds none.
     ``places``: a prompt and names of concepts -> where these stand among its states.
+    ``is_guided``: whether images are made of the unconditional prediction too; not those of a distilled model.
     """
 
     anchor: str | None
@@ -348,6 +349,7 @@ class Concept:
     without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pictures: Callable[[str], Mapping[str, Path]] = dataclasses.field(default=_no_pictures, compare=False)
     places: Callable[[str, Sequence[str]], Places] = dataclasses.field(default=_no_places, compare=False)
+    is_guided: bool = True
 
     def reference(self, prompt: str, kind: Literal["empty", "without"]) -> str:
         """What a forget prompt is compared with: the empty prompt, or itself without the concept's words."""
@@ -357,3 +359,26 @@ class Concept:
     def options(self) -> Any:
         """The method's own options."""
         return self.settings.options
+
+
+_BESIDE = 4  # prompts to keep for each one that the unconditional is held at
+
+
+def rows_to_keep(concept: Concept) -> list[Row]:
+    """Rows that hold what the teacher predicts: for the prompts to keep, and for the unconditional beside them.
+
+    Guidance makes every image of ``(1 - s) S(unconditional) + s S(prompt)``, so what moves the unconditional moves all
+    images, also where the prompt is held.  Hence it is held on the trajectories of every fourth prompt to keep, on as
+    many of the concept's at most, and on half as many of its own; not at all where guidance needs no such prediction.
+    """
+    kept = concept.retain_prompts
+    share = -(-len(kept) // _BESIDE) if concept.is_guided else 0
+    beside = [*_spread(kept, share), *_spread(concept.forget_prompts, share), *[UNCONDITIONAL] * -(-share // 2)]
+    rows = [Row("retain", prompt, prompt, {prompt: 1.0}) for prompt in kept]
+    return rows + [Row("retain", prompt, UNCONDITIONAL, {UNCONDITIONAL: 1.0}) for prompt in beside]
+
+
+def _spread(prompts: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of the prompts, evenly over them."""
+    count = min(count, len(prompts))
+    return [prompts[number * len(prompts) // count] for number in range(count)]

@@ -5,8 +5,9 @@ forget and an integrity loss.  Ours: minimise over the weights and maximise over
 
     L_int + lambda * (margin - D_forget)
 
-where L_int is the squared distance between student and teacher on retain prompts and D_forget that on the concept's
-own trajectories; no replacement is named.  Measured from ``T(c)`` itself, D_forget has no gradient at the start, where
+where L_int is the squared distance between student and teacher on retain prompts, and for the unconditional beside
+them (:func:`~fastunlearn.methods.recipe.rows_to_keep`), and D_forget that on the concept's own
+trajectories; no replacement is named.  Measured from ``T(c)`` itself, D_forget has no gradient at the start, where
 student and teacher agree; so it is measured from the *guided* prediction ``T(c) + g (T(c) - T(r))``, r being the empty
 prompt, or with ``reference`` "without" the forget prompt without the concept's words, so that the rest of a caption is
 not pushed away with the concept.  ``kappa`` sets the margin in units of D_forget before the first step.
@@ -26,7 +27,7 @@ from typing import Literal
 
 from ..errors import UserError
 from . import Method
-from .recipe import Concept, Defaults, Recipe, Row, option
+from .recipe import Concept, Defaults, Recipe, Row, option, rows_to_keep
 from .rules import Saddle
 
 
@@ -51,7 +52,7 @@ def recipe(concept: Concept) -> Recipe:
             "to one, with `reference_guidance` and `kappa` below 0 and 1."
         )
     rows = [Row("forget", c, c, {c: 1.0 + g, concept.reference(c, kind): -g}) for c in concept.forget_prompts]
-    rows += [Row("retain", r, r, {r: 1.0}) for r in concept.retain_prompts]
+    rows += rows_to_keep(concept)
     return Recipe(rows, Saddle(**options))
 
 
@@ -64,7 +65,7 @@ SADDLE = Method(
     options=Options,
     defaults={
         "shapes": Defaults(
-            *(400, 1e-3, 16, 16, "cross-attention-kv", "linear"),
+            *(500, 1e-3, 16, 88, "cross-attention-kv", "linear"),
             options=Options(reference_guidance=-2.0, kappa=0.03, lambda_max=0.5, reference="without"),
             stop_residual=0.08,
         ),

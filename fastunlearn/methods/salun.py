@@ -4,7 +4,8 @@ The student, asked for the concept, learns the teacher's prediction for another 
 learns the noise, as in training, with weight alpha.  Only the elements of a saliency mask change: the share of all
 weights on which the gradient of the concept's denoising loss, summed over its rows, is largest (``saliency.py``).
 With ``retain_noise`` false the images to keep are answered as the teacher does, which on its own generations is about
-what the noise is on average, without the noise.
+what the noise is on average, without the noise; and the unconditional is held beside them
+(:func:`~fastunlearn.methods.recipe.rows_to_keep`).
 
 Differs from the authors' code: both kinds of rows lie on the frozen teacher's own generations, not on a data set's
 images; the target is the frozen teacher's prediction, not the student's of the moment; the other class is the anchor,
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 
 from . import Method
-from .recipe import NOISE, Concept, Defaults, Recipe, Row, option
+from .recipe import NOISE, Concept, Defaults, Recipe, Row, option, rows_to_keep
 from .rules import Sum
 
 
@@ -28,7 +29,10 @@ class Options:
 
 def recipe(concept: Concept) -> Recipe:
     rows = [Row("forget", c, c, {concept.anchors[c]: 1.0}) for c in concept.forget_prompts]
-    rows += [Row("retain", r, r, {NOISE if concept.options.retain_noise else r: 1.0}) for r in concept.retain_prompts]
+    if concept.options.retain_noise:
+        rows += [Row("retain", r, r, {NOISE: 1.0}) for r in concept.retain_prompts]
+    else:
+        rows += rows_to_keep(concept)
     return Recipe(rows, Sum(concept.settings.retain_weight))
 
 
@@ -42,7 +46,7 @@ SALUN = Method(
     anchor="needed",
     defaults={
         "shapes": Defaults(
-            *(300, 5e-4, 16, 16, "cross-attention-kv", "linear"),
+            *(400, 5e-4, 16, 44, "cross-attention-kv", "linear"),
             retain_weight=20.0,
             mask_density=0.5,
             options=Options(retain_noise=False),

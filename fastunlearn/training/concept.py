@@ -59,6 +59,7 @@ def make_concept(config: TrainConfig, method: Method, model: Model, settings: De
         without=_without(forget, words),
         pictures=find_pictures,
         places=where,
+        is_guided=model.is_guided,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import concepts
-from ..methods.recipe import Edit, Role
+from ..methods.recipe import UNCONDITIONAL, Edit, Role
 from .budget import memory_lines
 from .plan import TrainPlan
 
@@ -103,11 +103,11 @@ def _left_out(plan: TrainPlan, role: Role) -> str:
     """How many prompts of a role have a trajectory, where it is not all of them."""
     if isinstance(plan.recipe, Edit):
         return ""
-    kinds = {row.trajectory for row in plan.recipe.rows if row.role == role}
-    used = {row.trajectory for row, _ in plan.bank.assignments if row.role == role}
+    asked = {row.trajectory for row in plan.recipe.rows if row.role == role and row.condition != UNCONDITIONAL}
+    used = {row.trajectory for row, _ in plan.bank.assignments if row.role == role and row.condition != UNCONDITIONAL}
     rows = sum(row.role == role for row in plan.recipe.rows)
     return (
-        f" ({len(used)} of {len(kinds)} take part; `--trajectories {rows}` for all)" if len(used) < len(kinds) else ""
+        f" ({len(used)} of {len(asked)} take part; `--trajectories {rows}` for all)" if len(used) < len(asked) else ""
     )
 
 
