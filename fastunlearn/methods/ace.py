@@ -15,6 +15,9 @@ Differs from the authors' code: all weights that ``--trainable`` selects train, 
 the prompts to keep, where theirs are drawn anew in each step, and all count the same (theirs may weigh them by a CLIP
 score).  Their batches of one conditional and one unconditional row are rows here, so the sums are means over rows.
 
+What it costs: every image is made of the unconditional prediction, so that on the bundled model much of what is to be
+kept goes with the concept.
+
 Defaults for Stable Diffusion: the authors' guidance and weights; steps and rate are their script's, untried without a
 LoRA.
 """
@@ -68,7 +71,7 @@ ACE = Method(
     recipe=recipe,
     options=Options,
     defaults={
-        "shapes": Defaults(60, 1e-3, 16, 16, "cross-attention-kv", "linear"),
+        "shapes": Defaults(300, 1e-3, 16, 16, "cross-attention-kv", "linear"),
         "stable-diffusion": Defaults(1000, 1e-5, 4, 32, "cross-attention"),
     },
     needs_retain=True,

@@ -54,7 +54,11 @@ ADVANCHOR = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(60, 1e-3, 16, 16, "cross-attention", "linear", 10.0, options=Options(60, 0.02)),
+        "shapes": Defaults(
+            *(400, 1e-3, 16, 40, "cross-attention-kv", "linear", 10.0),
+            options=Options(60, 0.02),
+            stop_residual=0.06,
+        ),
         "stable-diffusion": Defaults(50, 1e-5, 1, 16, "cross-attention", retain_weight=10.0),
     },
 )

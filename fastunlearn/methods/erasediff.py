@@ -52,7 +52,7 @@ ERASEDIFF = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(40, 5e-4, 16, 16, "all", "linear"),
+        "shapes": Defaults(300, 5e-4, 16, 40, "cross-attention-kv", "linear", stop_residual=0.08),
         "stable-diffusion": Defaults(500, 1e-5, 8, 32, "all"),
     },
     needs_retain=True,

@@ -3,7 +3,9 @@
 ESD's target, asked with an attacked condition: in each step sign descent looks for the offset d of the concept's text
 states, at most ``attack_radius``, with which the student shows the concept best, and the step is made there:
 
-    |S(x_t, t, c + d) - [T(c) - eta (T(c) - T(""))]|^2,   d = argmin |S(x_t, t, c + d) - T(x_t, t, c)|^2
+    |S(x_t, t, c + d) - [T(c) - eta (T(c) - T(r))]|^2,   d = argmin |S(x_t, t, c + d) - T(x_t, t, c)|^2
+
+r is the empty prompt, or with ``reference`` "without" the prompt without the concept's words, as in ``esd``.
 
 It starts from an erased model: the first ``attack_warm_up`` share of the steps is ESD without an attack.
 
@@ -19,15 +21,19 @@ Defaults for Stable Diffusion: ESD's, with the authors' radius of 0.1 and 10 ste
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from . import Method
-from .recipe import UNCONDITIONAL, Concept, Defaults, Inner, Recipe, Row, mix, option
+from .recipe import Concept, Defaults, Inner, Recipe, Row, mix, option
 from .rules import Sum
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     negative_guidance: float = option("eta: how far the prediction is guided away from the concept", 2.0)
+    reference: Literal["empty", "without"] = option(
+        "r, what it is guided to: the empty prompt, or the prompt without the concept", "empty"
+    )
     attack_steps: int = option("steps of the attack in each training step", 10, at_least=0)
     attack_radius: float = option("the largest offset, in units of the states' root mean square", 0.1, at_least=0)
     attack_warm_up: float = option("share of the steps that are not attacked", 0.5, at_least=0, at_most=1)
@@ -35,7 +41,9 @@ class Options:
 
 def recipe(concept: Concept) -> Recipe:
     options, eta = concept.options, concept.options.negative_guidance
-    rows = [Row("forget", c, c, mix((c, 1 - eta), (UNCONDITIONAL, eta))) for c in concept.forget_prompts]
+    rows = []
+    for c in concept.forget_prompts:
+        rows.append(Row("forget", c, c, mix((c, 1 - eta), (concept.reference(c, options.reference), eta))))
     return Recipe(rows, Sum(), inner=Inner(options.attack_steps, options.attack_radius, options.attack_warm_up))
 
 
@@ -47,7 +55,11 @@ RACE = Method(
     recipe=recipe,
     options=Options,
     defaults={
-        "shapes": Defaults(60, 7e-4, 16, 8, "cross-attention", "linear"),
+        "shapes": Defaults(
+            *(300, 7e-4, 16, 40, "cross-attention-kv", "linear"),
+            options=Options(reference="without", attack_steps=3),
+            stop_residual=0.12,
+        ),
         "stable-diffusion": Defaults(1000, 1e-5, 1, 16, "cross-attention"),
     },
 )

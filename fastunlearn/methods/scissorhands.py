@@ -95,7 +95,9 @@ SCISSORHANDS = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(60, 5e-4, 16, 16, "all", "linear"),
+        "shapes": Defaults(
+            *(300, 5e-4, 16, 40, "cross-attention-kv", "linear"), options=Options(forget_weight=1.0), stop_residual=0.08
+        ),
         "stable-diffusion": Defaults(500, 1e-5, 4, 32, "all"),
     },
     needs_retain=True,

@@ -131,9 +131,7 @@ SPEED = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(
-            0, 1e-3, 16, 16, "cross-attention-kv", options=Options(null_below=0.005, filter_prior=False)
-        ),
+        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", options=Options(null_below=0.02, filter_prior=False)),
         "gallery": Defaults(
             *(0, 1e-3, 16, 16, "context_embedder,text_embedder.linear_1"),
             options=Options(null_below=0.005, filter_prior=False, invariant_directions=0),
