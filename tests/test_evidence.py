@@ -74,6 +74,7 @@ def test_a_training_ends_on_evidence_and_says_so(tmp_path, cli):
     answer = cli("train", "--forget", "star", *words, "--evaluation-prompts", "none", "--output", tmp_path / "run")
     assert answer.status == 0
     assert "at most 40 steps" in answer.out
+    assert "looked at every 10 steps, and the rate has then got to 0" in answer.out
     ending = RunRecord.read(tmp_path / "run" / "run.json").ending
     assert ending.steps == 15  # met at 10, and half as many again for the rate to fall
     assert ending.steps_bound == 40

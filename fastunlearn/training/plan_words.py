@@ -81,9 +81,10 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         if plan.evidence is not None:
             lines.append(f"measured    on {plan.evidence.rows} held-out rows, every {plan.evidence.every} steps")
     elif plan.evidence is not None:
+        landing = ", and the rate has then got to 0" if settings.lr_scheduler == "linear" else ""
         lines.append(
             f"ends        once {plan.evidence.until:.0%} of the concept is left on {plan.evidence.rows} held-out rows, "
-            f"looked at every {plan.evidence.every} steps"
+            f"looked at every {plan.evidence.every} steps{landing}"
         )
     if plan.seconds_per_evaluation is None:
         timed = "none: the weights do not fit the memory that this machine has left, so no forward was timed"
