@@ -1,6 +1,6 @@
 """What the edits in closed form forget and keep on eight concepts of the bundled world: a table of uce, rece and speed.
 
-    python benchmarks/edits.py [--concepts star,heart] [--seeds 1]
+    python benchmarks/edits.py [--concepts ring,heart] [--seeds 1]
 
 Writes benchmarks/results/edits.json, concept by concept; what is there is not measured again; and docs/edits.md from it
 and from what edit_cost.py wrote.  Their settings were
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "edits.json"
 COST = RESULTS.with_name("edit_cost_cpu.json")
 PAGE = ROOT / "docs" / "edits.md"
-CONCEPTS = ("star", "heart", "crescent", "ring", "red", "yellow", "striped", "dotted")
-TUNED_ON = ("cross", "triangle", "blue", "green", "checkered")
+CONCEPTS = ("heart", "ring", "circle", "yellow", "purple", "pink", "dotted", "gradient")
+TUNED_ON = ("cross", "triangle", "star", "crescent", "blue", "green", "red", "orange", "checkered", "striped")
 METHODS = ("uce", "rece", "speed")
 
 

@@ -109,7 +109,7 @@ def test_the_rules_are_these():
     assert recipe("erasediff", {"constant_weight": "0.1"}).rule == Sum(1.0, forget_weight=0.1)
     assert recipe("instance", retain_weight=3.0).rule == Project(3.0)
     assert recipe("ace", {"prior_weight": 0.25}).rule == Sum(0.25, forget_weight=0.75)
-    assert recipe("race", {"attack_radius": 0.2}).inner == Inner(10, 0.2, 0.5)
+    assert recipe("race", {"attack_radius": 0.2, "attack_steps": 7}).inner == Inner(7, 0.2, 0.5)
 
 
 def test_leco_is_spm_without_anchors_and_its_target_is_esds():
