@@ -16,7 +16,7 @@ from step to step, as the perturbations of fast adversarial training are (arXiv 
 
 What it costs: it keeps less than the edit does, least of all where a prompt leaves open what the concept is one of.
 ``deviation`` was chosen on the bundled model's "star" and "crescent": half as much keeps a little more, and a learned
-embedding then brings the crescent back for half of its prompts.  Against some training it holds no better than the edit.
+embedding then brings the crescent back for half of its prompts.  Against some training anew it holds as the edit does.
 
 What did not help, on "crescent": training all weights, or the keys and values alone, in the place of the whole
 cross-attention; a price that begins at 1, since what the first steps break is not mended; a result mixed back towards
