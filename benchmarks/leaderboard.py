@@ -41,6 +41,8 @@ CHOSEN_ON = {
     "shapes": ("star", "triangle", "cross", "crescent", "green", "blue", "striped", "checkered"),
     "gallery": ("fluent", "ink", "dog", "apple"),
 }
+#: Further concepts that one method's defaults were changed for: its sums leave them out, too.
+ALSO_SEEN = {("shapes", "speed"): ("red", "orange", "ring")}
 FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone
 
 
@@ -164,7 +166,8 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
     methods = {}
     for method in dict.fromkeys(one["method"] for one in cells):
         mine = [one for one in cells if one["method"] == method]
-        held = [one for one in mine if one["concept"] not in CHOSEN_ON[world.name]]
+        seen = (*CHOSEN_ON[world.name], *ALSO_SEEN.get((world.name, method), ()))
+        held = [one for one in mine if one["concept"] not in seen]
         methods[method] = {"chosen_on": _sums([one for one in mine if one not in held]), "held_out": _sums(held)}
     return {
         "original": original,

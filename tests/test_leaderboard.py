@@ -36,6 +36,15 @@ def test_sums_are_over_concepts_that_no_default_was_chosen_on(tmp_path):
     assert (sums["chosen_on"]["cells"], sums["chosen_on"]["forgotten"]) == (len(chosen), 0)
 
 
+def test_what_one_method_was_changed_for_is_not_in_its_sums(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "ALSO_SEEN", {("gallery", "speed"): ("cat",)})
+    put(tmp_path, *(finished(method, word) for method in ("speed", "uce") for word in ("cat", "fox")))
+    methods = leaderboard.collected(tmp_path, GALLERY, "now", None)["methods"]
+    assert methods["speed"]["held_out"]["concepts"] == ["fox"]
+    assert methods["speed"]["chosen_on"]["concepts"] == ["cat"]
+    assert methods["uce"]["held_out"]["concepts"] == ["cat", "fox"]
+
+
 def test_cells_of_the_same_original_stay_until_they_are_made_anew(tmp_path):
     put(tmp_path / "first", finished("uce", "cat", shown=0.5), finished("uce", "fox"))
     before = leaderboard.collected(tmp_path / "first", GALLERY, "now", None)

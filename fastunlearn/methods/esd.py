@@ -53,7 +53,7 @@ ESD = Method(
     anchor="optional",
     defaults={
         "shapes": Defaults(
-            700, 7e-4, 16, 40, "cross-attention-kv", "linear", options=Options(2.0, "without"), stop_residual=0.09
+            500, 7e-4, 16, 8, "cross-attention-kv", "linear", options=Options(2.0, "without"), stop_residual=0.15
         ),
         "gallery": Defaults(
             *(200, 7e-4, 8, 8, "context_embedder,text_embedder", "linear"),
