@@ -309,7 +309,7 @@ def test_every_method_has_a_page_that_says_what_is_measured():
         assert f"## Measured\n\n{(docs_pages.measured_lines(method.name) or ['Not measured yet'])[0]}" in page
         assert all(f"| `{field.name}` |" in page for field in dataclasses.fields(method.options or _NoOptions))
     assert "the demonstration" in SITE["methods/esd.md"]
-    assert "| star |" in SITE["methods/uce.md"]
+    assert "| heart |" in SITE["methods/uce.md"]
 
 
 @dataclasses.dataclass
