@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "edits.json"
 COST = RESULTS.with_name("edit_cost_cpu.json")
 PAGE = ROOT / "docs" / "edits.md"
-CONCEPTS = ("heart", "ring", "circle", "yellow", "purple", "pink", "dotted", "gradient")
-TUNED_ON = ("cross", "triangle", "star", "crescent", "blue", "green", "red", "orange", "checkered", "striped")
+CONCEPTS = ("heart", "square", "circle", "yellow", "purple", "pink", "dotted", "gradient")
+TUNED_ON = ("cross", "triangle", "star", "crescent", "ring", "blue", "green", "red", "orange", "checkered", "striped")
 METHODS = ("uce", "rece", "speed")
 
 
