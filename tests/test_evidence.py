@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(tmp_path, monkeypatch):
         saved(self)
         raise Stop
 
-    for name, stops in (("once", 1), ("twice", 2), ("behind", 3)):
+    for name, stops in (("once", 1), ("twice", 2), ("while the rate falls", 3), ("behind", 4)):
         for turn in range(stops):
             monkeypatch.setattr(Trainer, "save", stopping)
             with pytest.raises(Stop):

@@ -211,19 +211,17 @@ def test_every_forget_prompt_takes_part_unless_fewer_trajectories_are_asked_for(
         ("esd", {"trajectories": 5}, (5, 0)),
         ("ovw", {}, (50, 13)),
         ("ovw", {"trajectories": 60}, (50, 13)),
-        ("ovw", {"trajectories": 3}, (3, None)),
-        ("ovw", {"trajectories": 22}, (22, None)),
+        ("ovw", {"trajectories": 3}, (3, 1)),
+        ("ovw", {"trajectories": 22}, (22, 12)),
     ):
         plan = plan_training(config(tmp_path, method=method, **{**given, **changes}), get_method(method), bundled)
         rows = [row for row, _ in plan.bank.assignments if row.condition != UNCONDITIONAL]
-        used = [len({row.trajectory for row in rows if row.role == role}) for role in ("forget", "retain")]
-        assert used[0] == taking[0]
-        assert taking[1] is None or used[1] == taking[1]
+        used = [{row.trajectory for row in rows if row.role == role} for role in ("forget", "retain")]
+        assert tuple(map(len, used)) == taking
         lines = {line[:6]: line for line in plan_lines(plan)}
-        told = f"{used[0]} of 50 take part; `--trajectories 50` for all"
-        assert (told in lines["forget"]) == (used[0] < 50)
-        told = f"{used[1]} of 13 take part; `--trajectories 23` for all"
-        assert (told in lines.get("keep  ", "")) == (0 < used[1] < 13)
+        for (told, all_of_them, wanted), count in zip((("forget", 50, 50), ("keep  ", 13, 23)), taking, strict=True):
+            left_out = f"{count} of {all_of_them} take part; `--trajectories {wanted}` for all"
+            assert (left_out in lines.get(told, "")) == (0 < count < all_of_them)
 
 
 def test_prompts_that_are_read_in_part_are_told(tmp_path, bundled):

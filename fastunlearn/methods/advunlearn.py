@@ -22,16 +22,14 @@ import dataclasses
 from typing import Literal
 
 from . import Method
-from .recipe import Concept, Defaults, Inner, Recipe, Row, mix, option
+from .recipe import Concept, Defaults, Inner, Recipe, Row, mix, option, reference_option
 from .rules import Sum
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     negative_guidance: float = option("eta: how far the prediction is guided away from the concept", 1.0)
-    reference: Literal["empty", "without"] = option(
-        "n, what it is guided to: the empty prompt, or the prompt without the concept", "empty"
-    )
+    reference: Literal["empty", "without"] = reference_option("n, what it is guided to")
     attack_steps: int = option("steps of the attack in each training step", 30, at_least=0)
     attack_radius: float = option("the largest offset, in units of the states' root mean square", 0.1, at_least=0)
     attack_warm_up: float = option("share of the steps that are not attacked", 0.2, at_least=0, at_most=1)

@@ -22,16 +22,14 @@ import dataclasses
 from typing import Literal
 
 from . import Method
-from .recipe import Concept, Defaults, Recipe, Row, mix, option
+from .recipe import Concept, Defaults, Recipe, Row, mix, option, reference_option
 from .rules import Sum
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     negative_guidance: float = option("eta: how far the prediction is guided away from the concept", 2.0)
-    reference: Literal["empty", "without"] = option(
-        "r, what it is guided to: the empty prompt, or the prompt without the concept", "empty"
-    )
+    reference: Literal["empty", "without"] = reference_option("r, what it is guided to")
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -280,6 +280,11 @@ def option(help: str, default: Any, **limits: float) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
+def reference_option(role: str) -> Any:
+    """The field of a method that compares its forget prompts with others: :meth:`Concept.reference`'s ``kind``."""
+    return option(f"{role}: the empty prompt, or the prompt without the concept", "empty")
+
+
 @dataclasses.dataclass(frozen=True)
 class Defaults:
     """A method's settings for a family of models, used where the user says nothing.

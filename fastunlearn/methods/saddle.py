@@ -27,7 +27,7 @@ from typing import Literal
 
 from ..errors import UserError
 from . import Method
-from .recipe import Concept, Defaults, Recipe, Row, option, rows_to_keep
+from .recipe import Concept, Defaults, Recipe, Row, option, reference_option, rows_to_keep
 from .rules import Saddle
 
 
@@ -38,9 +38,7 @@ class Options:
     dual_rate: float = option("how fast lambda, the price of missing the margin, moves", 0.1, above=0)
     lambda_start: float = option("lambda before the first step", 0.1, at_least=0)
     lambda_max: float = option("the largest lambda", 1.0, above=0)
-    reference: Literal["empty", "without"] = option(
-        "r of the guided prediction: the empty prompt, or the prompt without the concept", "empty"
-    )
+    reference: Literal["empty", "without"] = reference_option("r of the guided prediction")
 
 
 def recipe(concept: Concept) -> Recipe:

@@ -40,7 +40,7 @@ class TrainConfig(ModelOptions):
     )
     steps: int | None = setting("training steps, at most", None)
     stop_residual: float | None = setting(
-        "end earlier, once so much of the concept is left on held-out rows, as soon as a falling rate is 0; 0: never",
+        "end earlier, once so much of the concept is left on held-out rows and a falling rate has got to 0; 0: never",
         None,
     )
     learning_rate: float | None = setting("AdamW's rate", None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .. import concepts
-from ..methods.recipe import UNCONDITIONAL, Edit, Role
+from ..methods.recipe import UNCONDITIONAL, Edit, Role, Row
 from .budget import memory_lines
 from .plan import TrainPlan
 
@@ -104,8 +104,11 @@ def _left_out(plan: TrainPlan, role: Role) -> str:
     """How many prompts of a role have a trajectory, where it is not all of them."""
     if isinstance(plan.recipe, Edit):
         return ""
-    asked = {row.trajectory for row in plan.recipe.rows if row.role == role and row.condition != UNCONDITIONAL}
-    used = {row.trajectory for row, _ in plan.bank.assignments if row.role == role and row.condition != UNCONDITIONAL}
+
+    def asked_for(rows: Iterable[Row]) -> set[str]:
+        return {row.trajectory for row in rows if row.role == role and row.condition != UNCONDITIONAL}
+
+    asked, used = asked_for(plan.recipe.rows), asked_for(row for row, _ in plan.bank.assignments)
     rows = sum(row.role == role for row in plan.recipe.rows)
     return (
         f" ({len(used)} of {len(asked)} take part; `--trajectories {rows}` for all)" if len(used) < len(asked) else ""

@@ -138,7 +138,7 @@ class Trainer:
                 )
             self.step, self.seconds = state["step"], state["seconds"]
             if self.evidence is not None:
-                self.evidence.last, self.met_at = state["residual"], state.get("met_at")
+                self.evidence.last, self.met_at = state["residual"], state["met_at"]
             if self.chase is not None:
                 self.chase.restore(state["chase"])
             if state["rule"].keys() != self.state.keys():
@@ -192,9 +192,9 @@ class Trainer:
     def _end(self) -> int:
         """The step before which the training ends, as far as is known."""
         bound, met = self.schedule.steps, self.met_at
-        if met is None or self.schedule.lr_scheduler != "linear":
-            return bound if met is None else met
-        return min(bound, met + math.ceil(_LANDING * met))
+        if met is None:
+            return bound
+        return min(bound, met + math.ceil(_LANDING * met)) if self.schedule.lr_scheduler == "linear" else met
 
     def _rate(self) -> float:
         """The next step's rate by the one that the training began with."""
