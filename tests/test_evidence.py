@@ -93,18 +93,23 @@ def test_a_training_that_runs_out_of_steps_warns_in_its_last_line(tmp_path, cli)
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "bound", "rates"),
+    ("method", "scheduler", "bound", "rates"),
     [
-        ("linear", 40, [*(1 - n / 40 for n in range(10)), *(0.75 * (1 - n / 5) for n in range(5))]),
-        ("linear", 12, [*(1 - n / 12 for n in range(10)), *(2 / 12 * (1 - n / 2) for n in range(2))]),
-        ("constant", 40, None),
+        ("ovw", "linear", 40, [*(1 - n / 40 for n in range(10)), *(0.75 * (1 - n / 5) for n in range(5))]),
+        ("ovw", "linear", 12, [*(1 - n / 12 for n in range(10)), *(2 / 12 * (1 - n / 2) for n in range(2))]),
+        ("ovw", "constant", 40, None),
+        ("esd", "linear", 40, [1 - n / 40 for n in range(20)]),
     ],
 )
-def test_once_it_is_met_a_falling_rate_gets_to_0(tmp_path, monkeypatch, scheduler, bound, rates):
-    """Met at step 10: over five more steps, or those that the bound leaves; a constant rate ends at once."""
+def test_once_it_is_met_a_falling_rate_gets_to_0(tmp_path, monkeypatch, method, scheduler, bound, rates):
+    """Met at step 10: over five more steps, or those that the bound leaves.
+
+    A constant rate ends at once, and so does a method that holds nothing; ESD's steps are small, so it looks at 20.
+    """
     seen = []
     monkeypatch.setattr(TorchEngine, "scale_learning_rate", lambda engine, factor: seen.append(factor))
     settings = {"steps": bound, "stop_residual": 0.9, "lr_scheduler": scheduler, "learning_rate": 1e-3}
+    settings |= {"method": method}
     ending = unlearn(config(tmp_path, **settings)).record.ending
     assert ending.steps == len(rates or range(10))
     assert seen == pytest.approx(rates or [])
