@@ -4,11 +4,12 @@
     python benchmarks/leaderboard.py --methods uce,ovw --concepts ring,blue --seeds 0
     python benchmarks/leaderboard.py --world gallery --minutes 50
 
-A cell is one method, concept and training seed: a training with the method's defaults, and an evaluation on prompts and
-noise that no training sees.  Finished cells stay in ``--work``, so a stopped run continues; ``--shard 1/2`` takes every
-second cell.  The results file holds, by world, every cell that is done, which concepts the defaults were chosen on
-(:data:`CHOSEN_ON`), and for each method the sums over the others alone.  Cells that it has of the same original stay
-until they are made anew; those of another original, or of other defaults, go.
+A cell is one method, concept and training seed: a training with the method's defaults, and an evaluation on noise and,
+but for the empty one, prompts that training neither forgets nor holds.  Finished cells stay in ``--work``, so a stopped
+run continues; ``--shard 1/2`` takes every second cell.  The results file holds, by world, every cell that is done,
+which concepts the defaults were chosen on (:data:`CHOSEN_ON`), and for each method the sums over the others alone.
+Cells that it has of the same original stay until they are made anew; those of another original, or of other defaults,
+go.
 """
 
 from __future__ import annotations

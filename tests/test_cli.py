@@ -904,6 +904,22 @@ def test_stopping_before_the_training_leaves_nothing(refused, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "named"),
+    [
+        (["a red heart", "a blue cross"], "On 2 prompts that took no part in training it keeps"),
+        (["a red heart", "a ring"], "On 2 prompts about other things, 1 of which took part in training, it keeps"),
+    ],
+)
+def test_a_report_says_which_prompts_the_training_had(cli, tmp_path, evaluated, named):
+    rows = ["prompt,group", "a star,forget", *(f"{prompt},retain" for prompt in evaluated)]
+    (tmp_path / "prompts.csv").write_text("\n".join(rows), encoding="utf-8")
+    words = ["--evaluation-prompts", tmp_path / "prompts.csv", "--retain-prompts", "a ring;a circle", "--steps", 1]
+    assert cli(*TRAIN, *words, "--output", tmp_path / "run").status == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert named in page.replace("\u00a0", " ")
+
+
 def test_stopping_an_evaluation_keeps_the_earlier_results(cli, refused, tmp_path, monkeypatch):
     def stopped(*arguments, **keywords):
         raise KeyboardInterrupt

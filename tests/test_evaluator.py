@@ -18,6 +18,8 @@ from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.metrics.distances import load_perceptual
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.sampling import SamplerSpec
+from fastunlearn.training.config import TrainConfig
+from fastunlearn.training.unlearn import unlearn
 from fastunlearn.worlds.shapes import SHAPES, SHAPES_WORLD
 
 SPEC = SamplerSpec(num_inference_steps=3, micro_batch_size=4)
@@ -208,6 +210,39 @@ def test_results_are_written_whole(tmp_path, result):
     html = (tmp_path / "report.html").read_text()
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "data:image/png;base64," in html
+
+
+@pytest.mark.parametrize(
+    ("seen", "named"),
+    [
+        (None, "prompts about other things it keeps"),
+        (set(), "prompts that took no part in training it keeps"),
+        ({""}, "prompts that took no part in training, but for the empty one, it keeps"),
+        ({"", "a green cross"}, "prompts about other things, 2 of which took part in training, it keeps"),
+    ],
+)
+def test_the_report_says_what_training_had_seen(tmp_path, result, seen, named):
+    write_results(tmp_path, EvaluationReport(result, GROUPS, seen=seen))
+    assert named in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("method", "concept", "count"),
+    [
+        ("uce", "ring", 1),
+        ("esd", "star", 1),
+        ("ovw", "star", 9),
+        ("uce", "star", 9),
+        ("ovw", "green", 9),
+        ("esd", "green", 3),
+    ],
+)
+def test_of_a_worlds_prompts_few_took_part_in_training(tmp_path, method, concept, count):
+    """The empty one, which guidance leads away from and edits hold, and what is to be drawn instead of the concept."""
+    config = TrainConfig(forget=concept, method=method, output=str(tmp_path / "run"), dry_run=True)
+    both = unlearn(config).prompts & set(world_groups(SHAPES_WORLD, concept).retain)
+    assert "" in both
+    assert len(both) == count
 
 
 def test_evaluate_reads_the_concept_from_the_run(tmp_path, bundled):

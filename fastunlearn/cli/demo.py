@@ -103,8 +103,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
             )
             for method in methods
         }
-        for run in runs.values():
-            unlearn(run, reporter=reporter)
+        seen = frozenset[str]().union(*(unlearn(run, reporter=reporter).prompts for run in runs.values()))
         reporter.stage("evaluation")
         original = load_model(config.model)
         groups = world_groups(world, concept)
@@ -119,7 +118,7 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
             describe={method: describe_run(run, [concept]) for method, run in runs.items()},
             on_progress=reporter.scoring,
         )
-        write_results(folder, EvaluationReport(result, groups, placebo=CONTROL, unseen=True))
+        write_results(folder, EvaluationReport(result, groups, placebo=CONTROL, seen=seen & set(groups.retain)))
         evaluations = [model.evaluation for model in result.results]
         for one in evaluations:
             write_card(folder / one.name, RunRecord.read(folder / one.name / "run.json"), one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +103,14 @@ class EvaluationResult:
 class EvaluationReport:
     """The result of an evaluation of one or several models.
 
-    ``result``: None in a process that only took part in it.  ``unseen``: the retain prompts took part in no
-    training, which the report then says.  ``placebo``: which model is a control only.
+    ``result``: None in a process that only took part in it.  ``seen``: the retain prompts that took part in training,
+    which the report then says; None where that is not known.  ``placebo``: which model is a control only.
     """
 
     result: EvaluationResult | None
     groups: PromptGroups
     placebo: str | None = None
-    unseen: bool = False
+    seen: Set[str] | None = None
 
     @property
     def results(self) -> list[ModelResult]:
@@ -207,10 +207,21 @@ def _report(report: EvaluationReport) -> HtmlReport:
         concept=concept,
         evaluations=[result.evaluation for result in report.results],
         galleries=_galleries(report.result, report.groups.concept),
-        retain_prompts="prompts that no loss has seen" if report.unseen else "prompts about other things",
+        retain_prompts=_named(report.seen),
         distances={result.name: _retained(result) for result in report.results},
         redrawn=redrawn[np.isfinite(redrawn)],
     )
+
+
+def _named(seen: Set[str] | None) -> str:
+    """What to call the retain prompts in a sentence, by those that took part in training."""
+    if seen is None:
+        return "prompts about other things"
+    if not seen:
+        return "prompts that took no part in training"
+    if seen == {""}:
+        return "prompts that took no part in training, but for the empty one,"
+    return f"prompts about other things, {len(seen)} of which took part in training,"
 
 
 def _retained(result: ModelResult) -> np.ndarray:

@@ -37,7 +37,7 @@ class HtmlReport:
 
     ``evaluations``: in the order in which they are to appear.  ``galleries``: the first two, what was to go and what
     was to stay, stand right below the verdict.  ``notes``: sentences about this run.  ``retain_prompts``: what to call
-    the retain prompts in a sentence, such as ``prompts that no loss has seen`` where that is so.  ``distances``: by
+    the retain prompts in a sentence, such as ``prompts that took no part in training``.  ``distances``: by
     model the distances of its retain pairs, and ``redrawn`` the original's to itself from other noise, for the
     histograms.
     """

@@ -119,8 +119,8 @@ def conclude(
                 describe={config.method: describe_run(config, plan.concept.concepts) | {"model": model.name}},
                 on_progress=reporter.scoring,
             )
-            unseen = not set(scoring.groups.retain) & plan.prompts()
-            write_results(folder, EvaluationReport(result, scoring.groups, unseen=unseen))
+            seen = plan.prompts() & set(scoring.groups.retain)
+            write_results(folder, EvaluationReport(result, scoring.groups, seen=seen))
             evaluation = result.results[0].evaluation
     write_card(folder, record, evaluation)
     return record

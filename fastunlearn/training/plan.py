@@ -15,7 +15,7 @@ from .. import concepts, prompts
 from ..distributed import ALONE, World
 from ..errors import UserError
 from ..methods import Method
-from ..methods.recipe import UNCONDITIONAL, Concept, Defaults, Edit, Recipe
+from ..methods.recipe import EMPTY, UNCONDITIONAL, Concept, Defaults, Edit, Recipe
 from ..methods.rules import Sum
 from ..models.base import Model
 from ..models.runtime import resolve_device
@@ -84,9 +84,9 @@ class TrainPlan:
     def trainable_bytes(self) -> int:
         return 4 * self.trainable_parameters
 
-    def prompts(self) -> set[str]:
-        """Every prompt of the method."""
-        return _prompts_of(self.concept, self.recipe)
+    def prompts(self) -> frozenset[str]:
+        """Every prompt of the method; the empty one always: guidance leads away from it, and edits hold it."""
+        return frozenset(_prompts_of(self.concept, self.recipe) - {UNCONDITIONAL}) | {EMPTY}
 
 
 def plan_training(config: TrainConfig, method: Method, model: Model, world: World = ALONE) -> TrainPlan:

@@ -22,13 +22,15 @@ class UnlearnResult:
     ``folder``: the run's.  ``model``: in it, the folder of the unlearned pipeline or the file of its delta or adapter;
     None after a dry run.  ``record``: the content of run.json; None after a dry run and in processes other than the
     first.
-    ``original``: the folder that a delta belongs to.
+    ``original``: the folder that a delta belongs to.  ``prompts``: all that took part: what to forget, what becomes of
+    it, what to keep, and the empty prompt.
     """
 
     folder: Path
     model: Path | None
     record: RunRecord | None = dataclasses.field(repr=False)
     original: str | None = None
+    prompts: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
 
     @functools.cached_property
     def pipeline(self) -> Any:

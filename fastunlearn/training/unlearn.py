@@ -122,7 +122,7 @@ class _Run:
         if config.offload and device.type == "cpu" and config.device_memory_gib is None:
             self.reporter.note(NOTHING_TO_OFFLOAD)
         if config.dry_run:
-            return UnlearnResult(folder, None, None)
+            return UnlearnResult(folder, None, None, prompts=plan.prompts())
         original = model.hash_files()
         ancestors = ancestors_of(model, original)
         key = run_key(config, plan, original)
@@ -154,11 +154,11 @@ class _Run:
         bank = evidence = None
         model.discard()
         if not self.world.is_main:
-            return UnlearnResult(folder, exported, None)
+            return UnlearnResult(folder, exported, None, prompts=plan.prompts())
         facts = edited.facts if edited is not None else {}
         work = Work(original, ancestors, self.seconds, ending, facts)
         record = conclude(config, plan, model, exported, work, scoring, self.reporter)
-        return UnlearnResult(folder, exported, record, original=str(model.source))
+        return UnlearnResult(folder, exported, record, str(model.source), plan.prompts())
 
     def _model(self, device: torch.device) -> Model:
         config = self.config

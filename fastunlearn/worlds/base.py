@@ -46,8 +46,9 @@ class World:
     ``vocabulary``: attribute -> the words an image can show of it.  ``models``: names that ``--model`` takes.
     ``folder``: a model's name -> its diffusers folder.  ``is_pipeline``: whether a folder's pipeline is of this world.
     ``attributes``: a prompt -> the words that it names, by attribute.  ``train_prompts``: a concept's word -> (forget,
-    retain).  ``evaluation_prompts``: a concept's word -> (prompt, group); no training sees any of them.
-    ``load_classifier``: who judges its images, on the CPU, made anew by each call; None for a world without a judge.
+    retain).  ``evaluation_prompts``: a concept's word -> (prompt, group); training holds and forgets none of them but
+    the empty one, and what it aims at may be among them.  ``load_classifier``: who judges its images, on the CPU,
+    made anew by each call; None for a world without a judge.
     ``load_network``: the network that measures them, likewise; None for a world that is measured with the field's
     networks.  ``t5_tokens``: how many places for T5's tokens its StableDiffusion3 model has, which is
     ``max_sequence_length`` in diffusers; None for diffusers' default.  ``default_concept``: what a demonstration

@@ -22,7 +22,7 @@ def train_prompts(word: str) -> tuple[list[str], list[str]]:
 
 
 def evaluation_prompts(word: str) -> list[tuple[str, str]]:
-    """(prompt, group).  No prompt is one of training's.
+    """(prompt, group).  Training holds or forgets none but the empty one; what it aims at may be among them.
 
     What is to be kept is every shape in every color on one background; as ``open``, prompts that leave the concept's
     attribute open, and as ``empty`` the empty prompt, where damage shows that the others hide.  The concept is asked
