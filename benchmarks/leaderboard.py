@@ -9,7 +9,7 @@ but for the empty one, prompts that training neither forgets nor holds.  Finishe
 run continues; ``--shard 1/2`` takes every second cell.  The results file holds, by world, every cell that is done,
 which concepts the defaults were chosen on (:data:`CHOSEN_ON`), and for each method the sums over the others alone.
 Cells that it has of the same original stay until they are made anew; those of another original, or of other defaults,
-go.
+go.  Finished trainings in ``--runs``, in folders such as shapes-ovw-ring-0, are evaluated, not made again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastunlearn import evaluate, unlearn
 from fastunlearn.files.atomic import write_json
 from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.methods import all_methods
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import versions
+from fastunlearn.schema import RunRecord
 from fastunlearn.worlds import get_world
 from fastunlearn.worlds.base import World
 
@@ -65,6 +64,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="", help="comma list; default: all of the world")
     parser.add_argument("--seeds", default="0", help="comma list of training seeds")
     parser.add_argument("--minutes", type=float, default=50, help="no cell begins after so long")
+    parser.add_argument("--runs", type=Path, help="folder of finished trainings, called WORLD-METHOD-CONCEPT-SEED")
     parser.add_argument("--shard", default="1/1", help="which cells, as 1/2 and 2/2 for two processes")
     args = parser.parse_args()
     world = get_world(args.world)
@@ -82,13 +82,15 @@ def main() -> None:
     begun = time.monotonic()
     original = hash_pipeline(load_model(world.name, "cpu").source)
     for seed, concept, method in cells[shard - 1 :: shards]:
-        path = args.work / f"{world.name}-{method}-{concept}-{seed}.json"
+        name = f"{world.name}-{method}-{concept}-{seed}"
+        path = args.work / f"{name}.json"
         if _read(path, world, original) is None:
             if time.monotonic() - begun > 60 * args.minutes:
                 print("the time is over; run the command again for the rest")
                 break
             stamp = {"original": original, "defaults": defaults_of(world, method)}
-            write_json(path, stamp | cell(world.name, method, concept, seed, args.work / "cache"))
+            run = args.runs / name if args.runs and (args.runs / name / "run.json").is_file() else None
+            write_json(path, stamp | cell(world.name, method, concept, seed, args.work / "cache", run))
             print(json.dumps({key: _read(path, world, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
     board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
     board["forgotten_at_most"] = FORGOTTEN
@@ -116,14 +118,14 @@ def _read(path: Path, world: World, original: str) -> dict[str, Any] | None:
     return content if current else None
 
 
-def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[str, Any]:
-    """One training and its evaluation."""
+def cell(world: str, method: str, concept: str, seed: int, cache: Path, run: Path | None = None) -> dict[str, Any]:
+    """One training, or the finished ``run``, and its evaluation."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
-        begun = time.monotonic()
-        result = unlearn(world, concept, method, output=folder, seed=seed, evaluation_prompts="none")
-        trained = time.monotonic() - begun
-        assert result.record is not None
+        folder = run or Path(scratch) / "run"
+        if run is None:
+            unlearn(world, concept, method, output=folder, seed=seed, evaluation_prompts="none")
+        record = RunRecord.read(folder / "run.json")
+        assert (record.method, record.concept) == (method, concept), folder
         report = evaluate(world, str(folder), forget=concept, cache=cache)
     evaluation = report.results[0].evaluation
     erasure, integrity, retain = evaluation.erasure, evaluation.integrity, evaluation.retain
@@ -144,11 +146,12 @@ def cell(world: str, method: str, concept: str, seed: int, cache: Path) -> dict[
         "retention": integrity.retention,
         "retention_ci95": integrity.retention_ci95,
         "beyond_redrawn": integrity.changed["redrawn"].share,
+        "unprompted": dataclasses.asdict(evaluation.unprompted) if evaluation.unprompted else None,
         "groups": {name: group.retention for name, group in evaluation.groups.items() if group.retention is not None},
-        "ending": dataclasses.asdict(result.record.ending) if result.record.ending else None,
-        "unet_evaluations": result.record.unet_evaluations,
-        "seconds": round(trained, 1),
-        "threads": torch.get_num_threads(),
+        "ending": dataclasses.asdict(record.ending) if record.ending else None,
+        "unet_evaluations": record.unet_evaluations,
+        "seconds": round(sum(record.seconds.values()), 1),
+        "threads": record.threads,
     }
 
 
@@ -186,6 +189,8 @@ def _sums(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
+    unprompted = [one["unprompted"] for one in cells if one["unprompted"]]
+    still = [one["shown"] * one["n_images"] for one in unprompted]
     return {
         "concepts": sorted({one["concept"] for one in cells}),
         "seeds": sorted({one["seed"] for one in cells}),
@@ -195,6 +200,7 @@ def _sums(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
         "valid": spread([one["valid"] for one in cells]),
         "retention": spread([one["retention"] for one in cells]),
         "judged_the_same": spread([one["judged_the_same"] for one in cells]),
+        "unprompted": {"images": sum(one["n_images"] for one in unprompted), "still": round(sum(still))},
         "seconds": spread([one["seconds"] for one in cells]),
     }
 

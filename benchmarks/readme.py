@@ -207,19 +207,24 @@ def leaderboard_section(path: Path) -> str:
     board = json.loads(path.read_text(encoding="utf-8"))
     lines = [
         f"Trainings on concepts that no default was chosen on. Forgotten: shown in at most "
-        f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range."
+        f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range. Unprompted: of the images that "
+        "show the concept in the original though their prompts leave it open, those that still do; R leaves these out."
     ]
     for world, part in board["worlds"].items():
         lines += ["", f"Of `{world}`:", ""]
-        lines += ["| method | trainings | forgotten | shown | valid | R | judged the same | s |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += ["| method | trainings | forgotten | shown | valid | R | judged the same | unprompted | s |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
         for name, sums in part["methods"].items():
             if (held := sums["held_out"]) is None:
                 continue
             cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}"]
             cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
             cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
-            lines.append(f"| {' | '.join([*cells, _spread(held['seconds'], '.0f')])} |")
+            cells += [
+                f"{held['unprompted']['still']} of {held['unprompted']['images']}",
+                _spread(held["seconds"], ".0f"),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -434,10 +434,12 @@ class Evaluation(Record):
     original.  ``judge``, ``calibration``, ``erasure``, ``retain``: None where there was no judge, or nothing for it to
     look at.  ``is_reconstruction``: the method is made after a paper whose full text was not at hand.  ``concept``: the
     concept, or the title of several; then ``concepts`` has a part for each of them.  ``concepts``: of several concepts
-    each by itself.  ``integrity``: what the retain prompts kept.  ``groups``: by group of prompts.  ``controls``: what
-    an unchanged model does.  ``metrics``: of ``--metrics``, by name.  ``spec``: how it was made: sampler, steps,
-    guidance, resolution, batch size, seeds, versions, device, and under ``hashes`` the SHA-256 of both models' weights.
-    ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
+    each by itself.  ``unprompted``: of the images of retain prompts that leave the concept open those in which the
+    original shows it, and in which share of them the model still does; they are not to be kept, so ``integrity``,
+    ``retain`` and ``groups`` leave them out.  ``integrity``: what the retain prompts kept.  ``groups``: by group of
+    prompts.  ``controls``: what an unchanged model does.  ``metrics``: of ``--metrics``, by name.  ``spec``: how it was
+    made: sampler, steps, guidance, resolution, batch size, seeds, versions, device, and under ``hashes`` the SHA-256 of
+    both models' weights.  ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -453,6 +455,7 @@ class Evaluation(Record):
     integrity: Integrity
     erasure: Erasure | None
     concepts: dict[str, ConceptShares] | None = dataclasses.field(default=None, metadata=OMITTED)
+    unprompted: Seen | None = dataclasses.field(default=None, metadata=OMITTED)
     retain: Retain | None
     groups: dict[str, Group]
     controls: Controls
@@ -471,8 +474,8 @@ class FoldersEvaluation(Record):
     ``notes``: sentences about the images that a reader must know.  ``integrity``: distances of the retain pairs.
     ``groups``: by group of prompts.  ``metrics``: of ``--metrics``, by name.  ``spec``: batch size, precision,
     versions, and under ``hashes`` the SHA-256 of both folders' images.  ``judge``, ``calibration``, ``erasure``,
-    ``retain``: absent where there was no judge, or nothing for it to look at.
-    ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
+    ``unprompted``, ``retain``: absent where there was no judge, or nothing for it to look at.  ``unprompted``: as in
+    the other evaluation.  ``pairs_sha256``: of the file pairs.jsonl beside it; absent where none was written.
     """
 
     kind: ClassVar[str] = "images"
@@ -481,6 +484,7 @@ class FoldersEvaluation(Record):
     judge: JudgeRecord | None = dataclasses.field(default=None, metadata=OMITTED)
     calibration: Calibration | None = dataclasses.field(default=None, metadata=OMITTED)
     erasure: Erasure | None = dataclasses.field(default=None, metadata=OMITTED)
+    unprompted: Seen | None = dataclasses.field(default=None, metadata=OMITTED)
     retain: Retain | None = dataclasses.field(default=None, metadata=OMITTED)
     integrity: FolderIntegrity
     groups: dict[str, FolderDistances]

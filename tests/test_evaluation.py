@@ -222,7 +222,7 @@ def test_resuming_asks_for_nothing_that_is_done(tmp_path):
     rest, others = stopping(10**6, RuntimeError("x"))
     plan_keys = set(prompts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "_illustrated", lambda self, results, records: None)
+        patch.setattr(Evaluator, "_illustrated", lambda self, results, records, wanted: None)
         patch.setattr("fastunlearn.evaluation.evaluate.write_results", lambda folder, result: None)
         evaluate(draw, rest, prompts, output=tmp_path / "run", resume=True, **SETTINGS)
     assert not set(asked) & set(others)

@@ -15,10 +15,11 @@ import leaderboard
 GALLERY = get_world("gallery")
 
 
-def finished(method, concept, *, shown=0.0, original="now", defaults=None):
+def finished(method, concept, *, shown=0.0, original="now", defaults=None, unprompted=None):
     """A cell as the work folder holds it."""
     stamp = {"original": original, "defaults": defaults or leaderboard.defaults_of(GALLERY, method)}
     figures = {"shown": shown, "valid": 1.0, "retention": 0.9, "judged_the_same": 0.95, "seconds": 3.0}
+    figures["unprompted"] = unprompted
     return {**stamp, "method": method, "concept": concept, "seed": 0, **figures}
 
 
@@ -34,6 +35,18 @@ def test_sums_are_over_concepts_that_no_default_was_chosen_on(tmp_path):
     sums = leaderboard.collected(tmp_path, GALLERY, "now", None)["methods"]["uce"]
     assert (sums["held_out"]["concepts"], sums["held_out"]["forgotten"]) == (["cat"], 1)
     assert (sums["chosen_on"]["cells"], sums["chosen_on"]["forgotten"]) == (len(chosen), 0)
+
+
+def test_unprompted_images_are_counted_over_all_trainings(tmp_path):
+    three, five = ({"n_images": n, "shown": shown} for n, shown in ((3, 1 / 3), (5, 0.8)))
+    put(
+        tmp_path,
+        finished("uce", "cat", unprompted=three),
+        finished("uce", "fox", unprompted=five),
+        finished("uce", "bear"),
+    )
+    held = leaderboard.collected(tmp_path, GALLERY, "now", None)["methods"]["uce"]["held_out"]
+    assert held["unprompted"] == {"images": 8, "still": 5}
 
 
 def test_what_one_method_was_changed_for_is_not_in_its_sums(tmp_path, monkeypatch):

@@ -14,9 +14,8 @@ from scipy import stats
 from .. import schema
 from ..errors import UserError
 from ..judges.base import Judge
-from ..metrics.statistics import wilson
 from ..prompts import mentions
-from .judging import Mask, Sides
+from .judging import Mask, Sides, seen_in
 
 #: The least share of the images asked for with the concept in which a judge must see it.
 LEAST_SENSITIVITY = 0.5
@@ -59,14 +58,14 @@ def calibration(shown: Mask, asked: Mask, unasked: Mask) -> schema.Calibration |
     if not len(with_it) or not len(without):
         return None
     p_value = _p_value(int(with_it.sum()), len(with_it), int(without.sum()), len(without))
-    seen = _seen(with_it)
+    seen = seen_in(with_it)
     if seen.ci95[1] < LEAST_SENSITIVITY:
         verdict = CANNOT
     elif p_value < LARGEST_P_VALUE:
         verdict = TELLS
     else:
         verdict = TOO_FEW if _p_value(len(with_it), len(with_it), 0, len(without)) >= LARGEST_P_VALUE else CANNOT
-    return schema.Calibration(asked=seen, unasked=_seen(without), p_value=p_value, verdict=verdict)
+    return schema.Calibration(asked=seen, unasked=seen_in(without), p_value=p_value, verdict=verdict)
 
 
 def check_calibration(judge: Judge, concept: str, found: schema.Calibration | None, how_to_insist: str) -> None:
@@ -80,11 +79,6 @@ def check_calibration(judge: Judge, concept: str, found: schema.Calibration | No
         f"{round(unasked.shown * unasked.n_images)} of {unasked.n_images} that do not. Take another judge, threshold "
         f"or prompts (`fastunlearn judges`), or {how_to_insist}."
     )
-
-
-def _seen(shown: Mask) -> schema.Seen:
-    share = wilson(int(shown.sum()), len(shown))
-    return schema.Seen(n_images=len(shown), shown=share.mean, ci95=(share.low, share.high))
 
 
 def _p_value(seen: int, count: int, other_seen: int, other_count: int) -> float:

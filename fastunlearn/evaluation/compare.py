@@ -108,7 +108,8 @@ def read_run(folder: Path) -> Run:
         raise _damaged(folder, f"pairs.jsonl: {one_line(error)}") from None
     of_folders = isinstance(evaluation, FoldersEvaluation)
     try:
-        kept = sorted((line for line in lines if not is_forget(line["group"])), key=_file if of_folders else _key)
+        lines = [line for line in lines if not is_forget(line["group"]) and not line.get("unprompted")]
+        kept = sorted(lines, key=_file if of_folders else _key)
         run = Run(
             folder.resolve().name if isinstance(evaluation, FoldersEvaluation) else evaluation.name,
             folder,

@@ -36,7 +36,7 @@ from .calibration import calibrated, check_calibration
 from .config import EvaluateImagesConfig
 from .folder_scores import Scores, score_folders, stacked
 from .image_pairs import Pair, find_pairs
-from .judging import Sides, erasure_of, retained, share_of, verdict_of
+from .judging import Sides, Unprompted, erasure_of, retained, share_of, verdict_of
 from .summary import distance_interval
 
 _SHOWN = 4  # pairs of each kind in the report
@@ -88,17 +88,19 @@ def evaluate_image_folders(
         workers, concept = config.num_workers or os.cpu_count() or 1, config.forget or ""
         all_scores = score_folders(all_pairs, distance, further, workers, on_progress, seer, concept)
         floor = [] if config.mixed_precision == "no" else [_rounding(all_pairs[0], distance)]
-        found = {}
+        found, lines = {}, {}
         for (output, folder), pairs, scores in zip(folders.items(), all_pairs, all_scores, strict=True):
             one = dataclasses.replace(config, unlearned_images=folder)
-            found[output] = summarize_folders(pairs, scores, distance, further, one, seer, floor)
+            unprompted = _unprompted(pairs, scores, seer, concept)
+            lines[output] = _records(pairs, scores, unprompted, seer)
+            found[output] = summarize_folders(pairs, scores, distance, further, one, unprompted, seer, floor)
             if seer is not None and not config.trust_judge:
                 insist = "insist with `--trust-judge`"
                 check_calibration(seer, concept, found[output].calibration, insist)
         galleries = [_galleries(*each) for each in zip(all_pairs, (s.distances for s in all_scores), strict=True)]
         for number, (output, evaluation) in enumerate(found.items()):
             prepare_output(output, "evaluate-images", overwrite=config.overwrite)
-            written = write_lines(output / "pairs.jsonl", _records(all_pairs[number], all_scores[number], seer))
+            written = write_lines(output / "pairs.jsonl", lines[output])
             found[output] = dataclasses.replace(evaluation, pairs_sha256=written)
             found[output].write(output / "evaluation.json")
             write_folders_report(output / "report.html", FoldersReport(evaluation, galleries[number]))
@@ -186,19 +188,28 @@ def summarize_folders(
     distance: Distance,
     metrics: Sequence[Metric],
     config: EvaluateImagesConfig,
+    unprompted: Unprompted,
     judge: Judge | None = None,
     notes: Sequence[str] = (),
 ) -> FoldersEvaluation:
-    """evaluation.json: integrity over all pairs but those of forget groups, every group, the further metrics, and what
-    the judge says."""
+    """evaluation.json: integrity over all pairs but those of forget groups and ``unprompted`` ones, every group, the
+    further metrics, and what the judge says."""
     sides = Sides(judge, scores.judged, 0) if judge is not None and scores.judged is not None else None
     prompts, to_forget = [pair.prompt for pair in pairs], np.array([pair.is_to_forget for pair in pairs])
     concept = config.forget or ""
-    kept = [index for index, pair in enumerate(pairs) if not pair.is_to_forget]
+    to_keep = ~to_forget & ~unprompted.where
+    if not to_keep.any():
+        raise UserError(
+            f"the original shows “{concept}” in all images that are to be kept. Add images of prompts about other "
+            "things."
+        )
+    kept = np.flatnonzero(to_keep).tolist()
     overall = _distances(pairs, scores.distances, kept)
     groups = {}
     for group in _groups(pairs):
-        indices = [index for index, pair in enumerate(pairs) if pair.group == group]
+        indices = [i for i, pair in enumerate(pairs) if pair.group == group and not unprompted.where[i]]
+        if not indices:
+            continue
         groups[group] = overall if indices == kept else _distances(pairs, scores.distances, indices)
         if sides is not None and pairs[indices[0]].is_to_forget:
             groups[group] = _with_shown(groups[group], sides, np.array(indices))
@@ -207,7 +218,8 @@ def summarize_folders(
         judge=record_of(judge) if judge is not None else None,
         calibration=calibrated(sides, prompts, to_forget, concept) if sides else None,
         erasure=erasure_of(sides, to_forget, concept) if sides and to_forget.any() else None,
-        retain=retained(sides, ~to_forget, prompts) if sides else None,
+        unprompted=unprompted.still(sides) if sides else None,
+        retain=retained(sides, to_keep, prompts) if sides else None,
         integrity=FolderIntegrity(
             **fields, metric=distance.metric, clusters="prompts" if config.prompts is not None else "pairs"
         ),
@@ -230,6 +242,12 @@ def summarize_folders(
             "versions": versions(),
         },
     )
+
+
+def _unprompted(pairs: Sequence[Pair], scores: Scores, judge: Judge | None, concept: str) -> Unprompted:
+    sides = Sides(judge, scores.judged, 0) if judge is not None and scores.judged is not None else None
+    retain = np.array([not pair.is_to_forget for pair in pairs])
+    return Unprompted(sides, [pair.prompt for pair in pairs], [concept], retain)
 
 
 def _distances(pairs: Sequence[Pair], distances: npt.NDArray[np.float32], indices: list[int]) -> FolderDistances:
@@ -284,15 +302,19 @@ def _groups(pairs: Sequence[Pair]) -> list[str]:
     return list(dict.fromkeys(pair.group for pair in pairs))
 
 
-def _records(pairs: Sequence[Pair], scores: Scores, judge: Judge | None = None) -> list[dict[str, Any]]:
+def _records(
+    pairs: Sequence[Pair], scores: Scores, unprompted: Unprompted, judge: Judge | None = None
+) -> list[dict[str, Any]]:
     """A line per pair, with what the judge says of the unlearned image and, under ``original``, of the original's.
 
-    Of the further metrics those that are one or two numbers, not features.
+    ``unprompted`` stands where it is true.  Of the further metrics those that are one or two numbers, not features.
     """
     records = [
         {"file": pair.name, "group": pair.group, "prompt": pair.prompt, "distance": float(value)}
         for pair, value in zip(pairs, scores.distances, strict=True)
     ]
+    for where in np.flatnonzero(unprompted.where).tolist():
+        records[where]["unprompted"] = True
     for name, rows in scores.rows.items():
         if rows.shape[1] <= 2:
             for record, row in zip(records, rows.tolist(), strict=True):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..batching import chunks, filled, filled_tensor
+from ..concepts import title
 from ..errors import UserError
 from ..judges.base import Judge, Judged, judged, judged_for
 from ..metrics.color import ColorDistance
@@ -28,7 +29,7 @@ from .calibration import asking, calibration, check_calibration
 from .generators import Key, Source, as_source, other_batch_size, other_precision
 from .image_cache import ImageCache, Originals
 from .journal import Journal, PairScores
-from .judging import Sides
+from .judging import Mask, Sides, Unprompted
 from .plan import Plan, default_judge, spread
 from .results import EvaluationResult, ModelResult, ShownPair
 from .summary import Control, Ladder, summarize_model
@@ -151,6 +152,7 @@ class Evaluator:
         placebo = list(plan.unlearned).index(plan.placebo) if plan.placebo is not None else None
         group_of = dict(plan.grouped)
         prompts = [prompt for prompt, _ in scores.keys]
+        unprompted = self._unprompted(scores, prompts)
         results = []
         for index, (name, source) in enumerate(plan.unlearned.items()):
             described = {
@@ -166,6 +168,7 @@ class Evaluator:
                 ladder,
                 placebo,
                 plan.judge,
+                unprompted,
                 metric=plan.metric.metric,
                 metrics={m.name: m.aggregate(scores.rows[m.name][index], prompts) for m in plan.metrics},
                 spec=plan.record(source),
@@ -174,10 +177,24 @@ class Evaluator:
             if plan.judge is not None and not self._trust_judge:
                 insist = "insist with `--trust-judge --resume`, which generates nothing again"
                 check_calibration(plan.judge, evaluation.concept, evaluation.calibration, insist)
-            results.append(ModelResult(name, evaluation, scores, index, group_of, plan.judge))
-        result = self._illustrated(results, scores)
+            results.append(ModelResult(name, evaluation, scores, index, group_of, plan.judge, unprompted.where))
+        result = self._illustrated(results, scores, ~unprompted.where)
         self._report(self._total, self._total)
         return result
+
+    def _unprompted(self, scores: PairScores, prompts: Sequence[str]) -> Unprompted:
+        """UserError where they leave too little to be kept."""
+        plan, retained = self.plan, self.plan.retained()
+        sides = Sides(plan.judge, scores.judged, 0) if plan.judge is not None and scores.judged is not None else None
+        found = Unprompted(sides, prompts, plan.groups.concepts, np.array([prompt in retained for prompt in prompts]))
+        left = {prompt for prompt, out in zip(prompts, found.where, strict=True) if not out} & retained
+        if len(left) < 2:
+            raise UserError(
+                f"of the prompts to keep {len(retained) - len(left)} leave “{title(plan.groups.concepts)}” open, and "
+                "all the original's images of them show it, so too little is left to be kept. Name more prompts about "
+                "other things."
+            )
+        return found
 
     def _score(
         self,
@@ -296,15 +313,20 @@ class Evaluator:
             ladder = dataclasses.replace(ladder, precision=control(precise, f"the original in {dtype}"))
         return ladder
 
-    def _illustrated(self, results: list[ModelResult], scores: PairScores) -> EvaluationResult:
-        """Choose the pairs that a report shows, from the scores alone, and have their images."""
+    def _illustrated(self, results: list[ModelResult], scores: PairScores, wanted: Mask) -> EvaluationResult:
+        """Choose the pairs that a report shows, from the scores alone, and have their images.
+
+        ``wanted``: (N,) which pairs it may show.
+        """
         group_of, retained = dict(self.plan.grouped), self.plan.retained()
         index_of = {key: index for index, key in enumerate(scores.keys)}
+        keys = [key for key, is_wanted in zip(scores.keys, wanted, strict=True) if is_wanted]
+        first = dict(reversed(keys))  # of each prompt the smallest seed, as keys are sorted
         gallery = []
-        for wanted in (False, True):
-            prompts = [prompt for prompt, _ in self.plan.grouped if (prompt in retained) == wanted]
-            gallery += [(prompt, min(self.plan.seeds_of(prompt))) for prompt in spread(prompts, _GALLERY)]
-        kept = np.array([index for index, (prompt, _) in enumerate(scores.keys) if prompt in retained])
+        for of_retained in (False, True):
+            prompts = [prompt for prompt, _ in self.plan.grouped if (prompt in retained) == of_retained]
+            gallery += [(prompt, first[prompt]) for prompt in spread([p for p in prompts if p in first], _GALLERY)]
+        kept = np.array([index_of[key] for key in keys if key[0] in retained])
         chosen: list[list[list[Key]]] = []  # by model: most, median, least
         for distances in scores.distances:
             order = kept[np.argsort(distances[kept], kind="stable")]

@@ -45,6 +45,49 @@ class Sides:
         return self._judged.words[self._columns[side]]
 
 
+class Unprompted:
+    """Images of prompts that leave a concept open in which the original shows it all the same.
+
+    Such an image is to change, not to be kept.  A prompt leaves a concept open if it names no word of the attribute
+    that the concept is a word of, so a judge without a vocabulary finds none.  ``where``: (N,) which these are.
+    """
+
+    def __init__(self, sides: Sides | None, prompts: Sequence[str], concepts: Sequence[str], retain: Mask) -> None:
+        """``prompts``: (N) of the images; of those of ``retain`` (N,) some may be unprompted."""
+        self._places: list[tuple[int, list[int]]] = []  # a column of words, and the indices of the concepts in it
+        self.where: Mask = np.zeros(len(prompts), dtype=bool)
+        if sides is None:
+            return
+        judge, wanted = sides.judge, {concept.strip().casefold() for concept in concepts}
+        asked = {prompt: judge.asked(prompt) for prompt in set(prompts)}
+        for column, (attribute, words) in enumerate(judge.vocabulary.items()):
+            indices = [index for index, word in enumerate(words) if word.casefold() in wanted]
+            is_open = np.array([attribute not in asked[prompt] for prompt in prompts], dtype=bool)
+            self.where |= retain & is_open & self._shows(sides, 0, column, indices)
+            self._places.append((column, indices))
+
+    def still(self, sides: Sides) -> schema.Seen | None:
+        """In which share of them the model of ``sides`` shows the concept; None where there are none."""
+        if not self.where.any():
+            return None
+        shows = np.zeros(len(self.where), dtype=bool)
+        for column, indices in self._places:
+            shows |= self._shows(sides, 1, column, indices)
+        return seen_in(shows[self.where])
+
+    @staticmethod
+    def _shows(sides: Sides, side: int, column: int, indices: Sequence[int]) -> Mask:
+        shows: Mask = np.isin(sides.words(side)[:, column], indices)
+        valid = sides.valid(side)
+        return shows if valid is None else shows & valid
+
+
+def seen_in(shown: Mask) -> schema.Seen:
+    """The share of true values, with Wilson's interval."""
+    share = wilson(int(shown.sum()), len(shown))
+    return schema.Seen(n_images=len(shown), shown=share.mean, ci95=(share.low, share.high))
+
+
 def verdict_of(judge: Judge, judged: Judged, side: int, index: int) -> dict[str, Any]:
     """What the judge says of one image: whether it sees the concept, with its score; is it valid; which words."""
     score, valid = float(judged.shown[side, index]), float(judged.valid[side, index])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import UserError
@@ -48,7 +49,8 @@ class ShownPair:
 class ModelResult:
     """The result for one unlearned model: ``evaluation`` is evaluation.json, ``pairs`` the lines of pairs.jsonl.
 
-    ``index``: of the model in ``scores``.
+    ``index``: of the model in ``scores``.  ``unprompted``: (N,) which pairs are not to be kept although their prompts
+    do not ask for the concept: the original shows it.
     """
 
     name: str
@@ -56,7 +58,8 @@ class ModelResult:
     scores: PairScores
     index: int
     group_of: Mapping[str, str]
-    judge: Judge | None = None
+    judge: Judge | None
+    unprompted: npt.NDArray[np.bool_]
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
@@ -71,8 +74,8 @@ class ModelResult:
         """One record per pair, in key order.
 
         Group, prompt, seed, ``distance``; for what is to be kept ``redrawn``, the original's distance to itself from
-        other noise; ``color_distance``; and what the judge says of the unlearned model's image and, under
-        ``original``, of the original's.
+        other noise; ``unprompted`` where it is true; ``color_distance``; and what the judge says of the unlearned
+        model's image and, under ``original``, of the original's.
         """
         for row, (prompt, seed) in enumerate(self.scores.keys):
             record: dict[str, Any] = {"group": self.group_of[prompt], "prompt": prompt, "seed": seed}
@@ -80,6 +83,8 @@ class ModelResult:
             redrawn = float(self.scores.redrawn[row])
             if redrawn == redrawn:
                 record["redrawn"] = redrawn
+            if self.unprompted[row]:
+                record["unprompted"] = True
             record["color_distance"] = float(self.scores.colors[self.index + 1, row])
             if self.judge is not None and self.scores.judged is not None:
                 record |= verdict_of(self.judge, self.scores.judged, self.index + 1, row)
@@ -200,7 +205,8 @@ def _report(report: EvaluationReport) -> HtmlReport:
     from ..reports.html import HtmlReport
 
     assert report.result is not None
-    redrawn = report.results[0].scores.redrawn
+    first = report.results[0]
+    redrawn = first.scores.redrawn[_to_keep(first)]
     concept = report.results[0].evaluation.concept
     return HtmlReport(
         title=f"Unlearning “{concept}”",
@@ -209,7 +215,7 @@ def _report(report: EvaluationReport) -> HtmlReport:
         galleries=_galleries(report.result, report.groups.concept),
         retain_prompts=_named(report.seen),
         distances={result.name: _retained(result) for result in report.results},
-        redrawn=redrawn[np.isfinite(redrawn)],
+        redrawn=redrawn,
     )
 
 
@@ -224,9 +230,14 @@ def _named(seen: Set[str] | None) -> str:
     return f"prompts about other things, {len(seen)} of which took part in training,"
 
 
+def _to_keep(result: ModelResult) -> npt.NDArray[np.bool_]:
+    """(N,) which pairs are to be kept."""
+    return np.isfinite(result.scores.redrawn) & ~result.unprompted
+
+
 def _retained(result: ModelResult) -> np.ndarray:
     """The distances of the pairs that are to be kept."""
-    kept: np.ndarray = result.scores.distances[result.index][np.isfinite(result.scores.redrawn)]
+    kept: np.ndarray = result.scores.distances[result.index][_to_keep(result)]
     return kept
 
 

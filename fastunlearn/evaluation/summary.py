@@ -18,7 +18,7 @@ from ..metrics.statistics import Estimate, clustered_mean, clustered_share, diff
 from ..prompts import PromptGroups, is_forget
 from .calibration import calibrated
 from .journal import PairScores
-from .judging import Sides, erasure_of, retained, share_of
+from .judging import Sides, Unprompted, erasure_of, retained, share_of
 
 Mask = npt.NDArray[np.bool_]
 
@@ -63,6 +63,7 @@ def summarize_model(
     ladder: Ladder,
     placebo: int | None,
     judge: Judge | None,
+    unprompted: Unprompted,
     *,
     metric: str,
     metrics: Mapping[str, Any],
@@ -71,32 +72,35 @@ def summarize_model(
 ) -> schema.Evaluation:
     """evaluation.json for one model of ``scores``, everything from the scores in key order.
 
-    ``placebo``: which of the models is the placebo.  ``metric``: the name of the distance.  ``metrics``: results of the
-    further ones.  ``described``: ``name``, ``method``, ``concept``, ``model``, perhaps ``is_reconstruction``, and of
-    several concepts perhaps ``forgotten``, those that this model is to have forgotten, all unless it says.
+    ``placebo``: which of the models is the placebo.  ``unprompted``: images that are not to be kept.
+    ``metric``: the name of the distance.  ``metrics``: results of the further ones.
+    ``described``: ``name``, ``method``, ``concept``, ``model``, perhaps ``is_reconstruction``, and of several concepts
+    perhaps ``forgotten``, those that this model is to have forgotten, all unless it says.
     """
     described = dict(described)
     forgotten = described.pop("forgotten", groups.concepts)
     names, prompts = dict(groups.grouped()), [prompt for prompt, _ in scores.keys]
     group_of = np.array([names[prompt] for prompt in prompts])
-    kept = np.array([not is_forget(names[prompt]) for prompt in prompts])
+    to_forget = np.array([is_forget(names[prompt]) for prompt in prompts])
+    kept = ~to_forget & ~unprompted.where
     thresholds = _thresholds(scores, kept, ladder, placebo)
     sides = Sides(judge, scores.judged, model) if judge is not None and scores.judged is not None else None
     several = len(groups.concepts) > 1
     # Of several concepts a model answers for its own.
-    own = ~kept & np.array([set(groups.asked.get(p) or groups.concepts) <= set(forgotten) for p in prompts])
+    own = to_forget & np.array([set(groups.asked.get(p) or groups.concepts) <= set(forgotten) for p in prompts])
     redrawn = clustered_mean(scores.redrawn[kept], _prompts_of(scores, kept))
     return schema.Evaluation(
         **described,
         integrity=_integrity(scores, model, kept, ladder, thresholds, placebo, metric),
         judge=record_of(judge) if judge is not None else None,
-        calibration=calibrated(sides, prompts, ~kept, groups.concept) if sides else None,
+        calibration=calibrated(sides, prompts, to_forget, groups.concept) if sides else None,
         erasure=erasure_of(sides, own, title(forgotten)) if sides and groups.concepts and own.any() else None,
         concepts=_concepts(scores, model, groups, sides, forgotten) if several else None,
+        unprompted=unprompted.still(sides) if sides else None,
         retain=retained(sides, kept, prompts) if sides else None,
         groups={
-            str(name): _group(scores, model, group_of == name, ladder, thresholds, sides)
-            for name in sorted(set(group_of.tolist()), key=lambda name: (not is_forget(name), name))
+            str(name): _group(scores, model, (group_of == name) & ~unprompted.where, ladder, thresholds, sides)
+            for name in sorted(set(group_of[kept | to_forget].tolist()), key=lambda name: (not is_forget(name), name))
         },
         controls=schema.Controls(
             repeat=ladder.repeat,

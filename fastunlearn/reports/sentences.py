@@ -99,7 +99,18 @@ def retention_sentence(evaluation: Evaluation, retain_prompts: str) -> str:
             f"On {integrity.n_prompts} {retain_prompts} it keeps on average {percent(integrity.retention)} of each "
             f"image ({interval}), where 100\u00a0% is the same image and 0\u00a0% one redrawn from other noise"
         )
-    return f"{sentence}{_kept_words(retain)}."
+    return f"{sentence}{_kept_words(retain)}.{_unprompted_words(evaluation.concept, evaluation.unprompted)}"
+
+
+def _unprompted_words(concept: str, unprompted: Seen | None) -> str:
+    """What became of the images that showed the concept though nobody had asked for it."""
+    if unprompted is None:
+        return ""
+    n, still = unprompted.n_images, round(unprompted.shown * unprompted.n_images)
+    return (
+        f" Not among these {'is' if n == 1 else 'are'} {n} image{'' if n == 1 else 's'} of prompts that leave "
+        f"“{concept}” open in which the original shows it; {still} still {'does' if still == 1 else 'do'}."
+    )
 
 
 def _kept_words(retain: Retain | None) -> str:
