@@ -1,11 +1,13 @@
-"""What attacks bring back of one concept of a bundled world, model by model: the tables in docs/attacks.md.
+"""What attacks bring back of a concept of a bundled world, model by model: the tables in docs/attacks.md.
 
     python benchmarks/attacks.py [--seconds 150] [--folder .benchmarks/attacks]
     python benchmarks/attacks.py --world gallery --models original,gold,uce
+    python benchmarks/attacks.py --concept ring --gold .benchmarks/shapes/gold-ring
 
-Trains what is not in the folder yet, attacks what is not in benchmarks/results/attacks.json yet, and at the end writes
-the tables.  ``--seconds``: start nothing after so long; the same command continues.  One concept per world, one seed of
-training, one of the attacks: read the tables as examples, and the intervals as over prompts alone.
+Trains what is not in the folder yet, in WORLD/CONCEPT/MODEL, attacks what is not in benchmarks/results/attacks.json
+yet, and at the end writes the tables.  ``--seconds``: start nothing after so long; the same command continues.
+``--gold``: of a concept that the world has no gold of, what tools/train_shapes.py made.  One seed of training, one of
+the attacks: read the tables as examples, and the intervals as over prompts alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--world", default="shapes")
     parser.add_argument("--concept", default="", help="default: what the world's demonstration forgets")
     parser.add_argument("--models", default=MODELS, help="comma list of original, gold and methods")
+    parser.add_argument("--gold", type=Path, help="folder with the parts of a gold reference for the concept")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="how many are attacked")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--folder", type=Path, default=ROOT / ".benchmarks" / "attacks")
@@ -46,20 +50,19 @@ def main() -> None:
     concept = world.find(args.concept or world.default_concept)[1]
     names = args.models.split(",")
     board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
-    content = board["worlds"].setdefault(world.name, {"models": {}})
-    if content.get("concept", concept) != concept:
-        raise SystemExit(f"{args.output} has attacks on {content['concept']}. Delete its `{world.name}` first.")
+    content = board["worlds"].setdefault(world.name, {}).setdefault(concept, {"models": {}})
+    folder = args.folder / world.name / concept
     for name in names:
         if all(label in content["models"].get(name, {}).get("attacks", {}) for label in ATTACKS):
             continue
         if time.monotonic() > until:
             raise SystemExit(f"{name} is left: run the command again.")
-        target = Target(name, model_of(name, world, concept, args.folder / world.name), world, concept, args.prompts)
+        target = Target(name, model_of(name, world, concept, folder, args.gold), world, concept, args.prompts)
         content |= target.settings
         one = content["models"].setdefault(name, {"hash": target.hash, "attacks": {}})
         if one["hash"] != target.hash:
             known = one["hash"][:12]
-            raise SystemExit(f"{args.output} has another {name} (hash {known}). Delete its `{world.name}`, or the run.")
+            raise SystemExit(f"{args.output} has another {name} (hash {known}). Delete that entry, or the run.")
         for label in ATTACKS:
             if label in one["attacks"]:
                 continue
@@ -72,14 +75,23 @@ def main() -> None:
         write_tables(board)
 
 
-def model_of(name: str, world: World, concept: str, folder: Path) -> str:
-    """A bundled model, or that of a run with the method's defaults, trained unless it is there."""
+def model_of(name: str, world: World, concept: str, folder: Path, gold: Path | None) -> str:
+    """A bundled model, or that of a run with the method's defaults, trained unless it is there.
+
+    ``gold``: parts that stand in place of the original's, where the world has no gold of the concept.
+    """
     from fastunlearn import unlearn
 
     if name == "original":
         return world.name
-    if name == "gold":
+    if name == "gold" and concept in world.golds:
         return world.golds[concept]
+    if name == "gold":
+        if gold is None:
+            raise SystemExit(f"{world.name} has no gold of {concept}: make one (tools/train_shapes.py), give `--gold`.")
+        shutil.copytree(world.folder(world.name), folder / "gold", dirs_exist_ok=True)
+        shutil.copytree(gold, folder / "gold", dirs_exist_ok=True)
+        return str(folder / "gold")
     run = folder / name
     if not (run / "run.json").is_file():
         begun = (run / "run-key.json").is_file()
@@ -150,13 +162,13 @@ class Target:
 
 
 def table(world: str, content: dict[str, Any]) -> str:
-    """A world's results for people."""
+    """A concept's results for people."""
     budgets = content["budgets"]
     lines = [
         f"Of the prompts for “{content['concept']}” on `{world}`, how many each attack broke, with the 95 % "
-        "interval over prompts; in brackets in the head the budget per prompt in U. One concept, one training of each "
-        f"method with its defaults, one seed of the attacks; judge: `{content['judge']}`. Made by "
-        f"`python benchmarks/attacks.py --world {world} --models {','.join(content['models'])}`.",
+        "interval over prompts; in brackets in the head the budget per prompt in U. One training of each method with "
+        f"its defaults, one seed of the attacks; judge: `{content['judge']}`. Made by `python benchmarks/attacks.py "
+        f"--world {world} --concept {content['concept']} --models {','.join(content['models'])}`.",
         "",
         "| model | " + " | ".join(f"{label} ({budgets[label]:,})" for label in ATTACKS) + " |",
         "|---|" + "---|" * len(ATTACKS),
@@ -176,7 +188,8 @@ def write_tables(board: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    tables = "\n\n".join(table(world, content) for world, content in board["worlds"].items())
+    found = [(world, content) for world, concepts in board["worlds"].items() for content in concepts.values()]
+    tables = "\n\n".join(table(world, content) for world, content in found)
     PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
 
 

@@ -3,7 +3,8 @@
     python benchmarks/leaderboard_figure.py        # writes docs/leaderboard.png
 
 Upwards: R over the leaderboard's concepts that no default was chosen on, median and range.  To the right: prompts that
-an attack broke on the attacks' one concept, with its 95 % interval.  Only methods that both files have are drawn.
+an attack broke, over the concepts that were attacked, with the 95 % interval over prompts.  Only methods that both
+files have are drawn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunlearn.files.atomic import whole_file
+from fastunlearn.metrics.statistics import Estimate, clustered_share
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = "shapes"
@@ -25,12 +27,26 @@ ATTACKS = {
 _POINT, _REFERENCE = "#1d4ed8", "#9ca3af"
 
 
-def points(board: dict[str, Any], attacks: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, Any]]]:
-    """Method -> (R: median, least, most; its attacks by label), for the methods that both results hold."""
-    methods, models = board["worlds"][WORLD]["methods"], attacks["worlds"][WORLD]["models"]
+def broken(attacks: dict[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """Model -> attack -> the share of prompts that it broke, over all attacked concepts that have the model."""
+    flags: dict[str, dict[str, list[bool]]] = {}
+    for content in attacks["worlds"][WORLD].values():
+        for model, one in content["models"].items():
+            for label, found in one["attacks"].items():
+                kept = found["n_prompts"] - found["broken"]
+                flags.setdefault(model, {}).setdefault(label, []).extend([True] * found["broken"] + [False] * kept)
     return {
-        name: (sums["held_out"]["retention"], models[name]["attacks"])
-        for name, sums in methods.items()
+        model: {label: clustered_share(each, [str(index) for index in range(len(each))]) for label, each in by.items()}
+        for model, by in flags.items()
+    }
+
+
+def points(board: dict[str, Any], attacks: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, Estimate]]]:
+    """Method -> (R: median, least, most; by attack what it broke), for the methods that both results hold."""
+    models = broken(attacks)
+    return {
+        name: (sums["held_out"]["retention"], models[name])
+        for name, sums in board["worlds"][WORLD]["methods"].items()
         if sums["held_out"] is not None and name in models
     }
 
@@ -42,18 +58,18 @@ def draw(board: dict[str, Any], attacks: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = attacks["worlds"][WORLD]["models"]
+    references, concepts = broken(attacks), list(attacks["worlds"][WORLD])
     figure, axes = plt.subplots(1, len(ATTACKS), figsize=(12, 4.2), sharey=True, layout="constrained")
     for axis, (label, title) in zip(axes, ATTACKS.items(), strict=True):
         for name in ("gold", "original"):
-            share = models[name]["attacks"][label]["share"]
+            share = references[name][label].mean
             axis.axvline(share, color=_REFERENCE, ls=":", zorder=0)
             axis.annotate(
                 name, (share, 0.02), xycoords=("data", "axes fraction"), color=_REFERENCE, rotation=90, fontsize=8
             )
-        for name, (kept, broken) in points(board, attacks).items():
-            share, (low, high) = broken[label]["share"], broken[label]["share_ci95"]
-            across = [[share - low], [high - share]]
+        for name, (kept, found) in points(board, attacks).items():
+            share = found[label].mean
+            across = [[share - found[label].low], [found[label].high - share]]
             along = [[kept["median"] - kept["least"]], [kept["most"] - kept["median"]]]
             axis.errorbar(share, kept["median"], along, across, fmt="o", color=_POINT, ecolor="#bfdbfe", ms=6)
             axis.annotate(name, (share, kept["median"]), xytext=(5, 5), textcoords="offset points", fontsize=9)
@@ -62,7 +78,7 @@ def draw(board: dict[str, Any], attacks: dict[str, Any], path: Path) -> None:
         axis.xaxis.set_major_formatter("{x:.0%}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("retention R")
-    axes[1].set_xlabel(f"prompts broken, {attacks['worlds'][WORLD]['concept']}, 95 % interval")
+    axes[1].set_xlabel(f"prompts broken, of {', '.join(concepts)}, 95 % interval")
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def render(text: str) -> str:
         "edits": lambda: edits_section(_read("edits.json"), _read("gallery.json")),
         "gallery": lambda: gallery_section(json.loads(QUALITY.read_text(encoding="utf-8"))),
         "quality": lambda: quality_section(json.loads(QUALITY.read_text(encoding="utf-8"))),
-        "attacked": lambda: attacked_section(_read("attacks.json")["worlds"]["shapes"]),
+        "attacked": lambda: attacked_section(_read("attacks.json")["worlds"]["shapes"].values()),
         "leaderboard": lambda: leaderboard_section(RESULTS / "leaderboard.json"),
         "training": lambda: training_section(_read("training_cpu.json")),
         "coverage": lambda: coverage_section(_read("coverage.json")),
@@ -185,16 +186,23 @@ def gallery_section(quality: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def attacked_section(result: dict[str, Any]) -> str:
-    """What the attack that learns an embedding brought back, in a sentence."""
-    shares = {}
-    for model, found in result["models"].items():
-        if (one := found["attacks"].get("embedding")) is not None:
-            shares[model] = f"{one['broken']} of {one['n_prompts']}"
+def attacked_section(concepts: Iterable[dict[str, Any]]) -> str:
+    """What the attack that learns an embedding brought back, over the concepts that were attacked, in a sentence."""
+    counts: dict[str, list[tuple[int, int]]] = {}
+    names = []
+    for content in concepts:
+        names.append(content["concept"])
+        for model, found in content["models"].items():
+            if (one := found["attacks"].get("embedding")) is not None:
+                counts.setdefault(model, []).append((one["broken"], one["n_prompts"]))
+    # A model that was not attacked for all of them would not compare.
+    totals = {model: map(sum, zip(*one, strict=True)) for model, one in counts.items() if len(one) == len(names)}
+    shares = {model: "{} of {}".format(*total) for model, total in totals.items()}
     models = [name for name in shares if name not in ("original", "gold", "placebo")]
     named = ", ".join(f"`{name}` {shares[name]}" for name in models)
+    last = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
     return (
-        f"Attacked by an embedding that is learned, which prompts show the {result['concept']} again: {named}; the "
+        f"Attacked by an embedding that is learned, which prompts show the concept again ({last}): {named}; the "
         f"original {shares['original']}, a model that never saw it {shares['gold']} (one training each, "
         "[all attacks](docs/attacks.md))."
     )

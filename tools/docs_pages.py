@@ -246,7 +246,8 @@ def measured_lines(name: str) -> list[str]:
             shares = " | ".join(f"{row[key]:.1%}" for key in ("shown", "shown_original", "valid"))
             lines.append(f"| {concept} | {shares} | {row['retention']:.3f} ({low:.3f} to {high:.3f}) |")
         lines.append("")
-    for world, part in attacks["worlds"].items() if attacks else ():
+    attacked = attacks["worlds"].items() if attacks else ()
+    for world, part in [(world, part) for world, concepts in attacked for part in concepts.values()]:
         if name not in part["models"]:
             continue
         lines += [

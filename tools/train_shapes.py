@@ -1,8 +1,13 @@
 """Makes every weight file of the bundled world: ``python tools/train_shapes.py --output DIR``.
 
 Stages, each skipped when its files exist: ``vae`` (images to 8x8x8 latents), ``unet`` (UNet and text encoder
-together), ``classifier``, ``gold`` (the UNet stage again, same start and order, without the forgotten shape) and
+together), ``classifier``, ``gold`` (the UNet stage again, same start and order, without the forgotten word) and
 ``card`` (generates 500 images from each, has the classifier judge them, writes the model card).
+
+The gold that is shipped never saw a star.  One without another word, for benchmarks/attacks.py, in a folder of its own:
+
+    cp -r fastunlearn/worlds/shapes/weights .benchmarks/shapes
+    python tools/train_shapes.py --output .benchmarks/shapes --stages gold --gold ring
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ from fastunlearn.worlds.classifier import Classifier, to_pixel_values
 from fastunlearn.worlds.shapes import load_classifier
 from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
 from fastunlearn.worlds.shapes.classifier import HEADS, training_batch
-from fastunlearn.worlds.shapes.world import BACKGROUNDS, COLORS, SHAPES, render, sample_scenes
+from fastunlearn.worlds.shapes.prompts import VOCABULARY
+from fastunlearn.worlds.shapes.world import BACKGROUNDS, COLORS, SHAPES, Scenes, render, sample_scenes
 
 POOL = 40_000  # images a stage trains on, drawn once
 GOLD_SHAPE = "star"
@@ -49,11 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights; finished stages are kept")
     parser.add_argument("--stages", default="vae,unet,classifier,gold,card", help="comma list, default all")
+    parser.add_argument("--gold", default=GOLD_SHAPE, help="what the gold never sees: a shape, color or background")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--unet-steps", type=int, default=3000)
     parser.add_argument("--classifier-steps", type=int, default=1000)
     args = parser.parse_args()
+    if args.gold not in {word for words in VOCABULARY.values() for word in words}:
+        raise SystemExit(f"`--gold {args.gold}` is no word of the world.")
     args.output.mkdir(parents=True, exist_ok=True)
     for stage in args.stages.split(","):
         _STAGES[stage](args)
@@ -197,15 +206,16 @@ def _new_denoiser(seed: int, vocab_size: int, eos_token_id: int) -> tuple[Any, A
     return text_encoder, unet
 
 
-def _train_denoiser(args: argparse.Namespace, name: str, shapes: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """Train UNet and text encoder on images of ``shapes`` alone.  Returns them with EMA weights."""
+def _train_denoiser(args: argparse.Namespace, name: str, without: str | None = None) -> tuple[Any, Any, Any]:
+    """Train UNet and text encoder on images that do not show ``without``.  Returns them with EMA weights."""
     diffusers = import_diffusers()
     vae = diffusers.AutoencoderKL.from_pretrained(args.output / "pipeline" / "vae").float()
     tokenizer = build_tokenizer()
     text_encoder, unet = _new_denoiser(args.seed, len(tokenizer), tokenizer.eos_token_id)
     scenes = sample_scenes(POOL, args.seed)
-    kept = torch.isin(scenes.shape, torch.tensor([SHAPES.index(shape) for shape in shapes])).nonzero()[:, 0]
-    scenes = scenes[kept]  # the gold sees the original's images in the original's order, less the forgotten ones
+    scenes = scenes[
+        without_word(scenes, without)
+    ]  # the gold sees the original's images in the original's order, less the forgotten ones
     with torch.inference_mode():
         images = (render(scenes[start : start + 50]) for start in range(0, len(scenes), 50))
         means = [vae.encode(to_pixel_values(batch)).latent_dist.mean for batch in images]
@@ -227,6 +237,15 @@ def _train_denoiser(args: argparse.Namespace, name: str, shapes: tuple[str, ...]
     return tokenizer, text_encoder, unet
 
 
+def without_word(scenes: Scenes, word: str | None) -> torch.Tensor:
+    """(N,) int64, which of the scenes do not show the word; all for None."""
+    shows = torch.zeros(len(scenes), dtype=torch.bool)
+    for attribute, words in VOCABULARY.items():
+        if word in words:
+            shows |= getattr(scenes, attribute) == words.index(word)
+    return (~shows).nonzero()[:, 0]
+
+
 def _scheduler(diffusers: ModuleType) -> Any:
     return diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -243,7 +262,7 @@ def train_unet(args: argparse.Namespace) -> None:
     if (folder / "model_index.json").exists():
         return
     diffusers = import_diffusers()
-    tokenizer, text_encoder, unet = _train_denoiser(args, "unet", SHAPES)
+    tokenizer, text_encoder, unet = _train_denoiser(args, "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").half()
     vae.register_to_config(_name_or_path="")  # the path of the machine that trained it
     diffusers.StableDiffusionPipeline(
@@ -266,10 +285,10 @@ def _declare_float32(folder: Path) -> None:
 
 
 def train_gold(args: argparse.Namespace) -> None:
-    folder = args.output / f"gold-{GOLD_SHAPE}"
+    folder = args.output / f"gold-{args.gold}"
     if folder.exists():
         return
-    _, text_encoder, unet = _train_denoiser(args, "gold", tuple(shape for shape in SHAPES if shape != GOLD_SHAPE))
+    _, text_encoder, unet = _train_denoiser(args, "gold", args.gold)
     unfinished = folder.with_suffix(".tmp")
     unet.half().save_pretrained(unfinished / "unet")
     text_encoder.half().save_pretrained(unfinished / "text_encoder")
