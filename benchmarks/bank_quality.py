@@ -112,6 +112,7 @@ def train_one(method: str, trajectories: int | str, seed: int, folder: Path) -> 
         steps=ROWS // BATCH_SIZE,
         micro_batch_size=BATCH_SIZE,
         trajectories=count,
+        trajectory_steps=50,
         stop_residual=0.0,  # the same rows for every bank
         checkpoint_every=0,
     )

@@ -321,7 +321,7 @@ def test_a_whole_number_written_as_a_float_is_accepted(tmp_path):
         pytest.param("lr_scheduler: cosine", "`lr_scheduler` must be constant or linear", id="unknown optional choice"),
         pytest.param("device: tpu", "`device` must be auto or cpu or cuda", id="unknown choice"),
         pytest.param("forget:", "`forget` must be str, got None", id="required left empty"),
-        pytest.param("trajectory_steps:", "`trajectory_steps` must be int, got None", id="number left empty"),
+        pytest.param("log_every:", "`log_every` must be int, got None", id="number left empty"),
         pytest.param("forget: {a: b}", "`forget` must be str", id="mapping for a text"),
         pytest.param("- forget", "must hold `name: value` lines", id="list"),
         pytest.param("", "must hold `name: value` lines", id="empty file"),

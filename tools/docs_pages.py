@@ -202,7 +202,10 @@ def limits(field: dataclasses.Field[Any]) -> str:
 
 
 #: Settings that nothing which trains no step reads.
-_OF_TRAINING = ("steps", "learning_rate", "micro_batch_size", "trajectories", "lr_scheduler", "stop_residual")
+_OF_TRAINING = (
+    *("steps", "learning_rate", "micro_batch_size", "trajectories", "trajectory_steps"),
+    *("lr_scheduler", "stop_residual"),
+)
 
 
 def defaults_lines(method: Method) -> list[str]:

@@ -65,6 +65,7 @@ CONCEPT_ABLATION = Method(
             *(400, 1e-3, 16, 88, "cross-attention-kv", "linear"),
             options=Options(prior_weight=10.0, prior="retain"),
             stop_residual=0.02,
+            trajectory_steps=15,
         ),
         "gallery": Defaults(
             *(200, 1e-3, 8, 16, "context_embedder,text_embedder", "linear"),

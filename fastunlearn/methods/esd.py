@@ -51,7 +51,10 @@ ESD = Method(
     anchor="optional",
     defaults={
         "shapes": Defaults(
-            500, 7e-4, 16, 8, "cross-attention-kv", "linear", options=Options(2.0, "without"), stop_residual=0.15
+            *(500, 7e-4, 16, 44, "cross-attention-kv", "linear"),
+            options=Options(2.0, "without"),
+            stop_residual=0.1,
+            trajectory_steps=15,
         ),
         "gallery": Defaults(
             *(200, 7e-4, 8, 8, "context_embedder,text_embedder", "linear"),

@@ -70,7 +70,7 @@ HOLDFAST = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(300, 4e-4, 32, 88, "cross-attention", "linear"),
+        "shapes": Defaults(300, 4e-4, 32, 88, "cross-attention", "linear", trajectory_steps=15),
         "stable-diffusion": Defaults(1000, 1e-5, 8, 32, "cross-attention", "linear"),
     },
     needs_retain=True,

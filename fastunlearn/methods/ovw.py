@@ -30,9 +30,17 @@ OVW = Method(
     recipe=recipe,
     anchor="needed",
     defaults={
-        "shapes": Defaults(400, 1e-3, 16, 88, "cross-attention-kv", "linear", retain_weight=20.0, stop_residual=0.08),
+        "shapes": Defaults(
+            *(400, 1e-3, 16, 88, "cross-attention-kv", "linear"),
+            retain_weight=20.0,
+            stop_residual=0.08,
+            trajectory_steps=15,
+        ),
         "gallery": Defaults(
-            *(200, 5e-4, 8, 16, "context_embedder,text_embedder", "linear"), retain_weight=20.0, stop_residual=0.15
+            *(200, 5e-4, 8, 120, "context_embedder,text_embedder", "linear"),
+            retain_weight=20.0,
+            stop_residual=0.15,
+            trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(200, 1e-5, 4, 32, "cross-attention"),
     },

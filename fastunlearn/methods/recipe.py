@@ -293,6 +293,7 @@ class Defaults:
     which 0 leaves out.  ``mask_density`` is the share of the trainable elements that a saliency mask lets change, None
     without a mask.
     ``options``: an object of the method's own options, None where their own defaults hold.
+    ``trajectory_steps`` are the sampler's: a trajectory has a row at each of its points.
     """
 
     steps: int
@@ -305,6 +306,7 @@ class Defaults:
     mask_density: float | None = None
     options: Any = None
     stop_residual: float = 0.0
+    trajectory_steps: int = 50
 
 
 def _no_pictures(folder: str) -> Mapping[str, Path]:

@@ -66,6 +66,7 @@ SADDLE = Method(
             *(500, 1e-3, 16, 88, "cross-attention-kv", "linear"),
             options=Options(reference_guidance=-2.0, kappa=0.03, lambda_max=0.5, reference="without"),
             stop_residual=0.08,
+            trajectory_steps=15,
         ),
         "gallery": Defaults(
             *(200, 1e-3, 8, 16, "context_embedder,text_embedder", "linear"),

@@ -51,6 +51,7 @@ SALUN = Method(
             mask_density=0.5,
             options=Options(retain_noise=False),
             stop_residual=0.1,
+            trajectory_steps=15,
         ),
         "stable-diffusion": Defaults(500, 1e-5, 8, 32, "all", retain_weight=0.1, mask_density=0.5),
     },

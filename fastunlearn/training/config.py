@@ -49,7 +49,7 @@ class TrainConfig(ModelOptions):
     trajectories: int | None = setting(
         "teacher trajectories per role, more for less correlated rows; default: enough for all forget prompts", None
     )
-    trajectory_steps: int = setting("sampler steps of a trajectory", 50)
+    trajectory_steps: int | None = setting("sampler steps of a trajectory", None)
     trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     trainable: str | None = setting(
         "a group of the model's family, such as cross-attention, text-attention, all; or name parts", None

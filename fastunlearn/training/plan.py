@@ -149,7 +149,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         model,
         rows,
         trajectories=settings.trajectories,
-        num_inference_steps=config.trajectory_steps,
+        num_inference_steps=settings.trajectory_steps,
         guidance_scale=config.trajectory_guidance_scale,
         seed=config.seed,
         precision=config.bank_precision,
@@ -234,7 +234,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
 
 def _inside_edit(config: TrainConfig, model: Model, edit: Edit, settings: Defaults) -> list[BankPlan]:
     """The images of everything that an edit has trained on the way."""
-    given = {"trajectories": settings.trajectories, "num_inference_steps": config.trajectory_steps}
+    given = {"trajectories": settings.trajectories, "num_inference_steps": settings.trajectory_steps}
     scale, seed = config.trajectory_guidance_scale, config.seed
     return [plan_images(model, one.places, guidance_scale=scale, seed=seed, **given)[1] for one in edit.suppressions]
 

@@ -183,7 +183,7 @@ class _Run:
         if recipe.searches:
             budget = SearchBudget(
                 trajectories=plan.search_trajectories,
-                num_inference_steps=config.trajectory_steps,
+                num_inference_steps=plan.settings.trajectory_steps,
                 guidance_scale=config.trajectory_guidance_scale,
                 micro_batch_size=plan.settings.micro_batch_size,
                 seed=config.seed,
@@ -223,7 +223,7 @@ class _Run:
     def _gradient_budget(self, plan: TrainPlan) -> dict[str, Any]:
         return {
             "trajectories": plan.settings.trajectories,
-            "num_inference_steps": self.config.trajectory_steps,
+            "num_inference_steps": plan.settings.trajectory_steps,
             "trajectory_guidance_scale": self.config.trajectory_guidance_scale,
             "micro_batch_size": plan.settings.micro_batch_size,
             "bank_batch_size": self.config.bank_batch_size,
