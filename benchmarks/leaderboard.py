@@ -31,7 +31,7 @@ from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.methods import all_methods
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import versions
-from fastunlearn.schema import RunRecord
+from fastunlearn.schema import Evaluation, RunRecord
 from fastunlearn.worlds import get_world
 from fastunlearn.worlds.base import World
 
@@ -127,14 +127,15 @@ def cell(world: str, method: str, concept: str, seed: int, cache: Path, run: Pat
         record = RunRecord.read(folder / "run.json")
         assert (record.method, record.concept) == (method, concept), folder
         report = evaluate(world, str(folder), forget=concept, cache=cache)
-    evaluation = report.results[0].evaluation
+    return {"method": method, "concept": concept, "seed": seed} | figures(record, report.results[0].evaluation)
+
+
+def figures(record: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
+    """What a cell holds of a run and its evaluation."""
     erasure, integrity, retain = evaluation.erasure, evaluation.integrity, evaluation.retain
     assert erasure is not None
     assert retain is not None
     return {
-        "method": method,
-        "concept": concept,
-        "seed": seed,
         "shown": erasure.shown,
         "shown_ci95": erasure.shown_ci95,
         "shown_original": erasure.shown_original,

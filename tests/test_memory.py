@@ -329,7 +329,8 @@ def test_a_dry_run_of_flux_reads_no_weights_and_names_the_flags_that_make_it_fit
 def test_what_does_not_fit_is_told_with_the_flag_that_mends_it(cli, tmp_path):
     """The bundled model on a device of so few bytes that a phase is too large, and again with what was said."""
     train = ("train", "--forget", "star", "--output", tmp_path / "run", "--dry-run", "--device", "cpu")
-    train += ("--trajectories", 16)  # with the default's 88 the bank alone does not fit, and no flag mends that
+    # So many rows that several phases do not fit, and few enough for a bank that does, which no flag makes smaller.
+    train += ("--trajectories", 16, "--trajectory-steps", 50)
     answer = cli(*train, "--device-memory-gib", "0.06")
     assert answer.status == 0
     told = [line.strip() for line in answer.out.splitlines() if "does not fit" in line]
