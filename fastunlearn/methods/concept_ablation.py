@@ -68,9 +68,10 @@ CONCEPT_ABLATION = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(200, 1e-3, 8, 16, "context_embedder,text_embedder", "linear"),
+            *(200, 1e-3, 8, 120, "context_embedder,text_embedder", "linear"),
             options=Options(prior_weight=10.0, prior="retain"),
             stop_residual=0.08,
+            trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(100, 1.6e-5, 8, 32, "cross-attention-kv"),
     },
