@@ -40,7 +40,7 @@ def test_integrity_sees_what_accuracy_does_not(demo):
     result = summaries(demo)
     compared = json.loads((demo / "demo.json").read_text())["comparison"]
     esd, uce, placebo = (result[name] for name in ("esd", "uce", "placebo"))
-    assert esd["retain"]["attributes"]["shape"]["accuracy"] >= 0.98
+    assert esd["retain"]["attributes"]["shape"]["accuracy"] >= 0.95
     assert (compared["a"], compared["b"]) == ("esd", "uce")
     assert compared["ci95"][1] < 0
     assert compared["p_value_holm"] < 0.001

@@ -26,6 +26,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.evaluation.evaluate_images import _records, summarize_folders
 from fastunlearn.evaluation.folder_scores import Scores
 from fastunlearn.evaluation.image_pairs import Pair, find_pairs
+from fastunlearn.evaluation.judging import Unprompted
 from fastunlearn.files.atomic import write_lines
 from fastunlearn.files.images import find_images, read_image
 from fastunlearn.metrics.base import load_metric
@@ -637,8 +638,9 @@ def test_a_hundred_thousand_pairs_stay_under_a_gigabyte(tmp_path):
     ]
     drawn = np.random.default_rng(0).random((count, 1), dtype=np.float32)
     scores = Scores(drawn[:, 0], {"dreamsim": drawn}, ("", ""), (512, 512), np.zeros((2, count), dtype=bool))
-    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", world=SHAPES_WORLD)], config)
-    write_lines(tmp_path / "pairs.jsonl", _records(pairs, scores))
+    none = Unprompted(None, [pair.prompt for pair in pairs], [], np.ones(count, dtype=bool))
+    summary = summarize_folders(pairs, scores, distance, [load_metric("dreamsim", world=SHAPES_WORLD)], config, none)
+    write_lines(tmp_path / "pairs.jsonl", _records(pairs, scores, none))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert summary.integrity.n_pairs == count

@@ -88,19 +88,19 @@ def evaluate_image_folders(
         workers, concept = config.num_workers or os.cpu_count() or 1, config.forget or ""
         all_scores = score_folders(all_pairs, distance, further, workers, on_progress, seer, concept)
         floor = [] if config.mixed_precision == "no" else [_rounding(all_pairs[0], distance)]
-        found, lines = {}, {}
+        found, unprompted = {}, {}
         for (output, folder), pairs, scores in zip(folders.items(), all_pairs, all_scores, strict=True):
             one = dataclasses.replace(config, unlearned_images=folder)
-            unprompted = _unprompted(pairs, scores, seer, concept)
-            lines[output] = _records(pairs, scores, unprompted, seer)
-            found[output] = summarize_folders(pairs, scores, distance, further, one, unprompted, seer, floor)
+            unprompted[output] = _unprompted(pairs, scores, seer, concept)
+            found[output] = summarize_folders(pairs, scores, distance, further, one, unprompted[output], seer, floor)
             if seer is not None and not config.trust_judge:
                 insist = "insist with `--trust-judge`"
                 check_calibration(seer, concept, found[output].calibration, insist)
         galleries = [_galleries(*each) for each in zip(all_pairs, (s.distances for s in all_scores), strict=True)]
         for number, (output, evaluation) in enumerate(found.items()):
             prepare_output(output, "evaluate-images", overwrite=config.overwrite)
-            written = write_lines(output / "pairs.jsonl", lines[output])
+            lines = _records(all_pairs[number], all_scores[number], unprompted[output], seer)
+            written = write_lines(output / "pairs.jsonl", lines)
             found[output] = dataclasses.replace(evaluation, pairs_sha256=written)
             found[output].write(output / "evaluation.json")
             write_folders_report(output / "report.html", FoldersReport(evaluation, galleries[number]))
