@@ -78,6 +78,24 @@ def test_a_run_makes_the_mask_that_the_command_makes(finished, bundled, tmp_path
         mask(made)
 
 
+def test_both_make_it_on_the_same_images_by_default(tmp_path, monkeypatch):
+    asked = []
+
+    def told(*arguments, **settings):
+        asked.append({name: value for name, value in settings.items() if name != "on_progress"})
+        raise UserError("enough")
+
+    for module in ("saliency", "unlearn"):
+        monkeypatch.setattr(f"fastunlearn.training.{module}.make_mask", told)
+    where = {"forget": "star", "trainable": "cross-attention-kv", "device": "cpu"}
+    with pytest.raises(UserError, match="enough"):
+        mask(MaskConfig(output=str(tmp_path / "mask"), density=0.5, **where))
+    with pytest.raises(UserError, match="enough"):
+        unlearn(TrainConfig(output=str(tmp_path / "run"), method="salun", evaluation_prompts="none", **where))
+    assert asked[0] == asked[1]
+    assert asked[0]["num_inference_steps"] == 15
+
+
 @pytest.mark.parametrize("method", ["neggrad", "ovw"])
 def test_any_method_takes_a_mask(finished, bundled, tmp_path, method):
     given = str(finished / "mask.safetensors")

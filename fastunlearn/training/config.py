@@ -178,7 +178,7 @@ class MaskConfig(ModelOptions):
         "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None
     )
     trajectories: int | None = setting("teacher trajectories; their last latents are the images", None)
-    trajectory_steps: int = setting("sampler steps of a trajectory", 50)
+    trajectory_steps: int | None = setting("sampler steps of a trajectory", None)
     trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     micro_batch_size: int | None = setting("rows per forward", None)
     seed: int = setting("of trajectories and noise", 0)

@@ -69,7 +69,7 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
         density=config.density,
         granularity=config.granularity,
         trajectories=config.trajectories or max(defaults.trajectories, len(forget)),
-        num_inference_steps=config.trajectory_steps,
+        num_inference_steps=config.trajectory_steps or defaults.trajectory_steps,
         trajectory_guidance_scale=config.trajectory_guidance_scale,
         micro_batch_size=config.micro_batch_size or defaults.micro_batch_size,
         bank_batch_size=config.bank_batch_size,
