@@ -6,8 +6,8 @@
 
 Trains what is not in the folder yet, in WORLD/CONCEPT/MODEL, attacks what is not in benchmarks/results/attacks.json
 yet, and at the end writes the tables.  ``--seconds``: start nothing after so long; the same command continues.
-``--gold``: of a concept that the world has no gold of, what tools/train_shapes.py made.  One seed of training, one of
-the attacks: read the tables as examples, and the intervals as over prompts alone.
+``--gold``: of a concept that the world has no gold of, what tools/train_shapes.py made, beside its pipeline.  One seed
+of training, one of the attacks: read the tables as examples, and the intervals as over prompts alone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from fastunlearn.worlds import get_world
 from fastunlearn.worlds.base import World
+from fastunlearn.worlds.bundle import assembled
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
@@ -78,20 +78,18 @@ def main() -> None:
 def model_of(name: str, world: World, concept: str, folder: Path, gold: Path | None) -> str:
     """A bundled model, or that of a run with the method's defaults, trained unless it is there.
 
-    ``gold``: parts that stand in place of the original's, where the world has no gold of the concept.
+    ``gold``: parts that stand in place of those in ``pipeline`` beside it, where the world has no gold of the concept.
     """
     from fastunlearn import unlearn
 
     if name == "original":
         return world.name
-    if name == "gold" and concept in world.golds:
-        return world.golds[concept]
     if name == "gold":
+        if concept in world.golds:
+            return world.golds[concept]
         if gold is None:
             raise SystemExit(f"{world.name} has no gold of {concept}: make one (tools/train_shapes.py), give `--gold`.")
-        shutil.copytree(world.folder(world.name), folder / "gold", dirs_exist_ok=True)
-        shutil.copytree(gold, folder / "gold", dirs_exist_ok=True)
-        return str(folder / "gold")
+        return str(assembled(gold.parent, "pipeline", gold.name, f"{world.name}-{gold.name}"))
     run = folder / name
     if not (run / "run.json").is_file():
         begun = (run / "run-key.json").is_file()

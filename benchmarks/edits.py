@@ -3,8 +3,8 @@
     python benchmarks/edits.py [--concepts ring,heart] [--seeds 1]
 
 Writes benchmarks/results/edits.json, concept by concept; what is there is not measured again; and docs/edits.md from it
-and from what edit_cost.py wrote.  Their settings were
-chosen on other concepts (``tuned_on`` in the file), and no prompt of the evaluation but the empty one is of training.
+and from what edit_cost.py wrote.  Their settings were chosen on other concepts (``tuned_on`` in the file), and no
+prompt of the evaluation but the empty one is of training.
 """
 
 from __future__ import annotations

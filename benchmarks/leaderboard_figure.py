@@ -41,9 +41,10 @@ def broken(attacks: dict[str, Any]) -> dict[str, dict[str, Estimate]]:
     }
 
 
-def points(board: dict[str, Any], attacks: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict[str, Estimate]]]:
+def points(
+    board: dict[str, Any], models: dict[str, dict[str, Estimate]]
+) -> dict[str, tuple[dict[str, float], dict[str, Estimate]]]:
     """Method -> (R: median, least, most; by attack what it broke), for the methods that both results hold."""
-    models = broken(attacks)
     return {
         name: (sums["held_out"]["retention"], models[name])
         for name, sums in board["worlds"][WORLD]["methods"].items()
@@ -58,16 +59,16 @@ def draw(board: dict[str, Any], attacks: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    references, concepts = broken(attacks), list(attacks["worlds"][WORLD])
+    models, concepts = broken(attacks), list(attacks["worlds"][WORLD])
     figure, axes = plt.subplots(1, len(ATTACKS), figsize=(12, 4.2), sharey=True, layout="constrained")
     for axis, (label, title) in zip(axes, ATTACKS.items(), strict=True):
         for name in ("gold", "original"):
-            share = references[name][label].mean
+            share = models[name][label].mean
             axis.axvline(share, color=_REFERENCE, ls=":", zorder=0)
             axis.annotate(
                 name, (share, 0.02), xycoords=("data", "axes fraction"), color=_REFERENCE, rotation=90, fontsize=8
             )
-        for name, (kept, found) in points(board, attacks).items():
+        for name, (kept, found) in points(board, models).items():
             share = found[label].mean
             across = [[share - found[label].low], [found[label].high - share]]
             along = [[kept["median"] - kept["least"]], [kept["most"] - kept["median"]]]

@@ -18,7 +18,7 @@ from metrics_miss_figure import LABELS, columns
 
 from fastunlearn.methods import Method, all_methods
 from fastunlearn.models.families import OURS
-from fastunlearn.reports.sentences import gap_sentence
+from fastunlearn.reports.sentences import gap_sentence, listed
 from fastunlearn.schema import Demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,10 +200,9 @@ def attacked_section(concepts: Iterable[dict[str, Any]]) -> str:
     shares = {model: "{} of {}".format(*total) for model, total in totals.items()}
     models = [name for name in shares if name not in ("original", "gold", "placebo")]
     named = ", ".join(f"`{name}` {shares[name]}" for name in models)
-    last = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
     return (
-        f"Attacked by an embedding that is learned, which prompts show the concept again ({last}): {named}; the "
-        f"original {shares['original']}, a model that never saw it {shares['gold']} (one training each, "
+        f"Attacked by an embedding that is learned, which prompts show the concept again ({listed(names)}): {named}; "
+        f"the original {shares['original']}, a model that never saw it {shares['gold']} (one training each, "
         "[all attacks](docs/attacks.md))."
     )
 

@@ -1,5 +1,6 @@
 """What is said of attacks on several concepts: sums over prompts, of models that were attacked for all of them."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,10 +60,12 @@ def test_every_concept_has_a_table(tmp_path, monkeypatch):
     assert "| `uce` | 2 of 4 (0% to 100%)" in text
 
 
-def test_a_concept_without_a_gold_needs_one(tmp_path):
+def test_a_concept_without_a_gold_needs_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     world = attacks.get_world("shapes")
     with pytest.raises(SystemExit, match="no gold of ring"):
         attacks.model_of("gold", world, "ring", tmp_path, None)
+    shutil.copytree(world.folder("shapes"), tmp_path / "pipeline")
     (tmp_path / "parts" / "unet").mkdir(parents=True)
     (tmp_path / "parts" / "unet" / "config.json").write_text("{}")
     made = Path(attacks.model_of("gold", world, "ring", tmp_path / "made", tmp_path / "parts"))

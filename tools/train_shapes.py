@@ -213,9 +213,8 @@ def _train_denoiser(args: argparse.Namespace, name: str, without: str | None = N
     tokenizer = build_tokenizer()
     text_encoder, unet = _new_denoiser(args.seed, len(tokenizer), tokenizer.eos_token_id)
     scenes = sample_scenes(POOL, args.seed)
-    scenes = scenes[
-        without_word(scenes, without)
-    ]  # the gold sees the original's images in the original's order, less the forgotten ones
+    # The gold sees the original's images in the original's order, less the forgotten ones.
+    scenes = scenes[without_word(scenes, without)]
     with torch.inference_mode():
         images = (render(scenes[start : start + 50]) for start in range(0, len(scenes), 50))
         means = [vae.encode(to_pixel_values(batch)).latent_dist.mean for batch in images]

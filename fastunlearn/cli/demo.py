@@ -103,7 +103,9 @@ def demo(config: DemoConfig, reporter: Reporter | None = None) -> Demo:
             )
             for method in methods
         }
-        seen = frozenset[str]().union(*(unlearn(run, reporter=reporter).prompts for run in runs.values()))
+        seen: set[str] = set()
+        for run in runs.values():
+            seen |= unlearn(run, reporter=reporter).prompts
         reporter.stage("evaluation")
         original = load_model(config.model)
         groups = world_groups(world, concept)

@@ -194,7 +194,7 @@ def summarize_folders(
 ) -> FoldersEvaluation:
     """evaluation.json: integrity over all pairs but those of forget groups and ``unprompted`` ones, every group, the
     further metrics, and what the judge says."""
-    sides = Sides(judge, scores.judged, 0) if judge is not None and scores.judged is not None else None
+    sides = Sides.of(judge, scores.judged, 0)
     prompts, to_forget = [pair.prompt for pair in pairs], np.array([pair.is_to_forget for pair in pairs])
     concept = config.forget or ""
     to_keep = ~to_forget & ~unprompted.where
@@ -245,7 +245,7 @@ def summarize_folders(
 
 
 def _unprompted(pairs: Sequence[Pair], scores: Scores, judge: Judge | None, concept: str) -> Unprompted:
-    sides = Sides(judge, scores.judged, 0) if judge is not None and scores.judged is not None else None
+    sides = Sides.of(judge, scores.judged, 0)
     retain = np.array([not pair.is_to_forget for pair in pairs])
     return Unprompted(sides, [pair.prompt for pair in pairs], [concept], retain)
 

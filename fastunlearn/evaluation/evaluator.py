@@ -185,7 +185,7 @@ class Evaluator:
     def _unprompted(self, scores: PairScores, prompts: Sequence[str]) -> Unprompted:
         """UserError where they leave too little to be kept."""
         plan, retained = self.plan, self.plan.retained()
-        sides = Sides(plan.judge, scores.judged, 0) if plan.judge is not None and scores.judged is not None else None
+        sides = Sides.of(plan.judge, scores.judged, 0)
         found = Unprompted(sides, prompts, plan.groups.concepts, np.array([prompt in retained for prompt in prompts]))
         left = {prompt for prompt, out in zip(prompts, found.where, strict=True) if not out} & retained
         if len(left) < 2:

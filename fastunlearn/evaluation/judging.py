@@ -23,6 +23,11 @@ class Sides:
         self._columns = [0, model + 1]
         self._judged = judged
 
+    @classmethod
+    def of(cls, judge: Judge | None, judged: Judged | None, model: int) -> Sides | None:
+        """None where nothing was judged."""
+        return cls(judge, judged, model) if judge is not None and judged is not None else None
+
     def valid(self, side: int) -> Mask | None:
         """(N,), None where the judge cannot tell."""
         if self.judge.valid_threshold is None:
@@ -62,6 +67,8 @@ class Unprompted:
         asked = {prompt: judge.asked(prompt) for prompt in set(prompts)}
         for column, (attribute, words) in enumerate(judge.vocabulary.items()):
             indices = [index for index, word in enumerate(words) if word.casefold() in wanted]
+            if not indices:
+                continue
             is_open = np.array([attribute not in asked[prompt] for prompt in prompts], dtype=bool)
             self.where |= retain & is_open & self._shows(sides, 0, column, indices)
             self._places.append((column, indices))

@@ -61,6 +61,11 @@ class ModelResult:
     judge: Judge | None
     unprompted: npt.NDArray[np.bool_]
 
+    @property
+    def to_keep(self) -> npt.NDArray[np.bool_]:
+        """(N,) which pairs are to be kept."""
+        return np.isfinite(self.scores.redrawn) & ~self.unprompted
+
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """The content of evaluation.json, but for the hash of pairs.jsonl."""
@@ -206,16 +211,15 @@ def _report(report: EvaluationReport) -> HtmlReport:
 
     assert report.result is not None
     first = report.results[0]
-    redrawn = first.scores.redrawn[_to_keep(first)]
-    concept = report.results[0].evaluation.concept
+    concept = first.evaluation.concept
     return HtmlReport(
         title=f"Unlearning “{concept}”",
         concept=concept,
         evaluations=[result.evaluation for result in report.results],
         galleries=_galleries(report.result, report.groups.concept),
         retain_prompts=_named(report.seen),
-        distances={result.name: _retained(result) for result in report.results},
-        redrawn=redrawn,
+        distances={one.name: one.scores.distances[one.index][one.to_keep] for one in report.results},
+        redrawn=first.scores.redrawn[first.to_keep],
     )
 
 
@@ -228,17 +232,6 @@ def _named(seen: Set[str] | None) -> str:
     if seen == {""}:
         return "prompts that took no part in training, but for the empty one,"
     return f"prompts about other things, {len(seen)} of which took part in training,"
-
-
-def _to_keep(result: ModelResult) -> npt.NDArray[np.bool_]:
-    """(N,) which pairs are to be kept."""
-    return np.isfinite(result.scores.redrawn) & ~result.unprompted
-
-
-def _retained(result: ModelResult) -> np.ndarray:
-    """The distances of the pairs that are to be kept."""
-    kept: np.ndarray = result.scores.distances[result.index][_to_keep(result)]
-    return kept
 
 
 def _galleries(result: EvaluationResult, concept: str | None) -> list[Gallery]:

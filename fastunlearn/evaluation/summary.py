@@ -84,7 +84,7 @@ def summarize_model(
     to_forget = np.array([is_forget(names[prompt]) for prompt in prompts])
     kept = ~to_forget & ~unprompted.where
     thresholds = _thresholds(scores, kept, ladder, placebo)
-    sides = Sides(judge, scores.judged, model) if judge is not None and scores.judged is not None else None
+    sides = Sides.of(judge, scores.judged, model)
     several = len(groups.concepts) > 1
     # Of several concepts a model answers for its own.
     own = to_forget & np.array([set(groups.asked.get(p) or groups.concepts) <= set(forgotten) for p in prompts])

@@ -143,7 +143,7 @@ def insight(evaluations: Sequence[Evaluation]) -> str:
         return ""
     every = [value for values in known.values() for value in values]
     return (
-        f"Counting images with the right {_and(counted)} hardly tells these models apart "
+        f"Counting images with the right {listed(counted)} hardly tells these models apart "
         f"({percent(every[0]) if min(every) == max(every) else percent_range([min(every), max(every)])}); "
         f"comparing image by image does: {best.name} keeps {percent(best.integrity.retention)} of each "
         f"image, {worst.name} only {percent(worst.integrity.retention)}, and their intervals do not overlap."
@@ -236,7 +236,7 @@ def distance_text(value: float) -> str:
     return "0" if value == 0 else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
 
 
-def _and(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 

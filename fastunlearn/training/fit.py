@@ -48,6 +48,7 @@ def fit(
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         lr_scheduler=settings.lr_scheduler,
+        lands=plan.lands,
     )
     try:
         if curvature:

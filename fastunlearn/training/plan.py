@@ -86,7 +86,16 @@ class TrainPlan:
 
     def prompts(self) -> frozenset[str]:
         """Every prompt of the method; the empty one always: guidance leads away from it, and edits hold it."""
-        return frozenset(_prompts_of(self.concept, self.recipe) - {UNCONDITIONAL}) | {EMPTY}
+        return frozenset(_prompts_of(self.concept, self.recipe)) | {EMPTY}
+
+    @property
+    def lands(self) -> bool:
+        """Whether the rate gets to 0 before the training ends on evidence.
+
+        The steps in which it does are for what is held, so without such rows there are none.
+        """
+        holds = any(row.role == "retain" for row, _ in self.bank.assignments)
+        return self.settings.lr_scheduler == "linear" and holds
 
 
 def plan_training(config: TrainConfig, method: Method, model: Model, world: World = ALONE) -> TrainPlan:
@@ -222,7 +231,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
             None if is_edit or is_sketch(model) else _time_evaluation(model, settings.micro_batch_size)
         ),
         evidence=evidence,
-        cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank) - {UNCONDITIONAL}))),
+        cut=tuple(model.too_long(sorted(_prompts_of(concept, recipe, bank)))),
         left_out=tuple(path.name for path in unread_files(model.source / model.denoiser_folder, model.variant)),
         pooled=(
             tuple(pooled_inputs(model, concept.forget_prompts[0], selection.names))
@@ -281,11 +290,11 @@ def _options(options: Any) -> dict[str, Any]:
 
 
 def _prompts_of(concept: Concept, recipe: Recipe | Edit, bank: BankPlan | None = None) -> set[str]:
-    """The prompts of a method; with ``bank``, those that have a trajectory in it."""
+    """The prompts of a method, not the unconditional; with ``bank``, those that have a trajectory in it."""
     if isinstance(recipe, Edit):
         return {*concept.forget_prompts, *concept.anchors.values(), *concept.retain_prompts}
     rows = recipe.rows if bank is None else [row for row, _ in bank.assignments]
-    return set(dataclasses.replace(recipe, rows=rows).prompts())
+    return set(dataclasses.replace(recipe, rows=rows).prompts()) - {UNCONDITIONAL}
 
 
 def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:

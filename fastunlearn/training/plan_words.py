@@ -81,9 +81,7 @@ def plan_lines(plan: TrainPlan) -> list[str]:
         if plan.evidence is not None:
             lines.append(f"measured    on {plan.evidence.rows} held-out rows, every {plan.evidence.every} steps")
     elif plan.evidence is not None:
-        holds = any(row.role == "retain" for row, _ in plan.bank.assignments)
-        lands = settings.lr_scheduler == "linear" and holds
-        landing = ", and the rate has then got to 0" if lands else ""
+        landing = ", and the rate has then got to 0" if plan.lands else ""
         lines.append(
             f"ends        once {plan.evidence.until:.0%} of the concept is left on {plan.evidence.rows} held-out rows, "
             f"looked at every {plan.evidence.every} steps{landing}"

@@ -40,8 +40,8 @@ class Interrupted(Exception):
 class Schedule:
     """How long and how often.
 
-    ``lr_scheduler``: ``constant``, or ``linear``, which falls to 0 over the steps; once enough of the concept is gone,
-    over half as many steps again as were made, which is for what is kept: without such rows the training ends at once.
+    ``lr_scheduler``: ``constant``, or ``linear``, which falls to 0 over the steps.  ``lands``: once enough of the
+    concept is gone, the rate falls to 0 over half as many steps again as were made; else the training ends then.
     """
 
     steps: int
@@ -50,6 +50,7 @@ class Schedule:
     log_every: int
     checkpoint_every: int
     lr_scheduler: str = "constant"
+    lands: bool = False
 
 
 class Trainer:
@@ -84,7 +85,7 @@ class Trainer:
     def run(self, on_log: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train to the last step, or until so little of the concept is left as the evidence asks for.
 
-        Where rows hold what is to be kept, a rate that falls gets to 0 then, too, in half as many steps again.
+        Where the schedule lands, the rate gets to 0 then, too, in half as many steps again.
         UserError when a loss or a weight is not finite (the last good checkpoint stays), :class:`Interrupted` when
         asked to stop (the state is saved first).
         """
@@ -194,8 +195,7 @@ class Trainer:
         bound, met = self.schedule.steps, self.met_at
         if met is None:
             return bound
-        lands = self.schedule.lr_scheduler == "linear" and "retain" in self.bank.role_rows
-        return min(bound, met + math.ceil(_LANDING * met)) if lands else met
+        return min(bound, met + math.ceil(_LANDING * met)) if self.schedule.lands else met
 
     def _rate(self) -> float:
         """The next step's rate by the one that the training began with."""
