@@ -908,7 +908,7 @@ def test_stopping_before_the_training_leaves_nothing(refused, tmp_path, monkeypa
     ("evaluated", "named"),
     [
         (["a red heart", "a blue cross"], "On 2 prompts that took no part in training it keeps"),
-        (["a red heart", "a ring"], "On 2 prompts about other things, 1 of which took part in training, it keeps"),
+        (["a red heart", "a ring"], "On 2 prompts about other things (1 of which took part in a training) it keeps"),
     ],
 )
 def test_a_report_says_which_prompts_the_training_had(cli, tmp_path, evaluated, named):

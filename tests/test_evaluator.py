@@ -217,8 +217,8 @@ def test_results_are_written_whole(tmp_path, result):
     [
         (None, "prompts about other things it keeps"),
         (set(), "prompts that took no part in training it keeps"),
-        ({""}, "prompts that took no part in training, but for the empty one, it keeps"),
-        ({"", "a green cross"}, "prompts about other things, 2 of which took part in training, it keeps"),
+        ({""}, "prompts that took no part in training (but for the empty one) it keeps"),
+        ({"", "a green cross"}, "prompts about other things (2 of which took part in a training) it keeps"),
     ],
 )
 def test_the_report_says_what_training_had_seen(tmp_path, result, seen, named):

@@ -230,8 +230,8 @@ def _named(seen: Set[str] | None) -> str:
     if not seen:
         return "prompts that took no part in training"
     if seen == {""}:
-        return "prompts that took no part in training, but for the empty one,"
-    return f"prompts about other things, {len(seen)} of which took part in training,"
+        return "prompts that took no part in training (but for the empty one)"
+    return f"prompts about other things ({len(seen)} of which took part in a training)"
 
 
 def _galleries(result: EvaluationResult, concept: str | None) -> list[Gallery]:
