@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import io
 import logging
 import os
@@ -63,6 +64,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         named = dict(module.named_parameters())
         module.requires_grad_(False)
+        self._before = [(part, dict(vars(part))) for part in (*module.modules(), *named.values())]
         self.world, self.learning_rate = world, learning_rate
         self.selection = selection
         self.parameters = {name: named[name].requires_grad_(True) for name in selection.names}
@@ -159,6 +161,11 @@ class DeepSpeedEngine(Engine):
         nn.functional.linear = self._linear
         for name in self._environment:
             os.environ.pop(name, None)
+        _let_go(self.deepspeed)
+        for part, before in self._before:  # stage 3 hangs verbs of its own on each
+            vars(part).clear()
+            vars(part).update(before)
+        del self.deepspeed, self.module, self.optimizer, self.slices, self._before
         leave()
 
     # ---- where the elements are --------------------------------------------------------------------------------------
@@ -344,6 +351,24 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def _let_go(engine: Any) -> None:
+    """Take away by which the module and DeepSpeed's own modules refer to an engine that is destroyed.
+
+    An engine holds its process groups, a group gloo's threads; one of those that drops a tensor while the interpreter
+    ends takes the process with it (SIGABRT).
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    for method in vars(PartitionedParameterCoordinator).values():  # one has a cache that holds every engine for good
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+
+
 def leave() -> None:
     """Take the process group down by DeepSpeed's own verb, which forgets the groups that it has made.
 
@@ -354,6 +379,7 @@ def leave() -> None:
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
     distributed.leave()
+    gc.collect()  # groups end once nothing refers to them
 
 
 def check_deepspeed(settings: Mapping[str, Any], device: torch.device) -> None:
