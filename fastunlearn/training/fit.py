@@ -21,7 +21,7 @@ from .export import exported_to
 from .plan import TrainPlan
 from .saliency import fisher_information
 from .selection import Selection
-from .trainer import Schedule, Trainer
+from .trainer import Interrupted, Schedule, Trainer
 
 
 def fit(
@@ -61,8 +61,9 @@ def fit(
         trainer.run(lambda step, metrics: reporter.training(step, settings.steps, metrics))
         exported = exported_to(config, folder)
         engine.export(model, exported, config.save)
-    except BaseException:
-        if plan.world.size == 1:  # so that this process can train again; one of several ends, and waits for nobody
+    except BaseException as error:
+        # So that this process can train again.  One of several ends, and waits for nobody, unless all stop together.
+        if plan.world.size == 1 or isinstance(error, Interrupted):
             engine.close()
         raise
     engine.close()
