@@ -8,8 +8,8 @@ A cell is one method, concept and training seed: a training with the method's de
 but for the empty one, prompts that training neither forgets nor holds.  Finished cells stay in ``--work``, so a stopped
 run continues; ``--shard 1/2`` takes every second cell.  The results file holds, by world, every cell that is done,
 which concepts the defaults were chosen on (:data:`CHOSEN_ON`), and for each method the sums over the others alone.
-Cells that it has of the same original stay until they are made anew; those of another original, or of other defaults,
-go.  Finished trainings in ``--runs``, in folders such as shapes-ovw-ring-0, are evaluated, not made again.
+Cells that it has of the same original stay until they are made anew; those of another original, of other defaults or of
+other prompts go.  Finished trainings in ``--runs``, in folders like shapes-ovw-ring-0, are evaluated, not made again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
             if time.monotonic() - begun > 60 * args.minutes:
                 print("the time is over; run the command again for the rest")
                 break
-            stamp = {"original": original, "defaults": defaults_of(world, method)}
+            stamp = {"original": original, "defaults": defaults_of(world, method, concept)}
             run = args.runs / name if args.runs and (args.runs / name / "run.json").is_file() else None
             write_json(path, stamp | cell(world.name, method, concept, seed, args.work / "cache", run))
             print(json.dumps({key: _read(path, world, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
@@ -101,21 +101,23 @@ def main() -> None:
 SHOWN = ("method", "concept", "seed", "shown", "valid", "kept", "retention", "seconds")
 
 
-def defaults_of(world: World, method: str) -> str:
-    """What tells a method's defaults for this world from earlier ones; empty for a method that is no more."""
+def defaults_of(world: World, method: str, concept: str) -> str:
+    """What tells a method's defaults and a concept's prompts from earlier ones; empty for a method that is no more."""
     methods = all_methods()
     if method not in methods:
         return ""
-    return hashlib.sha256(repr(methods[method].defaults_for(world.name, *world.like)).encode()).hexdigest()[:12]
+    settings = methods[method].defaults_for(world.name, *world.like)
+    told = repr((settings, world.train_prompts(concept), world.evaluation_prompts(concept)))
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def _read(path: Path, world: World, original: str) -> dict[str, Any] | None:
-    """A finished cell; None where there is none, or one of another original or of other defaults."""
+    """A finished cell; None where there is none, or one of another original, other defaults or other prompts."""
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    current = content["original"] == original and content["defaults"] == defaults_of(world, content["method"])
-    return content if current else None
+    defaults = defaults_of(world, content["method"], content["concept"])
+    return content if (content["original"], content["defaults"]) == (original, defaults) else None
 
 
 def cell(world: str, method: str, concept: str, seed: int, cache: Path, run: Path | None = None) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
     paths = sorted(work.glob(f"{world.name}-*.json"))
     made = [one for path in paths if (one := _read(path, world, original)) is not None]
     kept = before["cells"] if before is not None and before["original"] == original else []
-    kept = [one for one in kept if one["defaults"] == defaults_of(world, one["method"])]
+    kept = [one for one in kept if one["defaults"] == defaults_of(world, one["method"], one["concept"])]
     by_key = {(one["method"], one["concept"], one["seed"]): one for one in (*kept, *made)}
     cells = [{name: value for name, value in by_key[key].items() if name != "original"} for key in sorted(by_key)]
     methods = {}

@@ -1,5 +1,6 @@
 """benchmarks/leaderboard.py: what it puts into its results file, without a training."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ GALLERY = get_world("gallery")
 
 def finished(method, concept, *, shown=0.0, original="now", defaults=None, unprompted=None):
     """A cell as the work folder holds it."""
-    stamp = {"original": original, "defaults": defaults or leaderboard.defaults_of(GALLERY, method)}
+    stamp = {"original": original, "defaults": defaults or leaderboard.defaults_of(GALLERY, method, concept)}
     figures = {"shown": shown, "valid": 1.0, "retention": 0.9, "judged_the_same": 0.95, "seconds": 3.0}
     figures["unprompted"] = unprompted
     return {**stamp, "method": method, "concept": concept, "seed": 0, **figures}
@@ -100,3 +101,12 @@ def test_one_worlds_run_leaves_the_others_cells(tmp_path, monkeypatch):
     after = json.loads(output.read_text())
     assert after["worlds"]["shapes"] == board["worlds"]["shapes"]
     assert [cell["concept"] for cell in after["worlds"]["gallery"]["cells"]] == ["cat"]
+
+
+def test_cells_of_other_prompts_go(tmp_path):
+    put(tmp_path, finished("uce", "cat"))
+    more = dataclasses.replace(GALLERY, train_prompts=lambda word: ([word], ["a hat"]))
+    other = dataclasses.replace(GALLERY, evaluation_prompts=lambda word: [(word, "forget")])
+    assert leaderboard.collected(tmp_path, GALLERY, "now", None)["cells"]
+    assert not leaderboard.collected(tmp_path, more, "now", None)["cells"]
+    assert not leaderboard.collected(tmp_path, other, "now", None)["cells"]

@@ -8,7 +8,7 @@ from train_shapes import build_tokenizer, measure_quality
 
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import import_diffusers
-from fastunlearn.worlds import shapes
+from fastunlearn.worlds import get_world, shapes
 from fastunlearn.worlds.classifier import to_pixel_values
 from fastunlearn.worlds.shapes.captions import every_caption, full_caption, sample_captions
 from fastunlearn.worlds.shapes.classifier import HEADS, training_batch
@@ -181,3 +181,18 @@ def test_generated_images_show_what_their_prompts_name():
     assert quality["shape"] >= 0.98
     assert quality["color"] >= 0.98
     assert quality["background"] >= 0.95
+
+
+@pytest.mark.parametrize("world", ["shapes", "gallery"])
+def test_a_training_keeps_what_prompts_make_that_leave_the_concept_open(world):
+    world = get_world(world)
+    known = world.attributes
+    for attribute, words in world.vocabulary.items():
+        for word in words:
+            retain, asked = world.train_prompts(word)[1], world.evaluation_prompts(word)
+            kept = [prompt for prompt in retain if attribute not in known(prompt)]
+            assert len(kept) >= 12
+            assert len(set(retain)) == len(retain)
+            assert not {*kept} & {prompt for prompt, _ in asked}
+            others = {name for name in world.vocabulary if name != attribute}
+            assert all(others & known(prompt).keys() for prompt in kept)

@@ -68,7 +68,7 @@ CONCEPT_ABLATION = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(200, 1e-3, 8, 120, "context_embedder,text_embedder", "linear"),
+            *(400, 1e-3, 8, 144, "context_embedder,text_embedder", "linear"),
             options=Options(prior_weight=10.0, prior="retain"),
             stop_residual=0.08,
             trajectory_steps=12,

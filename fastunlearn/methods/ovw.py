@@ -31,14 +31,14 @@ OVW = Method(
     anchor="needed",
     defaults={
         "shapes": Defaults(
-            *(400, 1e-3, 16, 88, "cross-attention-kv", "linear"),
+            *(400, 5e-4, 16, 88, "cross-attention-kv", "linear"),
             retain_weight=20.0,
             stop_residual=0.08,
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(200, 5e-4, 8, 120, "context_embedder,text_embedder", "linear"),
-            retain_weight=20.0,
+            *(400, 5e-4, 8, 144, "context_embedder,text_embedder", "linear"),
+            retain_weight=80.0,
             stop_residual=0.15,
             trajectory_steps=12,
         ),

@@ -42,8 +42,8 @@ UCE = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=10.0),
-        "gallery": Defaults(0, 1e-3, 16, 16, "context_embedder,text_embedder.linear_1", retain_weight=10.0),
+        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=2.5),
+        "gallery": Defaults(0, 1e-3, 16, 16, "context_embedder,text_embedder.linear_1", retain_weight=2.5),
         "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
     },
 )

@@ -12,13 +12,18 @@ VOCABULARY = {"shape": SHAPES, "color": COLORS, "background": BACKGROUNDS}
 
 
 def train_prompts(word: str) -> tuple[list[str], list[str]]:
-    """(forget, retain): the bare word, and every shape in every color on one background of its own."""
+    """(forget, retain): the bare word, and every shape in every color on one background of its own.
+
+    Some of what is kept leaves the concept's attribute open, as people do, in other words than evaluations do.
+    """
     forget: list[str] = [word, f"a {word}"]
     retain: list[str] = []
     for combination, place in _combinations():
         if place == 2:
             (forget if word in combination else retain).append(full_caption(*combination))
-    return forget, retain
+    asked = _open_prompts(word)
+    retain += [prompt for shift in (1, 2) for prompt in _open_prompts(word, shift) if prompt not in asked]
+    return forget, list(dict.fromkeys(retain))
 
 
 def evaluation_prompts(word: str) -> list[tuple[str, str]]:
@@ -39,16 +44,16 @@ def evaluation_prompts(word: str) -> list[tuple[str, str]]:
     return forget + retain + [(prompt, "open") for prompt in _open_prompts(word)] + [("", "empty")]
 
 
-def _open_prompts(word: str) -> list[str]:
-    """Prompts that name neither the concept nor anything of its kind."""
+def _open_prompts(word: str, shift: int = 0) -> list[str]:
+    """Prompts that name neither the concept nor anything of its kind; another ``shift`` pairs other words."""
     attribute = next(name for name, words in VOCABULARY.items() if word in words)
     count = max(len(SHAPES), len(COLORS))
     prompts = [
         without(
             attribute,
             COLORS[index % len(COLORS)],
-            SHAPES[3 * index % len(SHAPES)],
-            BACKGROUNDS[index % len(BACKGROUNDS)],
+            SHAPES[(3 * index + shift) % len(SHAPES)],
+            BACKGROUNDS[(index + shift) % len(BACKGROUNDS)],
         )
         for index in range(count)
     ]

@@ -14,7 +14,10 @@ _ASKED = 4  # the design in which evaluations ask for the concept, beside the on
 
 
 def train_prompts(word: str) -> tuple[list[str], list[str]]:
-    """(forget, retain): the bare word, and every object in every style on one background of its own."""
+    """(forget, retain): the bare word, and every object in every style on one background of its own.
+
+    Some of what is kept leaves the concept's attribute open, as people do, in other words than evaluations do.
+    """
     attribute = next(name for name, words in VOCABULARY.items() if word in words)
     forget = [word, alone(attribute, word)]
     retain: list[str] = []
@@ -22,7 +25,9 @@ def train_prompts(word: str) -> tuple[list[str], list[str]]:
         if design == _TRAINED:
             named = word in (style, thing, background)
             (forget if named else retain).append(full_caption(style, thing, background))
-    return forget, retain
+    asked = _open_prompts(attribute)
+    retain += [prompt for shift in (1, 2) for prompt in _open_prompts(attribute, shift) if prompt not in asked]
+    return forget, list(dict.fromkeys(retain))
 
 
 def evaluation_prompts(word: str) -> list[tuple[str, str]]:
@@ -53,14 +58,14 @@ def evaluation_prompts(word: str) -> list[tuple[str, str]]:
     return forget + kept + [(prompt, "open") for prompt in _open_prompts(attribute)] + [("", "empty")]
 
 
-def _open_prompts(attribute: str) -> list[str]:
-    """Prompts that name nothing of the attribute."""
+def _open_prompts(attribute: str, shift: int = 0) -> list[str]:
+    """Prompts that name nothing of the attribute; another ``shift`` pairs other words."""
     prompts = [
         without(
             attribute,
             STYLES[index % len(STYLES)],
-            OBJECTS[5 * index % len(OBJECTS)],
-            BACKGROUNDS[(index + index // len(BACKGROUNDS)) % len(BACKGROUNDS)],
+            OBJECTS[(5 * index + shift) % len(OBJECTS)],
+            BACKGROUNDS[(index + index // len(BACKGROUNDS) + shift) % len(BACKGROUNDS)],
         )
         for index in range(12)
     ]
