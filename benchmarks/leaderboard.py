@@ -42,7 +42,11 @@ CHOSEN_ON = {
     "gallery": ("fluent", "ink", "dog", "apple"),
 }
 #: Further concepts that one method's defaults were changed for: its sums leave them out, too.
-ALSO_SEEN = {("shapes", "speed"): ("red", "orange", "ring")}
+ALSO_SEEN = {
+    ("shapes", "speed"): ("red", "orange", "ring"),
+    ("shapes", "uce"): ("red",),
+    ("shapes", "rece"): ("ring",),
+}
 FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone
 
 

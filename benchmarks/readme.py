@@ -224,7 +224,10 @@ def leaderboard_section(path: Path) -> str:
         for name, sums in part["methods"].items():
             if (held := sums["held_out"]) is None:
                 continue
-            cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}"]
+            mine = [cell for cell in part["cells"] if cell["method"] == name and cell["concept"] in held["concepts"]]
+            still = sorted({cell["concept"] for cell in mine if cell["shown"] > board["forgotten_at_most"]})
+            but = f", not {listed(still)}" if still else ""
+            cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}{but}"]
             cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
             cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
             cells += [
@@ -232,7 +235,19 @@ def leaderboard_section(path: Path) -> str:
                 _spread(held["seconds"], ".0f"),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+        if seen := _also_seen(part):
+            lines += ["", f"Not in a method's sums, as its defaults were changed after a look at them: {seen}."]
     return "\n".join(lines)
+
+
+def _also_seen(part: dict[str, Any]) -> str:
+    """By method, the concepts that its own defaults were changed for, and in how many of their images each is shown."""
+    found: dict[str, list[str]] = {}
+    for cell in part["cells"]:
+        held = part["methods"][cell["method"]]["held_out"]
+        if cell["concept"] not in part["chosen_on"] and (held is None or cell["concept"] not in held["concepts"]):
+            found.setdefault(cell["method"], []).append(f"{cell['concept']} {cell['shown']:.1%}")
+    return "; ".join(f"`{method}` {listed(told)}" for method, told in found.items())
 
 
 def _spread(values: dict[str, float], form: str) -> str:

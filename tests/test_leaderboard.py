@@ -12,6 +12,7 @@ from fastunlearn.worlds import get_world
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import leaderboard
+import readme
 
 GALLERY = get_world("gallery")
 
@@ -110,3 +111,14 @@ def test_cells_of_other_prompts_go(tmp_path):
     assert leaderboard.collected(tmp_path, GALLERY, "now", None)["cells"]
     assert not leaderboard.collected(tmp_path, more, "now", None)["cells"]
     assert not leaderboard.collected(tmp_path, other, "now", None)["cells"]
+
+
+def test_the_page_names_what_is_still_shown_and_what_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "ALSO_SEEN", {("gallery", "speed"): ("cat",)})
+    put(tmp_path, finished("speed", "cat", shown=0.25), finished("speed", "fox", shown=0.5), finished("speed", "bear"))
+    part = leaderboard.collected(tmp_path, GALLERY, "now", None)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"worlds": {"gallery": part}, "forgotten_at_most": 0.05}))
+    page = readme.leaderboard_section(results)
+    assert "1 of 2, not fox" in page
+    assert page.endswith("`speed` cat 25.0%.")

@@ -352,7 +352,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def _let_go(engine: Any) -> None:
-    """Take away by which the module and DeepSpeed's own modules refer to an engine that is destroyed.
+    """Take away what the module and DeepSpeed's own modules hold of an engine that is destroyed.
 
     An engine holds its process groups, a group gloo's threads; one of those that drops a tensor while the interpreter
     ends takes the process with it (SIGABRT).
