@@ -203,6 +203,7 @@ def _sums(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
         "seeds": sorted({one["seed"] for one in cells}),
         "cells": len(cells),
         "forgotten": sum(one["shown"] <= FORGOTTEN for one in cells),
+        "still_shown": sorted({one["concept"] for one in cells if one["shown"] > FORGOTTEN}),
         "shown": spread([one["shown"] for one in cells]),
         "valid": spread([one["valid"] for one in cells]),
         "retention": spread([one["retention"] for one in cells]),

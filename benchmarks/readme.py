@@ -224,9 +224,7 @@ def leaderboard_section(path: Path) -> str:
         for name, sums in part["methods"].items():
             if (held := sums["held_out"]) is None:
                 continue
-            mine = [cell for cell in part["cells"] if cell["method"] == name and cell["concept"] in held["concepts"]]
-            still = sorted({cell["concept"] for cell in mine if cell["shown"] > board["forgotten_at_most"]})
-            but = f", not {listed(still)}" if still else ""
+            but = f", not {listed(held['still_shown'])}" if held["still_shown"] else ""
             cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}{but}"]
             cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
             cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
@@ -244,8 +242,8 @@ def _also_seen(part: dict[str, Any]) -> str:
     """By method, the concepts that its own defaults were changed for, and in how many of their images each is shown."""
     found: dict[str, list[str]] = {}
     for cell in part["cells"]:
-        held = part["methods"][cell["method"]]["held_out"]
-        if cell["concept"] not in part["chosen_on"] and (held is None or cell["concept"] not in held["concepts"]):
+        chosen = part["methods"][cell["method"]]["chosen_on"]
+        if chosen and cell["concept"] in set(chosen["concepts"]).difference(part["chosen_on"]):
             found.setdefault(cell["method"], []).append(f"{cell['concept']} {cell['shown']:.1%}")
     return "; ".join(f"`{method}` {listed(told)}" for method, told in found.items())
 
