@@ -13,6 +13,7 @@ of training, one of the attacks: read the tables as examples, and the intervals 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -29,6 +30,8 @@ PAGE = ROOT / "docs" / "attacks.md"
 PROMPTS = 16
 MODELS = "original,gold,uce,holdfast,esd,ovw,saddle,placebo"
 ATTACKS = ("seeds", "prompts", "completion", "embedding", "embedding:word", "relearn")
+LONGER = "embedding, 200 steps"  # beside those of the default budget
+LABELS = (*ATTACKS, LONGER)
 BEGIN, END = "<!-- begin attacks -->", "<!-- end attacks -->"
 
 
@@ -53,7 +56,7 @@ def main() -> None:
     content = board["worlds"].setdefault(world.name, {}).setdefault(concept, {"models": {}})
     folder = args.folder / world.name / concept
     for name in names:
-        if all(label in content["models"].get(name, {}).get("attacks", {}) for label in ATTACKS):
+        if all(label in content["models"].get(name, {}).get("attacks", {}) for label in LABELS):
             continue
         if time.monotonic() > until:
             raise SystemExit(f"{name} is left: run the command again.")
@@ -63,7 +66,7 @@ def main() -> None:
         if one["hash"] != target.hash:
             known = one["hash"][:12]
             raise SystemExit(f"{args.output} has another {name} (hash {known}). Delete that entry, or the run.")
-        for label in ATTACKS:
+        for label in LABELS:
             if label in one["attacks"]:
                 continue
             if time.monotonic() > until:
@@ -103,9 +106,11 @@ class Target:
     def __init__(self, name: str, model: str, world: World, concept: str, prompts: int) -> None:
         from fastunlearn import load_judge
         from fastunlearn.attacks import parse_attacks
+        from fastunlearn.attacks.embedding import LOOKS
         from fastunlearn.attacks.inputs import prompts_for
         from fastunlearn.attacks.pictures import Pictures
         from fastunlearn.attacks.plan import ORIGINAL, UNLEARNED, AttackPlan
+        from fastunlearn.attacks.rows import STEP
         from fastunlearn.attacks.target import Target as OneTarget
         from fastunlearn.evaluation.generators import PipelineSource, as_source
         from fastunlearn.models.sampling import SamplerSpec
@@ -117,10 +122,19 @@ class Target:
         asked = parse_attacks(",".join(ATTACKS))
         judge = load_judge(world.name)
         self.plan = AttackPlan(sources, judge, concept, asking, others, (), asked, None)
+        longer = dataclasses.replace(
+            self.plan, asked=parse_attacks("embedding"), budget=200 * STEP + LOOKS * self.plan.costs.image
+        )
         original = sources[ORIGINAL]
         assert isinstance(original, PipelineSource)
         pictures = Pictures(original.model, original.spec, judge, concept)
-        self.units = [unit for unit in self.plan.units() if unit.model == UNLEARNED]
+        plans = {label: (self.plan, label) for label in ATTACKS} | {LONGER: (longer, "embedding")}
+        self.budgets: dict[str, int] = {}
+        self.units: dict[str, list[Any]] = {}
+        for label, (plan, name) in plans.items():
+            self.budgets[label] = next(task.budget for task in plan.tasks if task.label == name)
+            mine = [unit for unit in plan.units() if unit.task.label == name]
+            self.units[label] = [unit for unit in mine if unit.model == UNLEARNED]
         self.target = OneTarget(name, sources[UNLEARNED], pictures, judge, concept, self.plan.costs)
         self.hash = sources[UNLEARNED].content()
 
@@ -134,7 +148,7 @@ class Target:
             "training_seed": 0,
             "attack_seed": self.plan.seed,
             "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "budgets": {task.label: task.budget for task in self.plan.tasks},
+            "budgets": self.budgets,
             "spec": {name: value for name, value in self.plan.record().items() if name != "hashes"},
             "judge": self.plan.judge.name,
         }
@@ -144,8 +158,7 @@ class Target:
         from fastunlearn.metrics.statistics import clustered_share
 
         started = time.monotonic()
-        units = [unit for unit in self.units if unit.task.label == label]
-        attempts = [one for unit in units for one in unit.task.attack.run(self.target, unit.order)]
+        attempts = [one for unit in self.units[label] for one in unit.task.attack.run(self.target, unit.order)]
         flags = [one.broken_at is not None for one in attempts]
         share = clustered_share(flags, [one.prompt for one in attempts])
         return {
@@ -168,12 +181,12 @@ def table(world: str, content: dict[str, Any]) -> str:
         f"its defaults, one seed of the attacks; judge: `{content['judge']}`. Made by `python benchmarks/attacks.py "
         f"--world {world} --concept {content['concept']} --models {','.join(content['models'])}`.",
         "",
-        "| model | " + " | ".join(f"{label} ({budgets[label]:,})" for label in ATTACKS) + " |",
-        "|---|" + "---|" * len(ATTACKS),
+        "| model | " + " | ".join(f"{label} ({budgets[label]:,})" for label in LABELS) + " |",
+        "|---|" + "---|" * len(LABELS),
     ]
     for name, one in content["models"].items():
         words = name if name in ("original", "gold") else f"`{name}`"
-        lines.append(f"| {words} | {' | '.join(_cell(one['attacks'][label]) for label in ATTACKS)} |")
+        lines.append(f"| {words} | {' | '.join(_cell(one['attacks'][label]) for label in LABELS)} |")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import readme
 def attacked(concept, **broken):
     """A concept's results: by model how many of 4 prompts every attack broke."""
     one = {"n_prompts": 4, "share_ci95": [0.0, 1.0]}
-    labels = attacks.ATTACKS
+    labels = attacks.LABELS
     models = {
         name: {"attacks": {label: {**one, "broken": count} for label in labels}} for name, count in broken.items()
     }
