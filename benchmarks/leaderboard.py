@@ -43,6 +43,7 @@ CHOSEN_ON = {
 }
 #: Further concepts that one method's defaults were changed for: its sums leave them out, too.
 ALSO_SEEN = {
+    ("shapes", "esd"): ("circle", "orange"),
     ("shapes", "speed"): ("red", "orange", "ring"),
     ("shapes", "uce"): ("red",),
     ("shapes", "rece"): ("ring",),

@@ -51,15 +51,16 @@ ESD = Method(
     anchor="optional",
     defaults={
         "shapes": Defaults(
-            *(500, 7e-4, 16, 44, "cross-attention-kv", "linear"),
+            *(800, 7e-4, 16, 44, "cross-attention-kv", "linear"),
             options=Options(2.0, "without"),
             stop_residual=0.1,
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(200, 7e-4, 8, 8, "context_embedder,text_embedder", "linear"),
+            *(400, 7e-4, 8, 64, "context_embedder,text_embedder", "linear"),
             options=Options(2.0, "without"),
-            stop_residual=0.25,
+            stop_residual=0.1,
+            trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(200, 5e-5, 1, 16, "cross-attention"),
     },

@@ -69,9 +69,10 @@ SADDLE = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(200, 1e-3, 8, 16, "context_embedder,text_embedder", "linear"),
+            *(400, 1e-3, 8, 144, "context_embedder,text_embedder", "linear"),
             options=Options(reference_guidance=-2.0, kappa=0.03, lambda_max=0.5, reference="without"),
-            stop_residual=0.15,
+            stop_residual=0.08,
+            trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention"),
     },
