@@ -21,7 +21,8 @@ brings the crescent back for half of its prompts.  Against some training anew it
 
 What did not help, on "crescent": training all weights, or the keys and values alone, in the place of the whole
 cross-attention; a price that begins at 1, since what the first steps break is not mended; a result mixed back towards
-the edit by 0.3; a weight of 2.5 for what that edit keeps; and rows to keep under random offsets of the text, where the edit itself deviates most.
+the edit by 0.3; a weight of 2.5 for what that edit keeps; and rows to keep under random offsets of the text, where the
+edit itself deviates most.
 Defaults for Stable Diffusion are untried.
 """
 
