@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunlearn import evaluate, unlearn
+from fastunlearn.errors import UserError
 from fastunlearn.files.atomic import write_json
 from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.methods import all_methods
@@ -95,7 +96,12 @@ def main() -> None:
                 break
             stamp = {"original": original, "defaults": defaults_of(world, method, concept)}
             run = args.runs / name if args.runs and (args.runs / name / "run.json").is_file() else None
-            write_json(path, stamp | cell(world.name, method, concept, seed, args.work / "cache", run))
+            try:
+                found = cell(world.name, method, concept, seed, args.work / "cache", run)
+            except UserError as error:  # a method that this kind of model cannot have
+                print(f"{name} is left out: {error}", flush=True)
+                continue
+            write_json(path, stamp | found)
             print(json.dumps({key: _read(path, world, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
     board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
     board["forgotten_at_most"] = FORGOTTEN
