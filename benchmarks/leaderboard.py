@@ -48,6 +48,9 @@ ALSO_SEEN = {
     ("shapes", "speed"): ("red", "orange", "ring"),
     ("shapes", "uce"): ("red",),
     ("shapes", "rece"): ("ring",),
+    ("shapes", "mace"): ("red", "dotted", "ring"),
+    ("shapes", "selective-amnesia"): ("red", "dotted", "ring"),
+    ("gallery", "rece"): ("cat", "noto", "twemoji"),
 }
 FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone
 

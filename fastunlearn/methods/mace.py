@@ -154,7 +154,7 @@ MACE = Method(
     options=Options,
     anchor="needed",
     defaults={
-        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=10.0, options=Options(0.5, 50, 1e-3)),
+        "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=2.5, options=Options(0.5, 50, 1e-3)),
         "stable-diffusion": Defaults(0, 1e-5, 1, 8, "cross-attention-kv"),
     },
 )

@@ -65,7 +65,7 @@ RECE = Method(
     anchor="needed",
     defaults={
         "shapes": Defaults(0, 1e-3, 16, 16, "cross-attention-kv", retain_weight=5.0),
-        "gallery": Defaults(0, 1e-3, 16, 16, "context_embedder,text_embedder.linear_1", retain_weight=10.0),
+        "gallery": Defaults(0, 1e-3, 16, 16, "context_embedder,text_embedder.linear_1", retain_weight=2.5),
         "stable-diffusion": Defaults(0, 1e-5, 1, 16, "cross-attention-kv"),
     },
 )
