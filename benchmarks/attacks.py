@@ -106,11 +106,10 @@ class Target:
     def __init__(self, name: str, model: str, world: World, concept: str, prompts: int) -> None:
         from fastunlearn import load_judge
         from fastunlearn.attacks import parse_attacks
-        from fastunlearn.attacks.embedding import LOOKS
+        from fastunlearn.attacks.embedding import budget_of
         from fastunlearn.attacks.inputs import prompts_for
         from fastunlearn.attacks.pictures import Pictures
         from fastunlearn.attacks.plan import ORIGINAL, UNLEARNED, AttackPlan
-        from fastunlearn.attacks.rows import STEP
         from fastunlearn.attacks.target import Target as OneTarget
         from fastunlearn.evaluation.generators import PipelineSource, as_source
         from fastunlearn.models.sampling import SamplerSpec
@@ -123,18 +122,16 @@ class Target:
         judge = load_judge(world.name)
         self.plan = AttackPlan(sources, judge, concept, asking, others, (), asked, None)
         longer = dataclasses.replace(
-            self.plan, asked=parse_attacks("embedding"), budget=200 * STEP + LOOKS * self.plan.costs.image
+            self.plan, asked=parse_attacks("embedding"), budget=budget_of(self.plan.costs, steps=200)
         )
         original = sources[ORIGINAL]
         assert isinstance(original, PipelineSource)
         pictures = Pictures(original.model, original.spec, judge, concept)
-        plans = {label: (self.plan, label) for label in ATTACKS} | {LONGER: (longer, "embedding")}
-        self.budgets: dict[str, int] = {}
-        self.units: dict[str, list[Any]] = {}
-        for label, (plan, name) in plans.items():
-            self.budgets[label] = next(task.budget for task in plan.tasks if task.label == name)
-            mine = [unit for unit in plan.units() if unit.task.label == name]
-            self.units[label] = [unit for unit in mine if unit.model == UNLEARNED]
+        mine = [unit for unit in self.plan.units() if unit.model == UNLEARNED]
+        self.units = {label: [unit for unit in mine if unit.task.label == label] for label in ATTACKS}
+        self.units[LONGER] = [
+            unit for unit in longer.units() if (unit.model, unit.task.label) == (UNLEARNED, "embedding")
+        ]
         self.target = OneTarget(name, sources[UNLEARNED], pictures, judge, concept, self.plan.costs)
         self.hash = sources[UNLEARNED].content()
 
@@ -148,7 +145,7 @@ class Target:
             "training_seed": 0,
             "attack_seed": self.plan.seed,
             "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "budgets": self.budgets,
+            "budgets": {label: units[0].task.budget for label, units in self.units.items()},
             "spec": {name: value for name, value in self.plan.record().items() if name != "hashes"},
             "judge": self.plan.judge.name,
         }
@@ -174,12 +171,14 @@ class Target:
 
 def table(world: str, content: dict[str, Any]) -> str:
     """A concept's results for people."""
-    budgets = content["budgets"]
+    budgets, bundled = content["budgets"], get_world(world)
+    assert bundled is not None
+    given = " --gold FOLDER" if "gold" in content["models"] and content["concept"] not in bundled.golds else ""
     lines = [
         f"Of the prompts for “{content['concept']}” on `{world}`, how many each attack broke, with the 95 % "
         "interval over prompts; in brackets in the head the budget per prompt in U. One training of each method with "
         f"its defaults, one seed of the attacks; judge: `{content['judge']}`. Made by `python benchmarks/attacks.py "
-        f"--world {world} --concept {content['concept']} --models {','.join(content['models'])}`.",
+        f"--world {world} --concept {content['concept']} --models {','.join(content['models'])}{given}`.",
         "",
         "| model | " + " | ".join(f"{label} ({budgets[label]:,})" for label in LABELS) + " |",
         "|---|" + "---|" * len(LABELS),

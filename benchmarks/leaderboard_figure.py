@@ -53,14 +53,6 @@ def points(
     }
 
 
-def apart(heights: list[float], gap: float) -> list[float]:
-    """Falling heights, each at least ``gap`` below the one before."""
-    result: list[float] = []
-    for height in heights:
-        result.append(min(height, result[-1] - gap) if result else height)
-    return result
-
-
 def draw(board: dict[str, Any], attacks: dict[str, Any], path: Path) -> None:
     """A panel an attack; grey lines: the gold reference and the original."""
     import matplotlib
@@ -77,14 +69,13 @@ def draw(board: dict[str, Any], attacks: dict[str, Any], path: Path) -> None:
             axis.annotate(
                 name, (share, 0.02), xycoords=("data", "axes fraction"), color=_REFERENCE, rotation=90, fontsize=8
             )
-        labels: list[tuple[float, float, str]] = []
+        height = float("inf")  # of the last label: the next one is below it
         for name, (kept, found) in sorted(points(board, models).items(), key=lambda one: -one[1][0]["median"]):
             share = found[label].mean
             across = [[share - found[label].low], [found[label].high - share]]
             along = [[kept["median"] - kept["least"]], [kept["most"] - kept["median"]]]
             axis.errorbar(share, kept["median"], along, across, fmt="o", color=_POINT, ecolor="#bfdbfe", ms=6)
-            labels.append((kept["median"], share, name))
-        for height, (_, share, name) in zip(apart([one[0] for one in labels], _LINE), labels, strict=True):
+            height = min(kept["median"], height - _LINE)
             axis.annotate(name, (share, height), xytext=(6, 3), textcoords="offset points", fontsize=9)
         axis.set_title(f"brought back by {title}", fontsize=10)
         axis.set_xlim(-0.04, 1.04)

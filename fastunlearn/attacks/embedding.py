@@ -108,8 +108,9 @@ def _check(model: Model, concept: str, option: str) -> None:
         check_states(model, "embedding", concept)
 
 
-def _default(costs: Costs) -> int:
-    return LOOKS * costs.image + _STEPS * STEP
+def budget_of(costs: Costs, steps: int = _STEPS) -> int:
+    """What so many steps cost a prompt, with their images, in U."""
+    return LOOKS * costs.image + steps * STEP
 
 
 EMBEDDING = Attack(
@@ -119,7 +120,7 @@ EMBEDDING = Attack(
     source="CCE, arXiv 2308.01508; textual inversion",
     cost=f"{STEP} U a step, and {LOOKS} images per prompt",
     run=run,
-    default=_default,
+    default=budget_of,
     least=lambda costs: costs.image + STEP,
     needs_pictures=True,
     options=("context", "word"),

@@ -13,8 +13,8 @@ estimated from the points of its trajectory, a batch at a time, where theirs tak
 other (about 4 million UNet evaluations); F lies on the device, where theirs is copied there in each step and added
 twice, so their lambda of 50 counts as 100: as here by default.
 
-On the bundled models lambda is 5: with 100 the weights are held so fast that the concept stays.  A color stays in part
-even so.
+On the bundled models lambda is 5: with 100 the weights are held so fast that the concept stays.  Some concepts stay in
+part even so.
 
 Defaults for Stable Diffusion: the authors' weights and rate; steps in place of their hundreds of epochs, untried.
 """
