@@ -3,6 +3,7 @@
     python benchmarks/leaderboard.py --minutes 50                      # as many cells as fit, then again, until all are
     python benchmarks/leaderboard.py --methods uce,ovw --concepts ring,blue --seeds 0
     python benchmarks/leaderboard.py --world gallery --minutes 50
+    python benchmarks/leaderboard.py --world gallery --minutes 0 --anchors
 
 A cell is one method, concept and training seed: a training with the method's defaults, and an evaluation on noise and,
 but for the empty one, prompts that training neither forgets nor holds.  Finished cells stay in ``--work``, so a stopped
@@ -10,6 +11,8 @@ run continues; ``--shard 1/2`` takes every second cell.  The results file holds,
 which concepts the defaults were chosen on (:data:`CHOSEN_ON`), and for each method the sums over the others alone.
 Cells that it has of the same original stay until they are made anew; those of another original, of other defaults or of
 other prompts go.  Finished trainings in ``--runs``, in folders like shapes-ovw-ring-0, are evaluated, not made again.
+``--anchors`` measures what mapping a concept to its anchor cannot be expected to go below: in how many images of the
+original the judge sees the concept where its anchor is asked for in its place.
 """
 
 from __future__ import annotations
@@ -26,13 +29,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastunlearn import evaluate, unlearn
+import torch
+
+from fastunlearn import evaluate, load_judge, unlearn
+from fastunlearn.batching import chunks
 from fastunlearn.errors import UserError
+from fastunlearn.evaluation.generators import as_source
 from fastunlearn.files.atomic import write_json
 from fastunlearn.files.weights import hash_pipeline
+from fastunlearn.judges.base import judged
 from fastunlearn.methods import all_methods
 from fastunlearn.models.loading import load_model
 from fastunlearn.models.runtime import versions
+from fastunlearn.models.sampling import SamplerSpec
+from fastunlearn.prompts import substitute
 from fastunlearn.schema import Evaluation, RunRecord
 from fastunlearn.worlds import get_world
 from fastunlearn.worlds.base import World
@@ -77,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="comma list of training seeds")
     parser.add_argument("--minutes", type=float, default=50, help="no cell begins after so long")
     parser.add_argument("--runs", type=Path, help="folder of finished trainings, called WORLD-METHOD-CONCEPT-SEED")
+    parser.add_argument("--anchors", action="store_true", help="measure how much of each concept its anchor shows")
     parser.add_argument("--shard", default="1/1", help="which cells, as 1/2 and 2/2 for two processes")
     args = parser.parse_args()
     world = get_world(args.world)
@@ -109,7 +120,27 @@ def main() -> None:
     board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
     board["forgotten_at_most"] = FORGOTTEN
     board["worlds"][world.name] = collected(args.work, world, original, board["worlds"].get(world.name))
+    if args.anchors:
+        board["worlds"][world.name]["anchors"] |= anchors_shown(world, concepts)
     write_json(args.output, board)
+
+
+def anchors_shown(world: World, concepts: list[str]) -> dict[str, dict[str, Any]]:
+    """By concept: its anchor, and in how many images of the original for the anchor's prompts the concept is shown.
+
+    The prompts are those that an evaluation asks of the concept, with the anchor in its place; one image each.
+    """
+    judge, source = load_judge(world.name), as_source(world.name, SamplerSpec(), device="cpu")
+    found = {}
+    for concept in concepts:
+        anchor = world.anchor(concept)
+        asked = [prompt for prompt, group in world.evaluation_prompts(concept) if group.startswith("forget")]
+        keys = [(substitute(prompt, concept, anchor), 0) for prompt in asked]
+        images = torch.cat([source.generate(part) for part in chunks(keys, source.batch_size)])
+        shown = judged(judge, images, concept, source.batch_size).shown[0] >= judge.threshold
+        found[concept] = {"anchor": anchor, "n_images": len(keys), "shown": float(shown.mean())}
+        print(concept, found[concept], flush=True)
+    return found
 
 
 @functools.cache
@@ -192,7 +223,8 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
     """
     paths = sorted(work.glob(f"{world.name}-*.json"))
     made = [one for path in paths if (one := _read(path, world, original)) is not None]
-    kept = before["cells"] if before is not None and before["original"] == original else []
+    same = before if before is not None and before["original"] == original else {"cells": []}
+    kept = same["cells"]
     kept = [one for one in kept if one["defaults"] == defaults_of(world, one["method"], one["concept"])]
     by_key = {(one["method"], one["concept"], one["seed"]): one for one in (*kept, *made)}
     cells = [{name: value for name, value in by_key[key].items() if name != "original"} for key in sorted(by_key)]
@@ -207,6 +239,7 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
         "versions": versions(),
         "chosen_on": list(CHOSEN_ON[world.name]),
         "methods": methods,
+        "anchors": dict(same.get("anchors", {})),
         "cells": cells,
     }
 

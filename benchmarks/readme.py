@@ -215,7 +215,8 @@ def leaderboard_section(path: Path) -> str:
     lines = [
         f"Trainings on concepts that no default was chosen on. Forgotten: shown in at most "
         f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range. Unprompted: of the images that "
-        "show the concept in the original though their prompts leave it open, those that still do; R leaves these out."
+        "show the concept in the original though their prompts leave it open, those that still do; R leaves these out. "
+        "More trainings than concepts: some have several seeds. Seconds are of more than one machine."
     ]
     for world, part in board["worlds"].items():
         lines += ["", f"Of `{world}`:", ""]
@@ -225,7 +226,8 @@ def leaderboard_section(path: Path) -> str:
             if (held := sums["held_out"]) is None:
                 continue
             but = f", not {listed(held['still_shown'])}" if held["still_shown"] else ""
-            cells = [f"`{name}`", str(held["cells"]), f"{held['forgotten']} of {held['cells']}{but}"]
+            of = f"{held['cells']}, {len(held['concepts'])} concepts" if len(held["concepts"]) > 1 else "1"
+            cells = [f"`{name}`", of, f"{held['forgotten']} of {held['cells']}{but}"]
             cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
             cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
             cells += [
@@ -233,6 +235,13 @@ def leaderboard_section(path: Path) -> str:
                 _spread(held["seconds"], ".0f"),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+        if anchors := part["anchors"]:
+            told = [f"{word} {one['shown']:.1%} (as {one['anchor']})" for word, one in anchors.items() if one["shown"]]
+            lines += [
+                "",
+                f"Of these {len(anchors)} concepts the original itself shows some where the anchor is asked for in "
+                f"their place, and what maps them to it can hardly show less: {listed(told) if told else 'none'}.",
+            ]
         if seen := _also_seen(part):
             lines += ["", f"Not in a method's sums, as its defaults were changed after a look at them: {seen}."]
     return "\n".join(lines)

@@ -73,6 +73,23 @@ def test_cells_of_the_same_original_stay_until_they_are_made_anew(tmp_path):
     assert shown("earlier") == {("esd", "fox"): 0.0}
 
 
+def test_what_anchors_show_stays_with_the_same_original(tmp_path):
+    put(tmp_path, finished("uce", "emojione", shown=0.1))
+    before = leaderboard.collected(tmp_path, GALLERY, "now", None)
+    assert before["anchors"] == {}
+    before["anchors"] = {"emojione": {"anchor": "noto", "n_images": 29, "shown": 0.07}}
+    assert leaderboard.collected(tmp_path, GALLERY, "now", before)["anchors"] == before["anchors"]
+    assert leaderboard.collected(tmp_path, GALLERY, "other", before)["anchors"] == {}
+
+
+@pytest.mark.slow  # sixty images
+def test_an_anchor_that_the_model_lacks_shows_the_concept_itself():
+    """No training saw noto's apple: what the original makes of it looks like emojione's."""
+    shown = leaderboard.anchors_shown(GALLERY, ["emojione", "twemoji"])
+    assert {word: one["anchor"] for word, one in shown.items()} == {"emojione": "noto", "twemoji": "noto"}
+    assert shown["twemoji"]["shown"] == 0 < shown["emojione"]["shown"] < 0.15
+
+
 def test_cells_of_other_defaults_go(tmp_path):
     put(tmp_path / "first", finished("uce", "cat"), finished("uce", "fox", defaults="earlier"))
     before = leaderboard.collected(tmp_path / "first", GALLERY, "now", None)

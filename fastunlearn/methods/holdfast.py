@@ -23,6 +23,9 @@ What did not help, on "crescent": training all weights, or the keys and values a
 cross-attention; a price that begins at 1, since what the first steps break is not mended; a result mixed back towards
 the edit by 0.3; a weight of 2.5 for what that edit keeps; and rows to keep under random offsets of the text, where the
 edit itself deviates most.
+An attack on all weights beside the one on the states, whose steps bring the concept back and at whose weights it is
+then forgotten, too, takes twice the time and did not help enough: training anew brought the crescent back for fewer
+prompts, but the green for most of them, and a ring, of which nothing was chosen, as well.
 Defaults for Stable Diffusion are untried.
 """
 
