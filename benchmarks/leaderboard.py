@@ -29,13 +29,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastunlearn import evaluate, load_judge, unlearn
-from fastunlearn.batching import chunks
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import as_source
+from fastunlearn.evaluation.judging import Sides
 from fastunlearn.files.atomic import write_json
+from fastunlearn.files.prompt_files import is_forget
 from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.judges.base import judged
 from fastunlearn.methods import all_methods
@@ -128,17 +127,17 @@ def main() -> None:
 def anchors_shown(world: World, concepts: list[str]) -> dict[str, dict[str, Any]]:
     """By concept: its anchor, and in how many images of the original for the anchor's prompts the concept is shown.
 
-    The prompts are those that an evaluation asks of the concept, with the anchor in its place; one image each.
+    The prompts are those that an evaluation asks of the concept, with the anchor in its place; one image each.  Shown
+    is what it is in an evaluation: in a valid image.
     """
     judge, source = load_judge(world.name), as_source(world.name, SamplerSpec(), device="cpu")
     found = {}
     for concept in concepts:
         anchor = world.anchor(concept)
-        asked = [prompt for prompt, group in world.evaluation_prompts(concept) if group.startswith("forget")]
-        keys = [(substitute(prompt, concept, anchor), 0) for prompt in asked]
-        images = torch.cat([source.generate(part) for part in chunks(keys, source.batch_size)])
-        shown = judged(judge, images, concept, source.batch_size).shown[0] >= judge.threshold
-        found[concept] = {"anchor": anchor, "n_images": len(keys), "shown": float(shown.mean())}
+        asked = [prompt for prompt, group in world.evaluation_prompts(concept) if is_forget(group)]
+        images = source.generate([(substitute(prompt, concept, anchor), 0) for prompt in asked])
+        shown = Sides(judge, judged(judge, images, concept, source.batch_size), 0).shown(0)
+        found[concept] = {"anchor": anchor, "n_images": len(asked), "shown": float(shown.mean())}
         print(concept, found[concept], flush=True)
     return found
 
@@ -224,8 +223,7 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
     paths = sorted(work.glob(f"{world.name}-*.json"))
     made = [one for path in paths if (one := _read(path, world, original)) is not None]
     same = before if before is not None and before["original"] == original else {"cells": []}
-    kept = same["cells"]
-    kept = [one for one in kept if one["defaults"] == defaults_of(world, one["method"], one["concept"])]
+    kept = [one for one in same["cells"] if one["defaults"] == defaults_of(world, one["method"], one["concept"])]
     by_key = {(one["method"], one["concept"], one["seed"]): one for one in (*kept, *made)}
     cells = [{name: value for name, value in by_key[key].items() if name != "original"} for key in sorted(by_key)]
     methods = {}

@@ -213,21 +213,20 @@ def leaderboard_section(path: Path) -> str:
         return "Not measured yet; `python benchmarks/leaderboard.py` measures every method on every concept."
     board = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        f"Trainings on concepts that no default was chosen on. Forgotten: shown in at most "
-        f"{board['forgotten_at_most']:.0%} of valid images. Medians, with the range. Unprompted: of the images that "
+        "Trainings on concepts that no default was chosen on. Forgotten, of the trainings: shown, in a valid image, in "
+        f"at most {board['forgotten_at_most']:.0%}. Medians, with the range. Unprompted: of the images that "
         "show the concept in the original though their prompts leave it open, those that still do; R leaves these out. "
-        "More trainings than concepts: some have several seeds. Seconds are of more than one machine."
+        "Where trainings are more than concepts, some have several seeds. Seconds are of more than one machine."
     ]
     for world, part in board["worlds"].items():
         lines += ["", f"Of `{world}`:", ""]
-        lines += ["| method | trainings | forgotten | shown | valid | R | judged the same | unprompted | s |"]
+        lines += ["| method | concepts | forgotten | shown | valid | R | judged the same | unprompted | s |"]
         lines += ["|---|---|---|---|---|---|---|---|---|"]
         for name, sums in part["methods"].items():
             if (held := sums["held_out"]) is None:
                 continue
             but = f", not {listed(held['still_shown'])}" if held["still_shown"] else ""
-            of = f"{held['cells']}, {len(held['concepts'])} concepts" if len(held["concepts"]) > 1 else "1"
-            cells = [f"`{name}`", of, f"{held['forgotten']} of {held['cells']}{but}"]
+            cells = [f"`{name}`", str(len(held["concepts"])), f"{held['forgotten']} of {held['cells']}{but}"]
             cells += [_spread(held[key], ".1%") for key in ("shown", "valid")]
             cells += [_spread(held["retention"], ".3f"), _spread(held["judged_the_same"], ".1%")]
             cells += [
@@ -239,8 +238,8 @@ def leaderboard_section(path: Path) -> str:
             told = [f"{word} {one['shown']:.1%} (as {one['anchor']})" for word, one in anchors.items() if one["shown"]]
             lines += [
                 "",
-                f"Of these {len(anchors)} concepts the original itself shows some where the anchor is asked for in "
-                f"their place, and what maps them to it can hardly show less: {listed(told) if told else 'none'}.",
+                "Asked for its anchor in its place, the original itself shows a concept in some images, and what maps "
+                f"it to the anchor can hardly show less: {listed(told or ['none'])}, of {len(anchors)} concepts.",
             ]
         if seen := _also_seen(part):
             lines += ["", f"Not in a method's sums, as its defaults were changed after a look at them: {seen}."]

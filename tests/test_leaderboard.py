@@ -139,3 +139,13 @@ def test_the_page_names_what_is_still_shown_and_what_is_left_out(tmp_path, monke
     page = readme.leaderboard_section(results)
     assert "1 of 2, not fox" in page
     assert page.endswith("`speed` cat 25.0%.")
+
+
+@pytest.mark.parametrize(("shown", "told"), [(0.07, "emojione 7.0% (as noto)"), (0.0, "none")])
+def test_the_page_says_what_an_anchor_shows_of_a_concept(tmp_path, shown, told):
+    put(tmp_path, finished("uce", "emojione", shown=0.1))
+    part = leaderboard.collected(tmp_path, GALLERY, "now", None)
+    part["anchors"] = {"emojione": {"anchor": "noto", "n_images": 29, "shown": shown}}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"worlds": {"gallery": part}, "forgotten_at_most": 0.05}))
+    assert readme.leaderboard_section(results).endswith(f"show less: {told}, of 1 concepts.")
