@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow  # DeepSpeed takes seconds to import, in every pro
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TRAIN = {
     **{"forget": "star", "device": "cpu", "method": "salun", "trainable": "cross-attention-kv", "weight-decay": 0.1},
-    **{"trajectories": 1, "trajectory-steps": 4, "steps": 4, "checkpoint-every": 1, "evaluation-prompts": "none"},
+    **{"trajectories": 1, "trajectory-steps": 4, "steps": 4, "checkpoint-every": 1, "log-every": 1},
+    **{"evaluation-prompts": "none"},
 }
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -108,6 +109,10 @@ def two(tmp_path_factory, ds_json):
     return folder
 
 
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def weights(folder):
     return load_file(folder / "model" / UNET)
 
@@ -117,12 +122,12 @@ def test_two_processes_train_what_one_does(two, tmp_path, ds_json, bundled):
 
     done = run(command(tmp_path / "one", **{"micro-batch-size": 4}))
     assert done.returncode == 0, done.stderr
-    logs = [json.loads((folder / "metrics.jsonl").read_text()) for folder in (two, tmp_path / "one")]
-    for key in ("loss", "grad_norm", "forget_loss"):
-        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4), key
-    # After four steps what is kept is moved by a thousandth: how far, hangs on the rounding of Adam's first steps.
-    ours, theirs = (log["retain_loss"] for log in logs)
-    assert ours == pytest.approx(theirs, rel=0.05)
+    for step, (ours, theirs) in enumerate(zip(logged(two), logged(tmp_path / "one"), strict=True)):
+        # Only before the first step is there one model: Adam's first steps carry what was rounded otherwise far.
+        for key in ("loss", "grad_norm", "forget_loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3 if step else 1e-5), (step, key)
+        # What is kept is moved by a thousandth.
+        assert ours["retain_loss"] == pytest.approx(theirs["retain_loss"], rel=0.05, abs=1e-12), step
     original, selected = load_file(bundled.source / UNET), load_mask(two / "mask.safetensors", bundled)
     for name, trained in weights(two).items():
         inside = unpack_bits(selected.bits[name], trained.shape) if name in selected.bits else False
