@@ -338,6 +338,14 @@ def test_text_attention_is_what_belongs_to_the_text(folder_of):
         select_parameters(model, "cross-attention")
 
 
+def test_a_list_takes_groups_and_parts_of_names(folder_of):
+    model = load_model(str(folder_of("sd3.5")), "cpu")
+    alone = [set(select_parameters(model, one)) for one in ("text-attention-kv", "context_embedder")]
+    assert set(select_parameters(model, "context_embedder, text-attention-kv")) == alone[0] | alone[1]
+    with pytest.raises(UserError, match=r"the part 'cross-attention' of .* selects no parameter"):
+        select_parameters(model, "text-attention,cross-attention")
+
+
 @pytest.mark.parametrize("case", ["sd3.5", "flux dev", "sana", "lumina2", "auraflow", "qwen-image", "z-image"])
 def test_every_group_of_a_family_selects_something_and_all_selects_all(folder_of, case):
     model = load_model(str(folder_of(case)), "cpu")

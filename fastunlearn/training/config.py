@@ -52,7 +52,8 @@ class TrainConfig(ModelOptions):
     trajectory_steps: int | None = setting("sampler steps of a trajectory", None)
     trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
     trainable: str | None = setting(
-        "a group of the model's family, such as cross-attention, text-attention, all; or name parts", None
+        "groups of the model's family, such as cross-attention, text-attention, all, or parts of names; a comma list",
+        None,
     )
     retain_weight: float | Literal["auto"] | None = setting(
         "weight of the retain loss; auto finds it: the least deviation with `--stop-residual` of the concept left",
@@ -172,7 +173,8 @@ class MaskConfig(ModelOptions):
         "what is selected: single elements, 8 neighbours or rows", "element"
     )
     trainable: str = setting(
-        "a group of the model's family, such as cross-attention, text-attention, all; or name parts", "all"
+        "groups of the model's family, such as cross-attention, text-attention, all, or parts of names; a comma list",
+        "all",
     )
     forget_prompts: str | None = setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None

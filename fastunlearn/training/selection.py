@@ -27,19 +27,17 @@ GROUPS = {name: group.description for name, group in UNET_GROUPS.items()}
 def select_parameters(model: Model | nn.Module, selector: str) -> list[str]:
     """Names of the denoiser's parameters that ``selector`` selects, in its order.
 
-    ``selector`` is a group of the model's family (of a bare network: a UNet's) or a comma list of patterns as
-    :func:`matches` reads them.  UserError if a pattern selects nothing.
+    ``selector`` is a comma list of groups of the model's family (of a bare network: a UNet's) and of patterns as
+    :func:`matches` reads them.  UserError if one of them selects nothing.
     """
     network, groups = (model, UNET_GROUPS) if isinstance(model, nn.Module) else (model.denoiser, model.groups)
     names = [name for name, _ in network.named_parameters()]
     patterns = [pattern.strip() for pattern in selector.split(",") if pattern.strip()]
     selected: set[str] = set()
-    if group := groups.get(selector):
-        selected = {name for name in names if group.holds(name)}
-    else:
-        for pattern in patterns:
-            found = {name for name in names if matches(name, pattern)}
-            selected |= found or _nothing(names, groups, selector, pattern)
+    for pattern in patterns:
+        group = groups.get(pattern)
+        found = {name for name in names if (group.holds(name) if group else matches(name, pattern))}
+        selected |= found or _nothing(names, groups, selector, pattern)
     return [name for name in names if name in selected] or _nothing(names, groups, selector)
 
 
