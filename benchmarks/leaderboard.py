@@ -61,6 +61,7 @@ ALSO_SEEN = {
     ("shapes", "mace"): ("red", "dotted", "ring"),
     ("shapes", "selective-amnesia"): ("red", "dotted", "ring"),
     ("gallery", "esd"): ("cat", "twemoji"),
+    ("gallery", "holdfast"): ("classic", "emojione", "noto", "twemoji"),
     ("gallery", "saddle"): ("cat", "twemoji"),
     ("gallery", "rece"): ("cat", "noto", "twemoji"),
 }

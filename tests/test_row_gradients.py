@@ -407,6 +407,15 @@ def test_the_gradient_of_holdfast_and_where_its_offsets_go(tiny):
     torch.testing.assert_close(chase.values["offset"].double(), offset.detach(), atol=1e-5, rtol=1e-4)
 
 
+def test_the_gradient_of_holdfast_without_offsets(tiny):
+    run = Run(tiny, "holdfast", {"attack_offsets": 0, "price_start": 0.25})
+    assert run.trainer.chase is None
+    rows = run.rows()
+    forget, retain = run.mean(rows["forget"], relabelled(run)), run.mean(rows["retain"], distilled(run))
+    (gradient,) = run.step()
+    close(gradient, run.plain.gradient(0.2 * forget + 0.8 * retain, run.names))
+
+
 def test_the_gradient_of_the_placebo_on_noise(tiny):
     run = Run(tiny, "placebo-noise")
     (gradient,) = run.step()
