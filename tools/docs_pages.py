@@ -261,8 +261,9 @@ def measured_lines(name: str) -> list[str]:
             "|---|---|---|---|",
         ]
         for attack in part["models"][name]["attacks"]:
-            sides = (part["models"][model]["attacks"][attack] for model in (name, "original", "gold"))
-            shares = " | ".join(f"{one['broken']} of {one['n_prompts']}" for one in sides)
+            sides = [part["models"].get(model, {"attacks": {}})["attacks"] for model in (name, "original", "gold")]
+            found = [side.get(attack) for side in sides]
+            shares = " | ".join(f"{one['broken']} of {one['n_prompts']}" if one else "not measured" for one in found)
             lines.append(f"| `{attack}` | {shares} |")
         lines.append("")
     for world, part in board["worlds"].items() if board else ():
