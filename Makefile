@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes of one thread each: on 2 cores that takes half the time of one process of two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 NATIVE := packaging/kernels/setup.py kernels/torch-ext/fastunlearn_kernels/native.cpp
 
-.PHONY: demo test test-slow fuzz lint docs bench results readme weights gallery-weights clean
+.PHONY: demo test test-guarantees test-slow fuzz lint docs bench results readme weights gallery-weights clean
 
 # torch first and by its pinned version: pip then takes a CPU build where the machine offers one, and keeps it.
 # The gallery last: an older pip does not see that what it asks for, this package, is in the same command.
@@ -19,9 +21,12 @@ $(VENV)/.installed: pyproject.toml packaging/kernels/pyproject.toml packaging/ga
 demo: $(VENV)/.installed
 	$(BIN)/fastunlearn demo --output demo --overwrite
 
-# Two processes of one thread each: on 2 cores that takes half the time of one process of two threads.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+# The slow tests that guarantees name; the long tail of the kernels' tests is of `test-slow` alone.
+test-guarantees: $(VENV)/.installed
+	$(PYTEST) -m slow --ignore tests/kernels
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -303,6 +303,14 @@ def test_what_every_file_begins_with_is_said():
     assert "Each file begins with ``schema``, ``kind``" in SITE["files.md"]
 
 
+def test_an_attack_on_a_method_alone_leaves_the_others_unmeasured(monkeypatch):
+    attack = {"broken": 3, "n_prompts": 16}
+    part = {"concept": "cat", "models": {"uce": {"attacks": {"seeds": attack}}, "gold": {"attacks": {}}}}
+    found = {"attacks": {"worlds": {"gallery": {"cat": part}}}}
+    monkeypatch.setattr(docs_pages, "results", found.get)
+    assert "| `seeds` | 3 of 16 | not measured | not measured |" in docs_pages.measured_lines("uce")
+
+
 def test_every_method_has_a_page_that_says_what_is_measured():
     for method in our_methods():
         page = SITE[f"methods/{method.name}.md"]

@@ -11,6 +11,9 @@ from ..errors import UserError
 from ..models.options import ModelOptions, SourceOptions, check_guided, check_precision
 
 DEFAULT_RANK = 4  # as diffusers' training scripts have it
+_TRAINABLE = (
+    "groups of the model's family, such as cross-attention, text-attention, all, or parts of names; a comma list"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +54,7 @@ class TrainConfig(ModelOptions):
     )
     trajectory_steps: int | None = setting("sampler steps of a trajectory", None)
     trajectory_guidance_scale: float = setting("guidance of a trajectory; 0 or 1: none", 3.0)
-    trainable: str | None = setting(
-        "groups of the model's family, such as cross-attention, text-attention, all, or parts of names; a comma list",
-        None,
-    )
+    trainable: str | None = setting(_TRAINABLE, None)
     retain_weight: float | Literal["auto"] | None = setting(
         "weight of the retain loss; auto finds it: the least deviation with `--stop-residual` of the concept left",
         None,
@@ -172,10 +172,7 @@ class MaskConfig(ModelOptions):
     granularity: Literal["element", "sector", "row"] = setting(
         "what is selected: single elements, 8 neighbours or rows", "element"
     )
-    trainable: str = setting(
-        "groups of the model's family, such as cross-attention, text-attention, all, or parts of names; a comma list",
-        "all",
-    )
+    trainable: str = setting(_TRAINABLE, "all")
     forget_prompts: str | None = setting(
         "FILE or TEXT;TEXT of prompts that show the concept; default: as in `train`", None
     )
