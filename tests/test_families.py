@@ -256,6 +256,44 @@ def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder
     assert not torch.equal(ours, images_of_diffusers(folder))
 
 
+def test_a_family_names_what_reads_the_text_as_one_forward_finds_it(model):
+    found = {*text_matrices(model), *pooled_layers(model)}
+    assert found == set(select_parameters(model, model.text_readers) if model.text_readers else ())
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "expected"),
+    [
+        ("sdxl", "uce", "cross-attention-kv"),
+        ("pixart sigma", "rece", "caption_projection.linear_1.weight"),
+        ("flux dev", "uce", "context_embedder.weight,text_embedder.linear_1.weight"),
+        ("sd3.5", "holdfast", "text-attention,context_embedder.weight,text_embedder.linear_1.weight"),
+        ("qwen-image", "speed", "txt_in.weight"),
+        ("lumina2", "uce", "caption_embedder.1.weight"),
+    ],
+)
+def test_by_default_an_edit_changes_what_reads_the_text(folder_of, tmp_path, case, method, expected):
+    """What the user selects must have some of it; the plan says so, before anything is trained."""
+    folder = folder_of(case)
+    settings = {"steps": None, "learning_rate": None, "dry_run": True}
+    config = settings_of(folder, tmp_path / "run", method, trainable=None, **settings)
+    plan = plan_training(config, get_method(method), load_model(str(folder), "cpu"))
+    assert plan.settings.trainable == expected
+    config = settings_of(folder, tmp_path / "run", method, trainable="*.bias", **settings)
+    with pytest.raises(UserError, match=r"selects none of them\. Leave them out, or use"):
+        plan_training(config, get_method(method), load_model(str(folder), "cpu"))
+
+
+@pytest.mark.parametrize("case", ["sdxl", "pixart sigma", "flux dev", "sana", "lumina2", "qwen-image", "z-image"])
+def test_a_dry_run_counts_memory_or_says_that_it_cannot(folder_of, tmp_path, case):
+    folder = folder_of(case)
+    config = settings_of(folder, tmp_path / "run", "esd", dry_run=True)
+    plan = plan_training(config, get_method("esd"), load_model(str(folder), "cpu"))
+    is_counted = case not in ("lumina2", "qwen-image", "z-image")  # these ask for values
+    assert (plan.memory is not None) == is_counted
+    assert plan.is_uncounted != is_counted
+
+
 def test_an_edit_sees_the_states_as_a_layer_reads_them_and_says_what_it_cannot_see(folder_of):
     """Lumina's text goes through a norm; SDXL, SD3 and FLUX have a pooled vector beside the states."""
     lumina = load_model(str(folder_of("lumina2")), "cpu")

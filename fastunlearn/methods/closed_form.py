@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .recipe import EMPTY, Concept, Edit, Weights
+from .recipe import EMPTY, Concept, Edit, Reader, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,16 +38,12 @@ class Sums:
     prompts: int
 
 
-def by_input(weights: Weights, method: str) -> list[tuple[list[str], Read | None]]:
-    """The matrices that read the text, grouped by what stands between the text states and them: mostly nothing.
+#: What an edit of both kinds of matrices changes.
+READERS: tuple[Reader, ...] = ("text", "pooled")
 
-    Raises UserError where none is selected.
-    """
-    if not (weights.text or weights.pooled):
-        raise UserError(
-            f"{method} changes the matrices that read the text states, and `--trainable` selects none of them. Use "
-            "cross-attention-kv, or a name such as context_embedder."
-        )
+
+def by_input(weights: Weights) -> list[tuple[list[str], Read | None]]:
+    """The matrices that read the text, grouped by what stands between the text states and them: mostly nothing."""
     groups: dict[Read | None, list[str]] = {}
     for name in (*weights.text, *weights.pooled):
         groups.setdefault(weights.before.get(name), []).append(name)
@@ -142,7 +138,7 @@ def identity_like(matrix: Tensor) -> Tensor:
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def concept_edit(concept: Concept, method: str, refined: Refine | None = None) -> Edit:
+def concept_edit(concept: Concept, refined: Refine | None = None) -> Edit:
     """UCE's edit, with what ``refined`` makes of the factor of each group of matrices, if anything.
 
     ``refined``: (M, the forget prompts' sums, the sum over what stays, weights, names) -> M, matrices (D, D) float64.
@@ -152,7 +148,7 @@ def concept_edit(concept: Concept, method: str, refined: Refine | None = None) -
 
     def change(weights: Weights) -> Mapping[str, Tensor]:
         new: dict[str, Tensor] = {}
-        for names, read in by_input(weights, method):
+        for names, read in by_input(weights):
             held = retain_weight * kept(concept, [*concept.retain_prompts, EMPTY], read)
             held += options.ridge * identity_like(held)
             told, strength = sums(concept, read), options.erase_weight
@@ -162,4 +158,4 @@ def concept_edit(concept: Concept, method: str, refined: Refine | None = None) -
             new |= multiplied(weights, names, factor)
         return new
 
-    return Edit(change)
+    return Edit(change, READERS)

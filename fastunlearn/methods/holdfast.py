@@ -66,14 +66,14 @@ def recipe(concept: Concept) -> Recipe:
 def _edit(concept: Concept) -> Edit:
     """UCE's, with a weight of its own for what is kept."""
     settings = dataclasses.replace(concept.settings, retain_weight=concept.options.keep_weight)
-    return concept_edit(dataclasses.replace(concept, settings=settings), "holdfast")
+    return concept_edit(dataclasses.replace(concept, settings=settings))
 
 
 HOLDFAST = Method(
     name="holdfast",
     paper="ours",
     needs="the concept, an anchor, retain prompts",
-    summary="maps the concept to the anchor, then forgets it under attack within a given deviation",
+    summary="maps the concept to the anchor, then forgets within a given deviation, if wanted under attack",
     recipe=recipe,
     options=Options,
     anchor="needed",

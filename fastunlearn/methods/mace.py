@@ -57,7 +57,7 @@ def recipe(concept: Concept) -> Edit:
     tasks = suppressions(concept) if options.attention_steps else {}
 
     def change(weights: Weights) -> Mapping[str, Tensor]:
-        groups = by_input(dataclasses.replace(weights, pooled=()), "mace")
+        groups = by_input(dataclasses.replace(weights, pooled=()))
         refined: dict[str, Tensor] = {}
         stays: dict[Read | None, Tensor] = {}
         for names, read in groups:
@@ -96,7 +96,7 @@ def recipe(concept: Concept) -> Edit:
             new[name] = (wanted @ inverse).float()
         return new
 
-    return Edit(change, tuple(tasks.values()))
+    return Edit(change, ("text",), tuple(tasks.values()))
 
 
 def suppressions(concept: Concept) -> dict[str, Suppression]:

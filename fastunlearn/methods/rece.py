@@ -52,7 +52,7 @@ def recipe(concept: Concept) -> Edit:
             factor = factor @ right_factor(strength * anchored, strength * forgotten, held, facts)
         return factor
 
-    return concept_edit(concept, "rece", attacked)
+    return concept_edit(concept, attacked)
 
 
 RECE = Method(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .rules import Rule
 
 Role = Literal["forget", "retain"]
+Reader = Literal["text", "pooled"]  # matrices that read the text: fields of Weights
 ROLES: tuple[Role, ...] = ("forget", "retain")
 EMPTY = ""  # a prompt like any other
 # Names that stand where a prompt does; no prompt holds this sign.
@@ -265,10 +266,12 @@ class Edit:
     """Weights to weights, in closed form: no rows, no steps.
 
     ``change`` returns new values, float32 and of the same shape, for any of the parameters that it is given.
-    ``suppressions``: what it has trained on the way, for the plan.
+    ``reads``: the fields of :class:`Weights` that name what it changes; empty for any parameters.  It needs one of them
+    to name something.  ``suppressions``: what it has trained on the way, for the plan.
     """
 
     change: Callable[[Weights], Mapping[str, Tensor]]
+    reads: tuple[Reader, ...] = ()
     suppressions: Sequence[Suppression] = ()
 
 

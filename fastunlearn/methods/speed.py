@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from . import Method
-from .closed_form import Read, Sums, by_input, gram, identity_like, multiplied, solve, states, sums
+from .closed_form import READERS, Read, Sums, by_input, gram, identity_like, multiplied, solve, states, sums
 from .recipe import EMPTY, Concept, Defaults, Edit, Weights, option
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Options:
 def recipe(concept: Concept) -> Edit:
     def change(weights: Weights) -> Mapping[str, Tensor]:
         new: dict[str, Tensor] = {}
-        for names, read in by_input(weights, "speed"):
+        for names, read in by_input(weights):
             told = sums(concept, read)
             prior = [c[is_read].float() for c, is_read in states(concept, concept.retain_prompts or [EMPTY], read)]
             fixed = invariants(concept, read)
@@ -58,7 +58,7 @@ def recipe(concept: Concept) -> Edit:
                 new |= multiplied(weights, group, factor)
         return new
 
-    return Edit(change)
+    return Edit(change, READERS)
 
 
 def invariants(concept: Concept, read: Read | None) -> Tensor:

@@ -30,7 +30,7 @@ class Options:
 
 
 def recipe(concept: Concept) -> Edit:
-    return concept_edit(concept, "uce")
+    return concept_edit(concept)
 
 
 UCE = Method(

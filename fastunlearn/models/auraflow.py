@@ -23,6 +23,7 @@ class AuraFlow(Model):
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
     groups = MMDIT_GROUPS
     default_group = "text-attention"
+    text_readers = "context_embedder.weight"
 
     @property
     def sample_size(self) -> int:

@@ -86,10 +86,11 @@ class Model(Placed, ABC):
 
     A family sets: ``family``, its name; ``pipelines``, the diffusers classes that it serves; ``parts``, what these must
     bring; ``denoiser_folder``; ``groups``, what a method may change; ``default_group``, the one of these that stands
-    where a method's default names a group that only other families have; ``load_options`` of ``from_pretrained``;
-    ``is_guided``, False for one whose guidance, if there is any, needs no second prediction; ``masks_attention``, True
-    for one that asks diffusers' dispatcher with a mask; ``original_encoders``, where its text encoders stand in a
-    single file, if it can be written as one.
+    where a method's default names a group that only other families have; ``text_readers``, as ``--trainable`` takes
+    them, the matrices that are given what the text encoders say as it is, empty where there is none; ``load_options``
+    of ``from_pretrained``; ``is_guided``, False for one whose guidance, if there is any, needs no second prediction;
+    ``masks_attention``, True for one that asks diffusers' dispatcher with a mask; ``original_encoders``, where its text
+    encoders stand in a single file, if it can be written as one.
     """
 
     family: ClassVar[str]
@@ -97,6 +98,7 @@ class Model(Placed, ABC):
     parts: ClassVar[tuple[str, ...]]
     groups: ClassVar[Mapping[str, Group]]
     default_group: ClassVar[str] = "cross-attention"
+    text_readers: ClassVar[str] = ""
     denoiser_folder: ClassVar[str] = "transformer"
     load_options: ClassVar[Mapping[str, Any]] = {}
     masks_attention: ClassVar[bool] = False

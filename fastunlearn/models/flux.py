@@ -28,6 +28,7 @@ class Flux(Model):
     )
     groups = MMDIT_GROUPS
     default_group = "text-attention"
+    text_readers = "context_embedder.weight,text_embedder.linear_1.weight"
     is_guided = False  # dev is told the scale, schnell knows none
     patch = 2
 

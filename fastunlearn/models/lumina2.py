@@ -28,6 +28,7 @@ class Lumina2(Model):
         "all": Group("every parameter"),
     }
     default_group = "joint-attention"
+    text_readers = "caption_embedder.1.weight"
 
     @property
     def reader(self) -> tuple[Any, int]:

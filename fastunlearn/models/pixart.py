@@ -20,6 +20,7 @@ class PixArtSigma(Model):
     pipelines = ("PixArtSigmaPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
     groups = UNET_GROUPS  # its blocks have the names of a UNet's
+    text_readers = "caption_projection.linear_1.weight"
 
     @property
     def reader(self) -> tuple[Any, int]:

@@ -26,6 +26,7 @@ class QwenImage(Model):
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
     groups = MMDIT_GROUPS
     default_group = "text-attention"
+    text_readers = "txt_in.weight"
     patch = 2
     masks_attention = True
 

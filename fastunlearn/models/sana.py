@@ -21,6 +21,7 @@ class Sana(Model):
     pipelines = ("SanaPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
     groups = UNET_GROUPS  # its blocks have the names of a UNet's
+    text_readers = "caption_projection.linear_1.weight"
 
     def count_tokens(self, prompt: str) -> int:
         return super().count_tokens(prompt.lower().strip())  # as the pipeline reads it

@@ -26,6 +26,7 @@ class StableDiffusion(Model):
     pipelines = ("StableDiffusionPipeline",)
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
     groups = UNET_GROUPS
+    text_readers = "cross-attention-kv"
     denoiser_folder = "unet"
     original_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "cond_stage_model."}
     # The checker blacks images out, which would be mistaken for damage: it is never part of a comparison.

@@ -34,6 +34,7 @@ class StableDiffusion3(Model):
     )
     groups = MMDIT_GROUPS
     default_group = "text-attention"
+    text_readers = "context_embedder.weight,text_embedder.linear_1.weight"
 
     @property
     def reader(self) -> tuple[Any, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from ..files.weights import INDEX, files_of, part_names
 from ..models.adapter_files import is_adapter_run
@@ -72,13 +72,14 @@ class Budget:
 def plan_memory(blueprint: Blueprint, work: Workload, device: torch.device, stated_gib: float | None) -> Budget | None:
     """Count every phase, and for each that does not fit, find flags with which it does.
 
-    None where the denoiser asks for values of its inputs, as Lumina2's does of its mask: fake tensors have none.
+    None where a network asks for values of its inputs: fake tensors have none.  Lumina2's denoiser asks its mask for
+    lengths, and Qwen-Image's and Z-Image's pipelines cut the text states by theirs.
     """
     limit = int(stated_gib * 2**30) if stated_gib is not None else device_memory(device)
     one_memory = device.type == "cpu" and stated_gib is None
     try:
         budget = Budget(tuple(count_phases(blueprint, work)), limit, one_memory, {})
-    except DataDependentOutputException:
+    except (DataDependentOutputException, DynamicOutputShapeException):
         return None
     hints = {
         phase.name: _hint(blueprint, work, phase, budget)

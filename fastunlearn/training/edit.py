@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..methods.recipe import EMPTY, Edit, Suppression, Weights
+from ..methods.recipe import EMPTY, Edit, Reader, Suppression, Weights
 from ..models.base import Model, Tensors
+from ..models.sketch import is_sketch
 from .selection import Selection
 
 
@@ -68,6 +69,30 @@ def edit_weights(
     changed = selection.restrict([name for name in selection.names if name in new])
     facts = {"matrices": len(new), **weights.facts}
     return Edited({name: changed.take(name, new[name].float()) for name in changed.names}, changed, facts)
+
+
+def check_readers(model: Model, edit: Edit, names: Collection[str], method: str) -> None:
+    """UserError where the edit changes matrices that read the text and none of ``names`` is one; two forwards at most.
+
+    Of a sketch nothing is said: it has no values to follow.
+    """
+    if not edit.reads or is_sketch(model):
+        return
+    found: dict[Reader, Callable[[Model], Collection[str]]] = {"text": text_layers, "pooled": pooled_layers}
+    readers: list[str] = []
+    for kind in edit.reads:
+        readers += found[kind](model)
+        if not set(readers).isdisjoint(names):
+            return
+    if not readers:
+        raise UserError(
+            f"{method} changes the matrices that read the text, and {model.name} has none that reads it as it is. Use "
+            "another method."
+        )
+    raise UserError(
+        f"{method} changes the matrices that read the text, and `--trainable` or the mask selects none of them. Leave "
+        f"them out, or use {model.text_readers or ','.join(readers)}."
+    )
 
 
 @torch.no_grad()

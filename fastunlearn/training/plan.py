@@ -27,7 +27,7 @@ from .budget import Budget, plan_memory
 from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
 from .deepspeed_config import read_deepspeed
-from .edit import pooled_inputs
+from .edit import check_readers, pooled_inputs
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed
 from .evidence import EvidencePlan, plan_evidence
 from .export import check_export, unread_files
@@ -135,6 +135,9 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     if config.trajectories is None:
         forget = sum(row.role == "forget" for row in rows.rows)
         settings = dataclasses.replace(settings, trajectories=max(settings.trajectories, forget))
+    edit = recipe if isinstance(recipe, Edit) else recipe.start
+    if edit is not None and edit.reads and config.trainable is None:
+        settings = _with_readers(settings, model, is_alone=is_edit)
     names = select_parameters(model, settings.trainable)
     low_rank = AdapterPlan.of(config, method, model, names, drops_mask=settings.mask_density is not None)
     selection = Selection.of(model.denoiser, low_rank.adapter.weights if low_rank else names)
@@ -149,6 +152,8 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
     elif settings.mask_density is not None:
         trainable = round(settings.mask_density * trainable)
     model.settle_denoiser(() if low_rank else selection.names)
+    if edit is not None:
+        check_readers(model, edit, selection.names, method.name)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     check_export(model, selection)
@@ -310,6 +315,20 @@ def _settings(config: TrainConfig, method: Method, model: Model) -> Defaults:
     if defaults.trainable in GROUPS and defaults.trainable not in model.groups:
         defaults = dataclasses.replace(defaults, trainable=model.default_group)
     return method.with_options(dataclasses.replace(defaults, **chosen), config.options)
+
+
+def _with_readers(settings: Defaults, model: Model, is_alone: bool) -> Defaults:
+    """Defaults of another family may select nothing that reads the text: then what does in this one.
+
+    ``is_alone``: in the place of what they select, not beside it.
+    """
+    if not model.text_readers:
+        return settings
+    readers = select_parameters(model, model.text_readers)
+    if not set(readers).isdisjoint(select_parameters(model, settings.trainable)):
+        return settings
+    wanted = model.text_readers if is_alone else f"{settings.trainable},{model.text_readers}"
+    return dataclasses.replace(settings, trainable=wanted)
 
 
 def _check_placement(config: TrainConfig, deepspeed: Mapping[str, Any]) -> None:
