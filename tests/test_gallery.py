@@ -13,7 +13,7 @@ from fastunlearn_gallery.words import BACKGROUNDS, GOLD_OBJECT, GOLD_STYLE, HELD
 from fitting import Fit, run
 from torch import nn
 
-from fastunlearn import plugins
+from fastunlearn import plugins, unlearn
 from fastunlearn.cli.demo import DemoConfig
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
@@ -111,6 +111,21 @@ def test_the_package_brings_a_world_with_two_models_and_a_judge():
     assert world.golds == {GOLD_STYLE: "gallery-gold", GOLD_OBJECT: "gallery-gold"}
     assert load_judge("gallery").name.startswith("gallery@")
     assert world_of(world_with_model("shapes").folder("shapes")).name == "shapes"
+
+
+def test_a_word_becomes_its_own_anchor_else_the_first_of_its_kind():
+    world = world_with_model("gallery")
+    assert [world.anchor(word) for word in ("noto", "Emojione", "ink", "cat", "rocket")] == [
+        *("twemoji", "twemoji", "noto", "dog", "cat")
+    ]
+    assert world.anchor("emojione", without=("ink", "Twemoji")) == "noto"
+    assert world.anchor("emojione", without=("noto", "twemoji")) == "fluent"
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "holdfast"])
+def test_a_plan_refuses_what_an_edit_cannot_do(method, tmp_path):
+    with pytest.raises(UserError, match=r"selects none of them\. Leave them out, or use context_emb"):
+        unlearn("gallery", "cat", method, output=tmp_path / "run", trainable="text-attention", dry_run=True)
 
 
 def test_a_worlds_demonstration_compares_methods_that_there_are():

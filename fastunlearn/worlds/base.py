@@ -53,7 +53,8 @@ class World:
     networks.  ``t5_tokens``: how many places for T5's tokens its StableDiffusion3 model has, which is
     ``max_sequence_length`` in diffusers; None for diffusers' default.  ``default_concept``: what a demonstration
     forgets, by ``demo_methods`` unless the user names others.  ``golds``: concept -> the one of ``models`` that never
-    saw it.  ``like``: worlds whose settings a method takes where it has none for this one.
+    saw it.  ``anchors``: concept -> what it becomes, of those that do not become the first other word of their kind.
+    ``like``: worlds whose settings a method takes where it has none for this one.
     """
 
     name: str
@@ -70,6 +71,7 @@ class World:
     t5_tokens: int | None = None
     demo_methods: tuple[str, ...] = ("esd", "uce", "ovw")
     golds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    anchors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     like: tuple[str, ...] = ()
 
     def find(self, concept: str) -> tuple[str, str]:
@@ -82,13 +84,14 @@ class World:
         raise UserError(f"the bundled model {self.name} does not know the concept {concept!r}. It knows {known}.")
 
     def anchor(self, concept: str, without: Collection[str] = ()) -> str:
-        """What the concept becomes unless the user says: the first other word of its kind that is not in ``without``.
+        """What the concept becomes unless the user says: its own anchor, else the first other word of its kind.
 
-        Raises UserError where there is none.
+        Words in ``without`` are passed over.  Raises UserError where there is none left.
         """
         attribute, word = self.find(concept)
         taken = {word, *(other.strip().lower() for other in without)}
-        if left := [other for other in self.vocabulary[attribute] if other not in taken]:
+        first = [self.anchors[word]] if word in self.anchors else []
+        if left := [other for other in (*first, *self.vocabulary[attribute]) if other not in taken]:
             return left[0]
         raise UserError(
             f"every {attribute} of the bundled model is to be forgotten: name an `--anchor` for {concept!r}."

@@ -66,6 +66,7 @@ GALLERY = World(
     load_classifier=load_classifier,
     load_network=load_embedding,
     t5_tokens=0,
+    anchors={"emojione": "twemoji"},  # what noto never drew, the original draws as emojione does
     like=("shapes",),
     golds={GOLD_STYLE: "gallery-gold", GOLD_OBJECT: "gallery-gold"},
 )
