@@ -3,7 +3,8 @@
     PYTHONPATH=kernels/torch-ext python benchmarks/host_time.py [--rounds N]
 
 CPU seconds of this process, median. ``step_ms``: with gradients at new addresses, as ``zero_grad`` leaves them;
-``same_ms``: at the same ones, as in a CUDA graph's warm-up; ``norm_ms``: the clip factor.
+``same_ms``: at the same ones, as in a CUDA graph's warm-up; ``norm_ms``: the clip factor.  ``floor_ms``: Python asking
+each parameter and its gradient for address, size, type and device, which tells how fast the machine is.
 """
 
 import argparse
@@ -63,6 +64,9 @@ def main():
                 param.grad = gradient
             kept[:] = fresh
 
+        def floor(params=params):
+            return [(t.data_ptr(), t.numel(), t.dtype, t.device) for p in params for t in (p, p.grad)]
+
         move()
         step()
         optimizer.clip_factor(1.0)
@@ -73,6 +77,7 @@ def main():
             "step_ms": median_ms(step, rounds, move),
             "same_ms": median_ms(step, rounds),
             "norm_ms": median_ms(lambda optimizer=optimizer: optimizer.clip_factor(1.0), rounds, move),
+            "floor_ms": median_ms(floor, rounds, move),
         }
     print(json.dumps({"tensors": 686, "rounds": rounds, "modes": modes}, indent=1))
 
