@@ -13,6 +13,7 @@ class PixArtAlpha(Model):
         "cross-attention": Group("every parameter of the attn2 blocks", only=("attn2",)),
         "all": Group("every parameter"),
     }
+    text_readers = "caption_projection.linear_1.weight"
 
     def encode_texts(self, texts):
         states, mask, _, _ = self.pipeline.encode_prompt(
