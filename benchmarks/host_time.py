@@ -3,8 +3,9 @@
     PYTHONPATH=kernels/torch-ext python benchmarks/host_time.py [--rounds N]
 
 CPU seconds of this process, median. ``step_ms``: with gradients at new addresses, as ``zero_grad`` leaves them;
-``same_ms``: at the same ones, as in a CUDA graph's warm-up; ``norm_ms``: the clip factor.  ``floor_ms``: Python asking
-each parameter and its gradient for address, size, type and device, which tells how fast the machine is.
+``same_ms``: at the same ones, as in a CUDA graph's warm-up; ``norm_ms``: the clip factor.  ``in_floors``: a step
+and its norm in units of the floor, measured in the same round: Python asking each parameter and its gradient for
+address, size, type and device.
 """
 
 import argparse
@@ -32,10 +33,14 @@ def median_ms(run, rounds, prepare=lambda: None):
     times = []
     for _ in range(rounds):
         prepare()
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
+        times.append(seconds(run))
     return round(1e3 * statistics.median(times), 3)
+
+
+def seconds(run):
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def main():
@@ -64,20 +69,28 @@ def main():
                 param.grad = gradient
             kept[:] = fresh
 
+        def norm(optimizer=optimizer):
+            optimizer.clip_factor(1.0)
+
         def floor(params=params):
             return [(t.data_ptr(), t.numel(), t.dtype, t.device) for p in params for t in (p, p.grad)]
 
+        def in_floors(step=step, norm=norm, floor=floor, move=move):
+            move()
+            own = seconds(norm) + seconds(step)
+            return own / seconds(floor)
+
         move()
         step()
-        optimizer.clip_factor(1.0)
+        norm()
         launches.clear()
         step()
         modes[mode] = {
             "launches_of_a_step": len(launches),
             "step_ms": median_ms(step, rounds, move),
             "same_ms": median_ms(step, rounds),
-            "norm_ms": median_ms(lambda optimizer=optimizer: optimizer.clip_factor(1.0), rounds, move),
-            "floor_ms": median_ms(floor, rounds, move),
+            "norm_ms": median_ms(norm, rounds, move),
+            "in_floors": round(statistics.median(in_floors() for _ in range(rounds)), 2),
         }
     print(json.dumps({"tensors": 686, "rounds": rounds, "modes": modes}, indent=1))
 
