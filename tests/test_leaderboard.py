@@ -84,10 +84,12 @@ def test_what_anchors_show_stays_with_the_same_original(tmp_path):
 
 @pytest.mark.slow  # sixty images
 def test_an_anchor_that_the_model_lacks_shows_the_concept_itself():
-    """No training saw noto's apple: what the original makes of it looks like emojione's."""
-    shown = leaderboard.anchors_shown(GALLERY, ["emojione", "twemoji"])
-    assert {word: one["anchor"] for word, one in shown.items()} == {"emojione": "noto", "twemoji": "noto"}
-    assert shown["twemoji"]["shown"] == 0 < shown["emojione"]["shown"] < 0.15
+    """No training saw noto's apple: what the original makes of it looks like emojione's, which becomes twemoji so."""
+    word = "emojione"
+    chosen = leaderboard.anchors_shown(GALLERY, [word])[word]
+    first = leaderboard.anchors_shown(dataclasses.replace(GALLERY, anchors={}), [word])[word]
+    assert (chosen["anchor"], first["anchor"]) == ("twemoji", "noto")
+    assert chosen["shown"] <= 0.05 < first["shown"] < 0.15
 
 
 def test_cells_of_other_defaults_go(tmp_path):
