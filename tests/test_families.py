@@ -38,8 +38,12 @@ from fastunlearn.methods.rules import Sum
 from fastunlearn.models.base import Model
 from fastunlearn.models.families import all_families, family_of
 from fastunlearn.models.loading import load_model, wrap_pipeline
+from fastunlearn.models.options import ModelOptions
 from fastunlearn.models.sampling import SamplerSpec
+from fastunlearn.models.sketch import is_sketch
+from fastunlearn.training import budget
 from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.budget import sketch_of_large
 from fastunlearn.training.edit import pooled_inputs, pooled_layers, text_layers, text_matrices
 from fastunlearn.training.plan import plan_training
 from fastunlearn.training.plan_words import plan_lines
@@ -280,8 +284,20 @@ def test_by_default_an_edit_changes_what_reads_the_text(folder_of, tmp_path, cas
     plan = plan_training(config, get_method(method), load_model(str(folder), "cpu"))
     assert plan.settings.trainable == expected
     config = settings_of(folder, tmp_path / "run", method, trainable="*.bias", **settings)
-    with pytest.raises(UserError, match=r"selects none of them\. Leave them out, or use"):
+    with pytest.raises(UserError, match=r"`--trainable` selects none of them\. Have it select"):
         plan_training(config, get_method(method), load_model(str(folder), "cpu"))
+
+
+@pytest.mark.parametrize("case", ["sdxl", "pixart sigma", "flux dev"])
+def test_a_dry_run_of_what_is_too_large_refuses_an_edit_of_nothing(folder_of, tmp_path, monkeypatch, case):
+    """No weights are read, so the family says what reads the text."""
+    monkeypatch.setattr(budget, "memory_left", lambda: 1)
+    folder = str(folder_of(case))
+    assert is_sketch(sketch_of_large(folder, ModelOptions(), "fp32"))
+    settings = {"output": tmp_path / "run", "dry_run": True, "device": "cpu"}
+    assert unlearn(folder, "Van Gogh", "uce", **settings).record is None
+    with pytest.raises(UserError, match=r"`--trainable` selects none of them\. Have it select"):
+        unlearn(folder, "Van Gogh", "uce", trainable="*.bias", **settings)
 
 
 @pytest.mark.parametrize("case", ["sdxl", "pixart sigma", "flux dev", "sana", "lumina2", "qwen-image", "z-image"])

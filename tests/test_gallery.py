@@ -124,7 +124,7 @@ def test_a_word_becomes_its_own_anchor_else_the_first_of_its_kind():
 
 @pytest.mark.parametrize("method", ["uce", "rece", "speed", "holdfast"])
 def test_a_plan_refuses_what_an_edit_cannot_do(method, tmp_path):
-    with pytest.raises(UserError, match=r"selects none of them\. Leave them out, or use context_emb"):
+    with pytest.raises(UserError, match=r"`--trainable` selects none of them\. Have it select context_emb"):
         unlearn("gallery", "cat", method, output=tmp_path / "run", trainable="text-attention", dry_run=True)
 
 

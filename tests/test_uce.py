@@ -143,8 +143,8 @@ def test_an_edit_takes_a_saliency_mask(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"trainable": "conv_in"}, "`--trainable` or the mask selects none of them"),
-        ({"trainable": "conv_in", "dry_run": True}, "`--trainable` or the mask selects none of them"),
+        ({"trainable": "conv_in"}, "`--trainable` selects none of them"),
+        ({"trainable": "conv_in", "dry_run": True}, "`--trainable` selects none of them"),
         ({"steps": 3}, "Leave `--steps` out"),
         ({"deepspeed": "ds.json"}, "Leave `--deepspeed` out"),
         ({"ridge": 0}, "`ridge` must be above 0"),

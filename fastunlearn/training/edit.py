@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..methods.recipe import EMPTY, Edit, Reader, Suppression, Weights
 from ..models.base import Model, Tensors
 from ..models.sketch import is_sketch
-from .selection import Selection
+from .selection import Selection, select_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +71,16 @@ def edit_weights(
     return Edited({name: changed.take(name, new[name].float()) for name in changed.names}, changed, facts)
 
 
-def check_readers(model: Model, edit: Edit, names: Collection[str], method: str) -> None:
+def check_readers(model: Model, edit: Edit, names: Collection[str], method: str, by: str) -> None:
     """UserError where the edit changes matrices that read the text and none of ``names`` is one; two forwards at most.
 
-    Of a sketch nothing is said: it has no values to follow.
+    ``by``: what selected ``names``, for the message.  A sketch has no values to follow: of it, what its family says.
     """
-    if not edit.reads or is_sketch(model):
+    if not edit.reads:
+        return
+    if is_sketch(model):
+        if model.text_readers and set(select_parameters(model, model.text_readers)).isdisjoint(names):
+            raise UserError(_reads_nothing(method, by, model.text_readers))
         return
     found: dict[Reader, Callable[[Model], Collection[str]]] = {"text": text_layers, "pooled": pooled_layers}
     readers: list[str] = []
@@ -89,10 +93,11 @@ def check_readers(model: Model, edit: Edit, names: Collection[str], method: str)
             f"{method} changes the matrices that read the text, and {model.name} has none that reads it as it is. Use "
             "another method."
         )
-    raise UserError(
-        f"{method} changes the matrices that read the text, and `--trainable` or the mask selects none of them. Leave "
-        f"them out, or use {model.text_readers or ','.join(readers)}."
-    )
+    raise UserError(_reads_nothing(method, by, model.text_readers or ",".join(readers)))
+
+
+def _reads_nothing(method: str, by: str, readers: str) -> str:
+    return f"{method} changes the matrices that read the text, and {by} selects none of them. Have it select {readers}."
 
 
 @torch.no_grad()

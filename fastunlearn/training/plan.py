@@ -153,7 +153,8 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         trainable = round(settings.mask_density * trainable)
     model.settle_denoiser(() if low_rank else selection.names)
     if edit is not None:
-        check_readers(model, edit, selection.names, method.name)
+        by = "`--mask`" if config.mask is not None else "`--trainable`"
+        check_readers(model, edit, selection.names, method.name, by)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     check_export(model, selection)
