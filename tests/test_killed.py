@@ -1,4 +1,4 @@
-"""Killed at 39 random moments, what is continued ends byte for byte as if it had not been; of two at once one refuses.
+"""Killed at 23 random moments, what is continued ends byte for byte as if it had not been; of two at once one refuses.
 
 A command is killed, continued, killed again, and at last left to end.  The moments are drawn from a seed, as a share
 of the time that the uninterrupted command took, so they fall anywhere: in the imports, a step, a file, the export.
@@ -45,15 +45,15 @@ ATTACK += ["--num-inference-steps=2", "--batch-size=4", "--budget=40"]
 
 #: Case -> (command, how often it is killed).
 CASES = {
-    "train": (TRAIN, 6),
-    "train with a mask to a delta": ([*TRAIN, *MASKED], 6),
-    "train an adapter": ([*TRAIN, *ADAPTED], 3),
-    "an adapter by ZeRO-3": ([*TRAIN, *ADAPTED, "--deepspeed=zero3.json", "--num-processes=2"], 2),
-    "ZeRO-2 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero2.json", "--num-processes=2"], 4),
-    "ZeRO-3 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero3.json", "--num-processes=2"], 4),
-    "evaluate": (EVALUATE, 6),
-    "attack": (ATTACK, 4),
-    "evaluate-images": (["evaluate-images", "--original-images=a", "--unlearned-images=b", "--metric=shapes"], 4),
+    "train": (TRAIN, 4),
+    "train with a mask to a delta": ([*TRAIN, *MASKED], 3),
+    "train an adapter": ([*TRAIN, *ADAPTED], 2),
+    "an adapter by ZeRO-3": ([*TRAIN, *ADAPTED, "--deepspeed=zero3.json", "--num-processes=2"], 1),
+    "ZeRO-2 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero2.json", "--num-processes=2"], 2),
+    "ZeRO-3 on two processes": ([*TRAIN, *MASKED, "--deepspeed=zero3.json", "--num-processes=2"], 2),
+    "evaluate": (EVALUATE, 4),
+    "attack": (ATTACK, 3),
+    "evaluate-images": (["evaluate-images", "--original-images=a", "--unlearned-images=b", "--metric=shapes"], 2),
 }
 
 
