@@ -139,7 +139,12 @@ def anchors_shown(world: World, concepts: list[str]) -> dict[str, dict[str, Any]
         asked = [prompt for prompt, group in world.evaluation_prompts(concept) if is_forget(group)]
         images = source.generate([(substitute(prompt, concept, anchor), 0) for prompt in asked])
         shown = Sides(judge, judged(judge, images, concept, source.batch_size), 0).shown(0)
-        found[concept] = {"anchor": anchor, "n_images": len(asked), "shown": float(shown.mean())}
+        found[concept] = {
+            "anchor": anchor,
+            "asked": asked_of(world, concept),
+            "n_images": len(asked),
+            "shown": float(shown.mean()),
+        }
         print(concept, found[concept], flush=True)
     return found
 
@@ -157,6 +162,11 @@ def _possible(world: str, concept: str, method: str) -> bool:
 
 
 SHOWN = ("method", "concept", "seed", "shown", "valid", "kept", "retention", "seconds")
+
+
+def asked_of(world: World, concept: str) -> str:
+    """What tells a concept's anchor and the prompts of its evaluation from others."""
+    return hashlib.sha256(repr((world.anchor(concept), world.evaluation_prompts(concept))).encode()).hexdigest()[:12]
 
 
 def defaults_of(world: World, method: str, concept: str) -> str:
@@ -240,7 +250,9 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
         "versions": versions(),
         "chosen_on": list(CHOSEN_ON[world.name]),
         "methods": methods,
-        "anchors": dict(same.get("anchors", {})),
+        "anchors": {
+            word: one for word, one in same.get("anchors", {}).items() if one.get("asked") == asked_of(world, word)
+        },
         "cells": cells,
     }
 

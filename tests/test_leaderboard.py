@@ -73,13 +73,16 @@ def test_cells_of_the_same_original_stay_until_they_are_made_anew(tmp_path):
     assert shown("earlier") == {("esd", "fox"): 0.0}
 
 
-def test_what_anchors_show_stays_with_the_same_original(tmp_path):
+def test_what_anchors_show_stays_with_the_same_original_and_the_same_words(tmp_path):
     put(tmp_path, finished("uce", "emojione", shown=0.1))
     before = leaderboard.collected(tmp_path, GALLERY, "now", None)
     assert before["anchors"] == {}
-    before["anchors"] = {"emojione": {"anchor": "noto", "n_images": 29, "shown": 0.07}}
+    one = {"anchor": "twemoji", "asked": leaderboard.asked_of(GALLERY, "emojione"), "n_images": 29, "shown": 0.07}
+    before["anchors"] = {"emojione": one}
     assert leaderboard.collected(tmp_path, GALLERY, "now", before)["anchors"] == before["anchors"]
     assert leaderboard.collected(tmp_path, GALLERY, "other", before)["anchors"] == {}
+    elsewhere = dataclasses.replace(GALLERY, anchors={})
+    assert leaderboard.collected(tmp_path, elsewhere, "now", before)["anchors"] == {}, "it becomes another word there"
 
 
 @pytest.mark.slow  # sixty images
