@@ -62,8 +62,11 @@ ALSO_SEEN = {
     ("shapes", "mace"): ("red", "dotted", "ring"),
     ("shapes", "selective-amnesia"): ("red", "dotted", "ring"),
     ("gallery", "esd"): ("cat", "twemoji"),
+    ("gallery", "concept-ablation"): ("cat", "noto", "twemoji"),
+    ("gallery", "ovw"): ("cat", "noto", "twemoji"),
+    ("gallery", "salun"): ("cat", "noto", "twemoji"),
     ("gallery", "holdfast"): ("classic", "noto", "twemoji"),
-    ("gallery", "saddle"): ("cat", "twemoji"),
+    ("gallery", "saddle"): ("cat", "noto", "twemoji"),
     ("gallery", "rece"): ("cat", "noto", "twemoji"),
 }
 FORGOTTEN = 0.05  # shown and valid, at most: the concept is gone

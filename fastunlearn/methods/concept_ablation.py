@@ -68,9 +68,9 @@ CONCEPT_ABLATION = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(400, 1e-3, 8, 144, "context_embedder,text_embedder", "linear"),
+            *(800, 2e-3, 8, 144, "context_embedder,text_embedder", "linear"),
             options=Options(prior_weight=10.0, prior="retain"),
-            stop_residual=0.08,
+            stop_residual=0.04,
             trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(100, 1.6e-5, 8, 32, "cross-attention-kv"),

@@ -37,9 +37,9 @@ OVW = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(400, 5e-4, 8, 144, "context_embedder,text_embedder", "linear"),
-            retain_weight=80.0,
-            stop_residual=0.15,
+            *(800, 1e-3, 8, 144, "context_embedder,text_embedder", "linear"),
+            retain_weight=160.0,
+            stop_residual=0.08,
             trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(200, 1e-5, 4, 32, "cross-attention"),

@@ -69,9 +69,9 @@ SADDLE = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(400, 1e-3, 8, 144, "context_embedder,text_embedder", "linear"),
+            *(800, 2e-3, 8, 144, "context_embedder,text_embedder", "linear"),
             options=Options(reference_guidance=-2.0, kappa=0.03, lambda_max=0.5, reference="without"),
-            stop_residual=0.08,
+            stop_residual=0.06,
             trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(200, 1e-5, 8, 32, "cross-attention"),

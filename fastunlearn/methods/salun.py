@@ -54,11 +54,11 @@ SALUN = Method(
             trajectory_steps=15,
         ),
         "gallery": Defaults(
-            *(400, 1e-3, 8, 96, "context_embedder,text_embedder", "linear"),
+            *(800, 3e-3, 8, 96, "context_embedder,text_embedder", "linear"),
             retain_weight=10.0,
             mask_density=0.5,
             options=Options(retain_noise=False),
-            stop_residual=0.1,
+            stop_residual=0.06,
             trajectory_steps=12,
         ),
         "stable-diffusion": Defaults(500, 1e-5, 8, 32, "all", retain_weight=0.1, mask_density=0.5),
