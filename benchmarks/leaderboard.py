@@ -169,7 +169,7 @@ SHOWN = ("method", "concept", "seed", "shown", "valid", "kept", "retention", "se
 
 def asked_of(world: World, concept: str) -> str:
     """What tells a concept's anchor and the prompts of its evaluation from others."""
-    return hashlib.sha256(repr((world.anchor(concept), world.evaluation_prompts(concept))).encode()).hexdigest()[:12]
+    return _stamp(world.anchor(concept), world.evaluation_prompts(concept))
 
 
 def defaults_of(world: World, method: str, concept: str) -> str:
@@ -178,9 +178,11 @@ def defaults_of(world: World, method: str, concept: str) -> str:
     if method not in methods:
         return ""
     settings = methods[method].defaults_for(world.name, *world.like)
-    anchor = world.anchor(concept)
-    told = repr((settings, anchor, world.train_prompts(concept), world.evaluation_prompts(concept)))
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    return _stamp(settings, world.anchor(concept), world.train_prompts(concept), world.evaluation_prompts(concept))
+
+
+def _stamp(*told: object) -> str:
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def _read(path: Path, world: World, original: str) -> dict[str, Any] | None:
