@@ -133,6 +133,18 @@ def test_an_edit_keeps_to_a_mask(bundled, tmp_path):
         assert torch.equal(a[name], expected), name
 
 
+@pytest.mark.parametrize(
+    ("held", "trainable", "by"),
+    [("conv_in", None, "`--mask`"), (f"conv_in,{KV}", "conv_in", "`--mask` within `--trainable`")],
+)
+def test_what_selects_nothing_that_reads_the_text_is_named(held, trainable, by, bundled, tmp_path):
+    named = dict(bundled.denoiser.named_parameters())
+    bits = {name: pack_bits(torch.ones_like(named[name]).bool()) for name in select_parameters(bundled, held)}
+    save_mask(Selection.of(bundled.denoiser, list(bits), bits), tmp_path / "mask", bundled)
+    with pytest.raises(UserError, match=f", and {by} selects none of them"):
+        unlearn("shapes", "star", "uce", output=tmp_path / "run", mask=tmp_path / "mask", trainable=trainable)
+
+
 def test_an_edit_takes_a_saliency_mask(tmp_path):
     settings = {"mask_density": 0.1, "trajectories": 1, "trajectory_steps": 3, "evaluation_prompts": "none"}
     result = unlearn("shapes", "star", "uce", output=tmp_path / "run", **settings)

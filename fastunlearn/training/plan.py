@@ -153,8 +153,7 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
         trainable = round(settings.mask_density * trainable)
     model.settle_denoiser(() if low_rank else selection.names)
     if edit is not None:
-        by = "`--mask`" if config.mask is not None else "`--trainable`"
-        check_readers(model, edit, selection.names, method.name, by)
+        check_readers(model, edit, selection.names, method.name, by=_selected_by(config))
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     check_export(model, selection)
@@ -330,6 +329,12 @@ def _with_readers(settings: Defaults, model: Model, is_alone: bool) -> Defaults:
         return settings
     wanted = model.text_readers if is_alone else f"{settings.trainable},{model.text_readers}"
     return dataclasses.replace(settings, trainable=wanted)
+
+
+def _selected_by(config: TrainConfig) -> str:
+    """The flags that select what may change; the mask's share of what both hold where both are given."""
+    flags = {"`--mask`": config.mask, "`--trainable`": config.trainable}
+    return " within ".join(flag for flag, value in flags.items() if value is not None) or "`--trainable`"
 
 
 def _check_placement(config: TrainConfig, deepspeed: Mapping[str, Any]) -> None:
