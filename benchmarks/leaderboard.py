@@ -9,9 +9,9 @@ A cell is one method, concept and training seed: a training with the method's de
 but for the empty one, prompts that training neither forgets nor holds.  Finished cells stay in ``--work``, so a stopped
 run continues; ``--shard 1/2`` takes every second cell.  The results file holds, by world, every cell that is done,
 which concepts the defaults were chosen on (:data:`CHOSEN_ON`), and for each method the sums over the others alone.
-Cells that it has of the same original stay until they are made anew; those of another original, other defaults, another
-anchor or other prompts go.  Finished trainings in ``--runs``, in folders like shapes-ovw-ring-0, are evaluated, not
-made again.
+Cells that it has of the same original and judge stay until they are made anew; those of others, of other defaults,
+another anchor or other prompts go.  Finished trainings in ``--runs``, in folders like shapes-ovw-ring-0, are
+evaluated, not made again.
 ``--anchors`` measures what mapping a concept to its anchor cannot be expected to go below: in how many images of the
 original the judge sees the concept where its anchor is asked for in its place.
 """
@@ -107,23 +107,23 @@ def main() -> None:
     cells = list(itertools.product(seeds, order, methods))
     shard, shards = (int(part) for part in args.shard.split("/"))
     begun = time.monotonic()
-    original = hash_pipeline(load_model(world.name, "cpu").source)
+    made_of = {"original": hash_pipeline(load_model(world.name, "cpu").source), "judge": load_judge(world.name).name}
     for seed, concept, method in cells[shard - 1 :: shards]:
         name = f"{world.name}-{method}-{concept}-{seed}"
         path = args.work / f"{name}.json"
-        if _read(path, world, original) is None:
+        if _read(path, world, made_of) is None:
             if time.monotonic() - begun > 60 * args.minutes:
                 print("the time is over; run the command again for the rest")
                 break
-            stamp = {"original": original, "defaults": defaults_of(world, method, concept)}
+            stamp = made_of | {"defaults": defaults_of(world, method, concept)}
             run = args.runs / name if args.runs and (args.runs / name / "run.json").is_file() else None
             if run is None and not _possible(world.name, world.default_concept, method):
                 continue
             write_json(path, stamp | cell(world.name, method, concept, seed, args.work / "cache", run))
-            print(json.dumps({key: _read(path, world, original)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
+            print(json.dumps({key: _read(path, world, made_of)[key] for key in SHOWN}), flush=True)  # type: ignore[index]
     board = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {"worlds": {}}
     board["forgotten_at_most"] = FORGOTTEN
-    board["worlds"][world.name] = collected(args.work, world, original, board["worlds"].get(world.name))
+    board["worlds"][world.name] = collected(args.work, world, made_of, board["worlds"].get(world.name))
     if args.anchors:
         board["worlds"][world.name]["anchors"] |= anchors_shown(world, concepts)
     write_json(args.output, board)
@@ -185,13 +185,17 @@ def _stamp(*told: object) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
-def _read(path: Path, world: World, original: str) -> dict[str, Any] | None:
-    """A finished cell; None where there is none, or one of another original, other defaults or other prompts."""
+def _read(path: Path, world: World, made_of: dict[str, str]) -> dict[str, Any] | None:
+    """A finished cell; None where there is none, or one of others than ``made_of``, other defaults or other prompts."""
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    defaults = defaults_of(world, content["method"], content["concept"])
-    return content if (content["original"], content["defaults"]) == (original, defaults) else None
+    wanted = made_of | {"defaults": defaults_of(world, content["method"], content["concept"])}
+    return content if _holds(content, wanted) else None
+
+
+def _holds(content: dict[str, Any], wanted: dict[str, str]) -> bool:
+    return all(content.get(name) == value for name, value in wanted.items())
 
 
 def cell(world: str, method: str, concept: str, seed: int, cache: Path, run: Path | None = None) -> dict[str, Any]:
@@ -232,18 +236,18 @@ def figures(record: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def collected(work: Path, world: World, original: str, before: dict[str, Any] | None) -> dict[str, Any]:
+def collected(work: Path, world: World, made_of: dict[str, str], before: dict[str, Any] | None) -> dict[str, Any]:
     """A world's part of the results: every finished cell, and sums over concepts that nothing was chosen on.
 
-    ``before``: what the results file has of the world.  Of its cells those stay that are of the same original and the
-    same defaults, and were not made anew.
+    ``made_of``: the original's hash and the judge's name.  ``before``: what the results file has of the world.  Of its
+    cells those stay that are of the same original, judge and defaults, and were not made anew.
     """
     paths = sorted(work.glob(f"{world.name}-*.json"))
-    made = [one for path in paths if (one := _read(path, world, original)) is not None]
-    same = before if before is not None and before["original"] == original else {"cells": []}
+    made = [one for path in paths if (one := _read(path, world, made_of)) is not None]
+    same = before if before is not None and _holds(before, made_of) else {"cells": []}
     kept = [one for one in same["cells"] if one["defaults"] == defaults_of(world, one["method"], one["concept"])]
     by_key = {(one["method"], one["concept"], one["seed"]): one for one in (*kept, *made)}
-    cells = [{name: value for name, value in by_key[key].items() if name != "original"} for key in sorted(by_key)]
+    cells = [{name: value for name, value in by_key[key].items() if name not in made_of} for key in sorted(by_key)]
     methods = {}
     for method in dict.fromkeys(one["method"] for one in cells):
         mine = [one for one in cells if one["method"] == method]
@@ -251,7 +255,7 @@ def collected(work: Path, world: World, original: str, before: dict[str, Any] | 
         held = [one for one in mine if one["concept"] not in seen]
         methods[method] = {"chosen_on": _sums([one for one in mine if one not in held]), "held_out": _sums(held)}
     return {
-        "original": original,
+        **made_of,
         "versions": versions(),
         "chosen_on": list(CHOSEN_ON[world.name]),
         "methods": methods,

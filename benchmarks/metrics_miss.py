@@ -10,7 +10,8 @@ no training saw, from the same noise.  Then ``metrics_power`` says of every metr
 from the harmless ones.
 
 A model is a cell: trained, drawn and measured at once, and kept in ``--work`` as one file of numbers, which a change of
-the original or of a method's defaults makes void.  Writes benchmarks/results/metrics_miss.json, docs/metrics_miss.png.
+the original, of the judge or of a method's defaults makes void.  Writes benchmarks/results/metrics_miss.json and
+docs/metrics_miss.png.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from metrics_power import LEVEL, POWER, RESAMPLES, Statistic, limits, power, res
 
 from fastunlearn import unlearn
 from fastunlearn.evaluation.generators import PipelineSource
+from fastunlearn.evaluation.judging import Sides
 from fastunlearn.files.atomic import whole_file, write_json
 from fastunlearn.files.weights import hash_pipeline
 from fastunlearn.judges import judged, load_judge
@@ -133,8 +135,8 @@ class Cells:
         self.prompts = _some(list(dict.fromkeys(kept)), KEPT)
         self.forget = {word: _some([p for p, group in rows if is_forget(group)], ASKED) for word, rows in asked.items()}
 
-        #: What the original's images depend on.
-        self._drawn = _hash(self._original, self.prompts, self.forget)[:12]
+        #: What the original's images, and what the judge says of them, depend on.
+        self._drawn = _hash(self._original, self._judge.name, self.prompts, self.forget)[:12]
 
     def wanted(self) -> Iterator[tuple[str, Cell]]:
         """Every model by name, harmless trainings first."""
@@ -162,7 +164,7 @@ class Cells:
         settings = self._defaults(cell.method) if cell.method else None
         trained = HARMLESS_SETTINGS if cell.retain is not None else None
         asked = (self.asked_of(cell), self.forget.get(cell.concept or ""))
-        return _hash(self._original, cell, settings, trained, asked)
+        return _hash(self._original, self._judge.name, cell, settings, trained, asked)
 
     def read(self, name: str, cell: Cell) -> tuple[dict[str, Any], Rows] | None:
         """What is known of a model, and its rows; None where that is yet to be made."""
@@ -274,7 +276,8 @@ class Cells:
         )
 
     def _shown(self, concept: str, images: torch.Tensor) -> float:
-        return float((judged(self._judge, images, concept, JUDGED).shown[0] >= self._judge.threshold).mean())
+        """The share of images (N, 3, H, W) that show the concept; one that is not valid shows nothing."""
+        return float(Sides(self._judge, judged(self._judge, images, concept, JUDGED), 0).shown(0).mean())
 
     # ---- what comes of it ----
 
