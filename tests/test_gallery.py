@@ -11,6 +11,8 @@ import torch
 from fastunlearn_gallery import captions, prompts
 from fastunlearn_gallery.words import BACKGROUNDS, GOLD_OBJECT, GOLD_STYLE, HELD_OUT, KINDS, OBJECTS, STYLES, VOCABULARY
 from fitting import Fit, run
+from PIL import Image
+from row_runs import own_options
 from torch import nn
 
 from fastunlearn import plugins, unlearn
@@ -18,7 +20,9 @@ from fastunlearn.cli.demo import DemoConfig
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.judges import load_judge
+from fastunlearn.methods import all_methods, get_method
 from fastunlearn.models.loading import load_model
+from fastunlearn.models.runtime import import_diffusers
 from fastunlearn.models.sampling import SamplerSpec, initial_noise
 from fastunlearn.worlds import all_worlds, world_of, world_with_model
 
@@ -327,25 +331,38 @@ def test_generated_images_show_what_their_prompts_name():
         assert found[name] == pytest.approx(told[name], abs=0.06)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["whole weights", "an adapter"])
-def test_a_training_step_on_the_real_weights_loads_in_plain_diffusers(gallery, tmp_path, how):
-    """Flow, joint attention and adapters, end to end on a model that draws."""
-    from fastunlearn import unlearn
-    from fastunlearn.models.runtime import import_diffusers
+#: All but the controls that change nothing, and one whose words are to be unattended: joint attention has no such map.
+CHANGING = [name for name in all_methods() if name not in ("placebo", "identity", "mace")]
 
-    settings = {"steps": 2, "trajectories": 1, "trajectory_steps": 3, "micro_batch_size": 4}
-    settings |= {"adapter": "lora", "rank": 4} if how == "an adapter" else {}
-    run = unlearn("gallery", GOLD_STYLE, "esd", output=tmp_path / "run", evaluation_prompts="none", **settings)
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "form"), [*((name, {}) for name in CHANGING), ("esd", {"adapter": "lora", "rank": 4})]
+)
+def test_every_method_runs_on_the_real_weights_and_loads_in_plain_diffusers(gallery, tmp_path, method, form):
+    """Flow, joint attention and adapters, end to end on a model that draws."""
+    for name, color in (("images", "red"), ("surrogates", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", gallery.image_size, color).save(tmp_path / name / "a.png")
+    settings = {"options": own_options(method, tmp_path)} | form
+    if get_method(method).defaults_for("gallery").steps:
+        settings |= {"steps": 2, "trajectories": 1, "trajectory_steps": 3, "micro_batch_size": 4}
+    run = unlearn("gallery", GOLD_STYLE, method, output=tmp_path / "run", evaluation_prompts="none", **settings)
     keys = [(prompt, 0) for prompt in PROMPTS]
     ours = PipelineSource(load_model(str(run.folder), "cpu"), SPEC).generate(keys)
     assert not torch.equal(ours, PipelineSource(gallery, SPEC).generate(keys))
-    folder = all_worlds()["gallery"].folder("gallery") if how == "an adapter" else run.folder / "model"
+    whole = run.folder / "model"
+    folder = whole if whole.is_dir() else all_worlds()["gallery"].folder("gallery")
     pipeline = import_diffusers().StableDiffusion3Pipeline.from_pretrained(folder, **NO_T5)
-    if how == "an adapter":
+    if not whole.is_dir():
         pipeline.load_lora_weights(run.folder / "pytorch_lora_weights.safetensors")
     theirs = drawn_by_diffusers(pipeline, gallery)
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() / 255 - theirs).max() <= 1.5 / 255
+
+
+def test_a_method_that_needs_cross_attention_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no cross-attention whose keys read the text"):
+        unlearn("gallery", GOLD_STYLE, "mace", output=tmp_path / "run", dry_run=True)
 
 
 @pytest.mark.slow
