@@ -8,7 +8,7 @@ from plain import Plain
 from fastunlearn.methods import get_method
 from fastunlearn.models.loading import load_model
 from fastunlearn.training import adversary, fit
-from fastunlearn.training.bank import build_bank
+from fastunlearn.training.bank import BankBudget, build_bank
 from fastunlearn.training.config import TrainConfig
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.plan import plan_training
@@ -45,7 +45,7 @@ class Run:
         self.config, self.plan = planned(self.model, method, options, **settings)
         self.recipe = self.plan.recipe
         if self.recipe.searches:
-            budget = adversary.SearchBudget(1, STEPS, 3.0, BATCH, 0)
+            budget = BankBudget(1, STEPS, 3.0, BATCH, 0)
             self.recipe = adversary.with_found(self.model, self.recipe, budget)
         self.bank = build_bank(self.model, self.recipe, self.plan.bank)
         self.plain = Plain(self.model, STEPS)

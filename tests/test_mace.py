@@ -16,7 +16,7 @@ from fastunlearn.methods.recipe import Concept, Places, Suppression, Weights
 from fastunlearn.models.attention_maps import attention_maps, mapped_layers
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.training import suppression
-from fastunlearn.training.bank import build_bank, plan_images
+from fastunlearn.training.bank import BankBudget, build_bank, images_of
 from fastunlearn.training.concept import places
 from fastunlearn.training.edit import edit_weights, text_matrices
 from fastunlearn.training.plan_words import plan_lines
@@ -188,7 +188,8 @@ def test_the_gradient_of_attention_is_that_of_plain_torch(tiny):
     p, seen = Plain(model, STEPS), []
     p.student.set_attn_processor(Explicit(seen))
     marked = {"a red star": (3, 4), "a blue star on a ring": (3,)}
-    recipe, plan = plan_images(model, marked, trajectories=3, num_inference_steps=STEPS, guidance_scale=3.0, seed=0)
+    recipe = images_of(marked)
+    plan = BankBudget(3, STEPS, 3.0, 2, 0).plan(model, recipe)
     bank = build_bank(model, recipe, plan)
     names = select_parameters(model, KV)
     generator, values = torch.Generator().manual_seed(1), {}
@@ -243,27 +244,26 @@ def test_training_on_attention_lowers_it_and_leaves_the_model_alone(tiny):
     names = select_parameters(model, KV)
     values = {name: before[name] for name in names}
     places_of = {"a red star": (3, 4)}
-    budget = {"trajectories": 1, "num_inference_steps": STEPS, "trajectory_guidance_scale": 3.0, "seed": 0}
+    budget = BankBudget(1, STEPS, 3.0, micro_batch_size=2, seed=0)
     wanted = Suppression(places_of, 2, 12, 0.05, lambda timestep: 1.0)
     told = []
     changes = suppression.suppressed(
-        model, values, wanted, micro_batch_size=2, on_progress=lambda done, total: told.append((done, total)), **budget
+        model, values, wanted, budget, on_progress=lambda done, total: told.append((done, total))
     )
     assert told[-1] == (12, 12)
     assert all(torch.equal(p, before[name]) for name, p in model.denoiser.named_parameters())
     assert not any(p.requires_grad for p in model.denoiser.parameters())
     assert changes.keys() == set(names)
     assert max(int(torch.linalg.matrix_rank(change)) for change in changes.values()) <= 2
-    recipe, plan = plan_images(
-        model, wanted.places, trajectories=1, num_inference_steps=STEPS, guidance_scale=3.0, seed=5
-    )
+    recipe = images_of(wanted.places)
+    plan = dataclasses.replace(budget, seed=5).plan(model, recipe)
     bank, layers = build_bank(model, recipe, plan), suppression.watched_layers(model)
     given = (layers, bank, torch.arange(STEPS), places_of)
     with torch.no_grad():
         start = suppression.attended(model, values, *given)
         end = suppression.attended(model, {name: values[name] + changes[name] for name in names}, *given)
     assert end < 0.8 * start, "also on noise that it was not trained on"
-    again = suppression.suppressed(model, values, wanted, micro_batch_size=2, **budget)
+    again = suppression.suppressed(model, values, wanted, budget)
     assert all(torch.equal(changes[name], again[name]) for name in names)
 
 
@@ -312,8 +312,7 @@ def test_a_rate_that_leads_nowhere_is_said(tiny):
     _, plan = planned(model, "mace", {"attention_steps": 3, "attention_rate": 1e30}, trainable=KV)
 
     def suppressed(values, wanted):
-        budget = {"trajectories": 1, "num_inference_steps": 2, "trajectory_guidance_scale": 3.0, "seed": 0}
-        return suppression.suppressed(model, values, wanted, micro_batch_size=2, **budget)
+        return suppression.suppressed(model, values, wanted, BankBudget(1, 2, 3.0, 2, 0))
 
     with pytest.raises(UserError, match="no finite numbers"):
         edit_weights(model, plan.recipe, plan.selection, None, suppressed)

@@ -11,7 +11,7 @@ from torch import nn
 from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Recipe, Row
 from fastunlearn.methods.rules import Sum
 from fastunlearn.models.loading import load_model
-from fastunlearn.training.bank import build_bank, plan_bank
+from fastunlearn.training.bank import BankBudget, build_bank, plan_bank
 from fastunlearn.training.saliency import make_mask
 from fastunlearn.training.selection import Selection, load_mask, save_mask, select_parameters
 
@@ -107,13 +107,13 @@ def test_a_group_that_a_module_lacks_is_refused(group):
 
 # ---- masks of elements -----------------------------------------------------------------------------------------------
 
-SETTINGS = {"trajectories": 1, "num_inference_steps": 3, "trajectory_guidance_scale": 3.0, "micro_batch_size": 2}
+BUDGET = BankBudget(trajectories=1, num_inference_steps=3, guidance_scale=3.0, micro_batch_size=2, seed=0)
 KV = "cross-attention-kv"
 
 
 def make(model, density=0.25, **changes):
     names = select_parameters(model, KV)
-    return make_mask(model, ["star"], names, density=density, **{**SETTINGS, "seed": 0, **changes})
+    return make_mask(model, ["star"], names, BUDGET, density=density, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from fastunlearn.methods.rules import Sum
 from fastunlearn.models.loading import load_model
 from fastunlearn.training import adversary
 from fastunlearn.training import trainer as trainer_module
-from fastunlearn.training.bank import build_bank
+from fastunlearn.training.bank import BankBudget, build_bank
 from fastunlearn.training.engine import TorchEngine
 
 # ---- the papers' formulas --------------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ def test_a_searchs_bank_samples_as_many_trajectories_at_once_as_it_is_told(tiny,
     def largest(bank_batch_size):
         sizes.clear()
         search = Search("x", "a red star", "a red star", None, 0, 0.01)
-        budget = adversary.SearchBudget(3, 2, 3.0, 1, 0, bank_batch_size)
+        budget = BankBudget(3, 2, 3.0, 1, 0, bank_batch_size)
         adversary.with_found(model, Recipe([], Sum(), searches=[search]), budget)
         return max(sizes)
 
@@ -532,7 +532,7 @@ def test_the_search_for_an_anchor_is_adam_on_fresh_gradients(relative, tiny):
     """The authors' optimizers never forget a gradient."""
     model = load_model(tiny, "cpu")
     search = Search("x", "a red star", "a red star", "a red circle" if relative else None, 3, 0.01)
-    budget = adversary.SearchBudget(1, STEPS, 3.0, STEPS, 0)
+    budget = BankBudget(1, STEPS, 3.0, STEPS, 0)
     recipe = adversary.with_found(model, Recipe([], Sum(), searches=[search]), budget)
     ours = recipe.embeddings[found("x")]["encoder_hidden_states"].double()
     p = Plain(model, STEPS)

@@ -22,7 +22,7 @@ from fastunlearn.methods.recipe import NOISE, UNCONDITIONAL, Edit, Inner, Pursui
 from fastunlearn.methods.rules import Bilevel, Project, Sum
 from fastunlearn.models.loading import load_model, wrap_pipeline
 from fastunlearn.training import adversary, fit, saliency
-from fastunlearn.training.bank import build_bank
+from fastunlearn.training.bank import BankBudget, build_bank
 from fastunlearn.training.edit import edit_weights, put_weights
 from fastunlearn.training.engine import TorchEngine
 from fastunlearn.training.pictures import encode_pictures, noise_share, prediction_towards
@@ -228,14 +228,13 @@ def test_scissorhands_draws_the_most_sensitive_share_anew(tiny):
     model = load_model(tiny, "cpu")
     _, plan = planned(model, "scissorhands", {"redrawn_share": 0.05}, trainable="all")
     names = plan.selection.names
-    prompts, budget = plan.concept.forget_prompts, {"trajectories": 2, "num_inference_steps": STEPS}
-    budget |= {"trajectory_guidance_scale": 3.0, "micro_batch_size": BATCH, "seed": 0}
+    prompts, budget = plan.concept.forget_prompts, BankBudget(2, STEPS, 3.0, BATCH, 0)
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
     edited = edit_weights(
         model,
         plan.recipe.start,
         plan.selection,
-        lambda: saliency.concept_gradient(model, prompts, names, guidance=0.0, **budget),
+        lambda: saliency.concept_gradient(model, prompts, names, budget, guidance=0.0),
     )
     put_weights(model, edited.values, edited.selection, dict.fromkeys(edited.values, torch.float32))
     p = Plain(wrap_pipeline(build(lambda: sd1(ddim())), "again"), STEPS)
@@ -310,7 +309,7 @@ def test_every_method_trains_flow_models(method, family, folders, flow_folders):
     model = load_model(flow_folders[family], "cpu")
     config, plan = planned(model, method, own_options(method, folders), trainable=None, **SHORT)
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
-    recipe = adversary.with_found(model, plan.recipe, adversary.SearchBudget(1, 2, 3.0, 2, 0))
+    recipe = adversary.with_found(model, plan.recipe, BankBudget(1, 2, 3.0, 2, 0))
     bank = build_bank(model, recipe, plan.bank)
     curvature = fit._curvature(model, plan, bank, plan.selection, config)
     engine = TorchEngine(model.denoiser, plan.selection, learning_rate=1e-3)

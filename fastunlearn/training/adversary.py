@@ -14,28 +14,13 @@ from ..methods.recipe import Inner, Pursuit, Recipe, Row, Search, found
 from ..methods.rules import Sum
 from ..models.base import Model, Tensors
 from ..progress import OnProgress, untold
-from .bank import Bank, Batch, build_bank, plan_bank
+from .bank import Bank, BankBudget, Batch, build_bank
 from .engine import Engine
 
 STATES = "encoder_hidden_states"
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchBudget:
-    """What a search may cost: trajectories of the concept, their steps and guidance, rows per step, and the seed.
-
-    ``bank_batch_size``: trajectories and prompts per forward of its bank, as :func:`build_bank` takes it.
-    """
-
-    trajectories: int
-    num_inference_steps: int
-    guidance_scale: float
-    micro_batch_size: int
-    seed: int
-    bank_batch_size: int | None = None
-
-
-def with_found(model: Model, recipe: Recipe, budget: SearchBudget, on_progress: OnProgress = untold) -> Recipe:
+def with_found(model: Model, recipe: Recipe, budget: BankBudget, on_progress: OnProgress = untold) -> Recipe:
     """The recipe with the embeddings that its searches have found.  ``on_progress`` counts their steps."""
     total, done = sum(search.steps for search in recipe.searches), 0
     embeddings: dict[str, Mapping[str, torch.Tensor]] = {}
@@ -50,19 +35,12 @@ def _told(on_progress: OnProgress, before: int, total: int, step: int) -> None:
 
 
 def _found(
-    model: Model, search: Search, budget: SearchBudget, on_step: Callable[[int], None]
+    model: Model, search: Search, budget: BankBudget, on_step: Callable[[int], None]
 ) -> Mapping[str, torch.Tensor]:
     # A row that stores both predictions at each point: the concept's as its own prompt's, then the neutral one's.
     target = {search.concept: 1.0} if search.neutral is None else {search.concept: 2.0, search.neutral: -1.0}
     recipe = Recipe([Row("forget", search.concept, search.concept, target)], Sum())
-    plan = plan_bank(
-        model,
-        recipe,
-        trajectories=budget.trajectories,
-        num_inference_steps=budget.num_inference_steps,
-        guidance_scale=budget.guidance_scale,
-        seed=budget.seed,
-    )
+    plan = budget.plan(model, recipe)
     branches = plan.branch_prompts(recipe.rows[0])
     bank = build_bank(model, recipe, plan, micro_batch_size=budget.bank_batch_size)
     start = model.with_guidance(model.encode([search.start]).of([search.start]), budget.guidance_scale)

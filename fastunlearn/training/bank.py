@@ -195,29 +195,40 @@ def plan_bank(
     return dataclasses.replace(plan, branches=branches)
 
 
+@dataclasses.dataclass(frozen=True)
+class BankBudget:
+    """What a bank beside the one of training may cost: of a search, a gradient, a training within an edit.
+
+    ``trajectories`` of so many steps with this guidance, from ``seed``.  ``bank_batch_size`` of them run at once, as
+    :func:`build_bank` takes it.  What reads the bank takes ``micro_batch_size`` rows per forward, in bfloat16 where
+    ``mixed_precision`` is "bf16".
+    """
+
+    trajectories: int
+    num_inference_steps: int
+    guidance_scale: float
+    micro_batch_size: int
+    seed: int
+    bank_batch_size: int | None = None
+    mixed_precision: str = "no"
+
+    def plan(self, model: Model, recipe: Recipe) -> BankPlan:
+        return plan_bank(
+            model,
+            recipe,
+            trajectories=self.trajectories,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+        )
+
+
+def images_of(prompts: Iterable[str]) -> Recipe:
+    """The rows of the teacher's own images of these prompts, with noise, whose target the noise is."""
+    return Recipe([Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in prompts], Sum())
+
+
 @torch.no_grad()
-def plan_images(
-    model: Model,
-    prompts: Iterable[str],
-    *,
-    trajectories: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int,
-) -> tuple[Recipe, BankPlan]:
-    """The rows of the teacher's own images of these prompts, with noise, whose target the noise is; and their plan."""
-    recipe = Recipe([Row("forget", prompt, prompt, {NOISE: 1.0}) for prompt in prompts], Sum())
-    plan = plan_bank(
-        model,
-        recipe,
-        trajectories=trajectories,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-    )
-    return recipe, plan
-
-
 def build_bank(
     model: Model,
     recipe: Recipe,

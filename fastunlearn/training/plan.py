@@ -22,7 +22,7 @@ from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
 from ..models.sketch import Blueprint, is_sketch
 from ..worlds import get_world, world_with_model
-from .bank import BankPlan, plan_bank, plan_images
+from .bank import BankBudget, BankPlan, images_of, plan_bank
 from .budget import Budget, plan_memory
 from .concept import AUTO, held_out_concept, make_concept
 from .config import TrainConfig
@@ -248,9 +248,21 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
 
 def _inside_edit(config: TrainConfig, model: Model, edit: Edit, settings: Defaults) -> list[BankPlan]:
     """The images of everything that an edit has trained on the way."""
-    given = {"trajectories": settings.trajectories, "num_inference_steps": settings.trajectory_steps}
-    scale, seed = config.trajectory_guidance_scale, config.seed
-    return [plan_images(model, one.places, guidance_scale=scale, seed=seed, **given)[1] for one in edit.suppressions]
+    budget = bank_budget(config, settings)
+    return [budget.plan(model, images_of(one.places)) for one in edit.suppressions]
+
+
+def bank_budget(config: TrainConfig, settings: Defaults) -> BankBudget:
+    """Of a bank beside the one of training, by the run's settings."""
+    return BankBudget(
+        trajectories=settings.trajectories,
+        num_inference_steps=settings.trajectory_steps,
+        guidance_scale=config.trajectory_guidance_scale,
+        micro_batch_size=settings.micro_batch_size,
+        seed=config.seed,
+        bank_batch_size=config.bank_batch_size,
+        mixed_precision=config.mixed_precision,
+    )
 
 
 def _search_evaluations(recipe: Recipe, bank: BankPlan, trajectories: int, micro_batch_size: int) -> int:

@@ -21,7 +21,7 @@ from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..models.runtime import resolve_device
 from ..models.schedulers import check_deterministic
 from ..progress import OnProgress, Reporter, untold
-from .bank import Bank, build_bank, plan_images
+from .bank import Bank, BankBudget, build_bank, images_of
 from .concept import forget_prompts
 from .config import MaskConfig
 from .selection import Selection, save_mask, select_parameters
@@ -62,20 +62,18 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
     names = select_parameters(model, config.trainable)
     check_deterministic(model.pipeline.scheduler)
     reporter.stage("mask")
-    result = make_mask(
-        model,
-        forget,
-        names,
-        density=config.density,
-        granularity=config.granularity,
+    budget = BankBudget(
         trajectories=config.trajectories or max(defaults.trajectories, len(forget)),
         num_inference_steps=config.trajectory_steps or defaults.trajectory_steps,
-        trajectory_guidance_scale=config.trajectory_guidance_scale,
+        guidance_scale=config.trajectory_guidance_scale,
         micro_batch_size=config.micro_batch_size or defaults.micro_batch_size,
-        bank_batch_size=config.bank_batch_size,
         seed=config.seed,
+        bank_batch_size=config.bank_batch_size,
         mixed_precision=config.mixed_precision,
-        on_progress=partial(reporter.working, "mask"),
+    )
+    told = partial(reporter.working, "mask")
+    result = make_mask(
+        model, forget, names, budget, density=config.density, granularity=config.granularity, on_progress=told
     )
     save_mask(result, path, model)
     return result
@@ -85,16 +83,10 @@ def make_mask(
     model: Model,
     forget_prompts: Sequence[str],
     names: Sequence[str],
+    budget: BankBudget,
     *,
     density: float,
     granularity: str = "element",
-    trajectories: int,
-    num_inference_steps: int,
-    trajectory_guidance_scale: float,
-    micro_batch_size: int,
-    bank_batch_size: int | None = None,
-    seed: int,
-    mixed_precision: str = "no",
     on_progress: OnProgress = untold,
 ) -> Selection:
     """SalUn's mask: the share ``density`` of the elements on which the concept's denoising loss is steepest.
@@ -103,20 +95,7 @@ def make_mask(
     the largest magnitudes are selected over all parameters together (Fan et al. 2024; ``generate_mask.py``).  A
     function of model, prompts, ``names`` and settings alone.  ``granularity``: element, sector (8 neighbours) or row.
     """
-    totals = concept_gradient(
-        model,
-        forget_prompts,
-        names,
-        guidance=SALIENCY_GUIDANCE,
-        trajectories=trajectories,
-        num_inference_steps=num_inference_steps,
-        trajectory_guidance_scale=trajectory_guidance_scale,
-        micro_batch_size=micro_batch_size,
-        bank_batch_size=bank_batch_size,
-        seed=seed,
-        mixed_precision=mixed_precision,
-        on_progress=on_progress,
-    )
+    totals = concept_gradient(model, forget_prompts, names, budget, guidance=SALIENCY_GUIDANCE, on_progress=on_progress)
     bits = saliency_mask(list(totals.values()), density, granularity=granularity)
     selection = Selection.of(
         model.denoiser,
@@ -134,15 +113,9 @@ def concept_gradient(
     model: Model,
     forget_prompts: Sequence[str],
     names: Sequence[str],
+    budget: BankBudget,
     *,
     guidance: float,
-    trajectories: int,
-    num_inference_steps: int,
-    trajectory_guidance_scale: float,
-    micro_batch_size: int,
-    bank_batch_size: int | None = None,
-    seed: int,
-    mixed_precision: str = "no",
     on_progress: OnProgress = untold,
 ) -> dict[str, torch.Tensor]:
     """name -> the gradient of ``|(1 + w) S(c) - w S("") - noise|^2``, w = ``guidance``, over all forget rows, float32.
@@ -150,25 +123,18 @@ def concept_gradient(
     Signs and all: the mean over the rows.  With a guidance of 0 it is the concept's usual training loss.
     ``on_progress`` counts the rows twice: when they are made, and when they are in the gradient.
     """
-    recipe, plan = plan_images(
-        model,
-        forget_prompts,
-        trajectories=trajectories,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=trajectory_guidance_scale,
-        seed=seed,
-    )
+    recipe = images_of(forget_prompts)
     bank = build_bank(
-        *(model, recipe, plan),
-        micro_batch_size=bank_batch_size,
+        *(model, recipe, budget.plan(model, recipe)),
+        micro_batch_size=budget.bank_batch_size,
         on_progress=lambda done, total: on_progress(done, 2 * total),
     )
     parameters = _parameters(model, names)
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     done = len(bank)
     try:
-        for index in torch.arange(len(bank), device=model.device).split(micro_batch_size):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+        for index in torch.arange(len(bank), device=model.device).split(budget.micro_batch_size):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=budget.mixed_precision == "bf16"):
                 predicted = _guided(model, bank, index, guidance)
             loss = (predicted - bank.teacher_preds[0, index]).square().mean() * (len(index) / len(bank))
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)

@@ -13,7 +13,7 @@ from ..methods.recipe import Suppression
 from ..models.attention_maps import attention_maps, mapped_layers
 from ..models.base import Model
 from ..progress import OnProgress, untold
-from .bank import Bank, build_bank, plan_images
+from .bank import Bank, BankBudget, build_bank, images_of
 from .edit import text_matrices
 
 DECAY = 0.01  # AdamW's, as MACE's authors have it
@@ -35,14 +35,7 @@ def suppressed(
     model: Model,
     values: Mapping[str, torch.Tensor],
     wanted: Suppression,
-    *,
-    trajectories: int,
-    num_inference_steps: int,
-    trajectory_guidance_scale: float,
-    micro_batch_size: int,
-    bank_batch_size: int | None = None,
-    seed: int,
-    mixed_precision: str = "no",
+    budget: BankBudget,
     on_progress: OnProgress = untold,
 ) -> dict[str, torch.Tensor]:
     """name -> B A, (out, in) float32: what the suppression adds to the denoiser's matrices of these values.
@@ -51,10 +44,9 @@ def suppressed(
     for a model whose attention cannot be seen.
     """
     layers = watched_layers(model)
-    budget: dict[str, Any] = {"trajectories": trajectories, "num_inference_steps": num_inference_steps}
-    recipe, plan = plan_images(model, wanted.places, guidance_scale=trajectory_guidance_scale, seed=seed, **budget)
-    bank = build_bank(model, recipe, plan, micro_batch_size=bank_batch_size)
-    generator = torch.Generator().manual_seed(seed)
+    recipe = images_of(wanted.places)
+    bank = build_bank(model, recipe, budget.plan(model, recipe), micro_batch_size=budget.bank_batch_size)
+    generator = torch.Generator().manual_seed(budget.seed)
     down: dict[str, torch.Tensor] = {}
     up: dict[str, torch.Tensor] = {}
     for name, matrix in values.items():
@@ -65,9 +57,11 @@ def suppressed(
     optimizer = torch.optim.AdamW(factors, lr=wanted.learning_rate, weight_decay=DECAY)
     chances = _chances(model, bank, wanted)
     for step in range(wanted.steps):
-        rows = torch.multinomial(chances, micro_batch_size, replacement=True, generator=generator).to(model.device)
+        rows = torch.multinomial(chances, budget.micro_batch_size, replacement=True, generator=generator).to(
+            model.device
+        )
         now = {name: matrix + up[name] @ down[name] for name, matrix in values.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=budget.mixed_precision == "bf16"):
             loss = attended(model, now, layers, bank, rows, wanted.places)
         # The last layer's values lead to nothing that is looked at.
         gradients = torch.autograd.grad(loss, factors, allow_unused=True, materialize_grads=True)

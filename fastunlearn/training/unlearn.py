@@ -28,7 +28,7 @@ from ..models.loading import load_model
 from ..models.options import ModelOptions
 from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..progress import Reporter
-from .adversary import SearchBudget, with_found
+from .adversary import with_found
 from .ancestors import ancestors_of
 from .bank import Bank, build_bank
 from .budget import sketch_of_large
@@ -40,7 +40,7 @@ from .export import export, exported_to
 from .fit import fit
 from .inputs import config_of, kept_folder, named_source
 from .low_rank import with_default_adapter
-from .plan import TrainPlan, plan_training, resolved
+from .plan import TrainPlan, bank_budget, plan_training, resolved
 from .plan_words import plan_lines
 from .result import UnlearnResult
 from .resume import KEY, check_same_run, check_settings, run_key
@@ -181,14 +181,7 @@ class _Run:
         """The rows, and those that are held out, after what must be found for them."""
         config, held = self.config, plan.evidence
         if recipe.searches:
-            budget = SearchBudget(
-                trajectories=plan.search_trajectories,
-                num_inference_steps=plan.settings.trajectory_steps,
-                guidance_scale=config.trajectory_guidance_scale,
-                micro_batch_size=plan.settings.micro_batch_size,
-                seed=config.seed,
-                bank_batch_size=config.bank_batch_size,
-            )
+            budget = dataclasses.replace(bank_budget(config, plan.settings), trajectories=plan.search_trajectories)
             with self._stage("search"):
                 recipe = with_found(model, recipe, budget, partial(self.reporter.working, "search"))
             if held is not None:
@@ -209,27 +202,15 @@ class _Run:
             put_weights(model, start.values, start.selection, dict.fromkeys(start.values, torch.float32))
 
     def _gradient(self, plan: TrainPlan, model: Model) -> Mapping[str, torch.Tensor]:
-        names = plan.selection.names
+        names, budget = plan.selection.names, bank_budget(self.config, plan.settings)
         told = partial(self.reporter.working, "edit")
-        budget = self._gradient_budget(plan)
-        return concept_gradient(model, plan.concept.forget_prompts, names, guidance=0.0, on_progress=told, **budget)
+        return concept_gradient(model, plan.concept.forget_prompts, names, budget, guidance=0.0, on_progress=told)
 
     def _suppressed(
         self, plan: TrainPlan, model: Model, values: Mapping[str, torch.Tensor], wanted: Suppression
     ) -> Mapping[str, torch.Tensor]:
-        told = partial(self.reporter.working, "edit")
-        return suppressed(model, values, wanted, on_progress=told, **self._gradient_budget(plan))
-
-    def _gradient_budget(self, plan: TrainPlan) -> dict[str, Any]:
-        return {
-            "trajectories": plan.settings.trajectories,
-            "num_inference_steps": plan.settings.trajectory_steps,
-            "trajectory_guidance_scale": self.config.trajectory_guidance_scale,
-            "micro_batch_size": plan.settings.micro_batch_size,
-            "bank_batch_size": self.config.bank_batch_size,
-            "seed": self.config.seed,
-            "mixed_precision": self.config.mixed_precision,
-        }
+        budget = bank_budget(self.config, plan.settings)
+        return suppressed(model, values, wanted, budget, partial(self.reporter.working, "edit"))
 
     def _selection(self, plan: TrainPlan, model: Model) -> Selection:
         """What may change: as planned, or of it what a saliency mask selects, the one of a run that is resumed."""
@@ -244,10 +225,10 @@ class _Run:
                 model,
                 plan.concept.forget_prompts,
                 plan.selection.names,
+                bank_budget(config, settings),
                 density=settings.mask_density,
                 granularity=config.mask_granularity,
                 on_progress=partial(self.reporter.working, "mask"),
-                **self._gradient_budget(plan),
             )
 
     def _begin(self, plan: TrainPlan, model: Model, selection: Selection, key: Mapping[str, Any]) -> None:
