@@ -1,4 +1,4 @@
-"""Counts what SDXL and FLUX.1 dev need of memory on one device and over processes, into results and docs.
+"""Counts what models of real sizes need of memory on one device and over processes, into results and docs.
 
 python benchmarks/memory.py                   # counts, writes results/memory.json and the tables; --check compares
 """
@@ -23,7 +23,7 @@ from fastunlearn.training.shares import bytes_sent
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 DOCS = ROOT / "docs"
-NAMES = {"sdxl": "SDXL", "flux-dev": "FLUX.1 dev"}
+NAMES = {"sdxl": "SDXL", "flux-dev": "FLUX.1 dev", "z-image": "Z-Image", "qwen-image": "Qwen-Image"}
 #: ESD's defaults: 16 trajectories of 50 points with two predictions each.
 BANK: dict[str, Any] = {"trajectories": 16, "rows": 800, "branches": 2, "prompts": 3, "micro_batch_size": 1}
 FRUGAL: dict[str, Any] = {
@@ -36,6 +36,8 @@ DEVICE: list[tuple[str, str, int | None]] = [
     ("sdxl", "cross-attention", 16),
     ("flux-dev", "text-attention", 16),
     ("flux-dev", "text-attention", None),
+    ("z-image", "joint-attention", 16),
+    ("qwen-image", "text-attention", 16),
 ]
 #: (model, what trains, rank, ZeRO stage)
 PROCESSES: list[tuple[str, str, int | None, int]] = [

@@ -50,6 +50,40 @@ T5_XXL = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
+QWEN_25_VL_7B = {
+    "_class": "Qwen2_5_VLForConditionalGeneration",
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}
+QWEN_3_4B = {
+    "_class": "Qwen3Model",
+    "architectures": ["Qwen3Model"],
+    "model_type": "qwen3",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+}
 VAE = {
     "_class": "AutoencoderKL",
     "in_channels": 3,
@@ -67,6 +101,14 @@ UNET = {
     "out_channels": 4,
     "layers_per_block": 2,
     "norm_num_groups": 32,
+}
+FLUX_VAE = VAE | {
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -125,15 +167,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
             "text_encoder_2": T5_XXL,
             "tokenizer": {"_class": "CLIPTokenizer"},
             "tokenizer_2": {"_class": "T5TokenizerFast"},
-            "vae": VAE
-            | {
-                "sample_size": 1024,
-                "latent_channels": 16,
-                "scaling_factor": 0.3611,
-                "shift_factor": 0.1159,
-                "use_quant_conv": False,
-                "use_post_quant_conv": False,
-            },
+            "vae": FLUX_VAE,
             "transformer": {
                 "_class": "FluxTransformer2DModel",
                 "patch_size": 1,
@@ -154,6 +188,55 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
                 "base_shift": 0.5,
                 "max_shift": 1.15,
             },
+        },
+    ),
+    "qwen-image": (
+        "QwenImagePipeline",
+        {},
+        {
+            "text_encoder": QWEN_25_VL_7B,
+            "tokenizer": {"_class": "T5TokenizerFast"},
+            "vae": {"_class": "AutoencoderKLQwenImage", "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]},
+            "transformer": {
+                "_class": "QwenImageTransformer2DModel",
+                "patch_size": 2,
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+                "axes_dims_rope": [16, 56, 56],
+            },
+            "scheduler": {
+                "_class": "FlowMatchEulerDiscreteScheduler",
+                "use_dynamic_shifting": True,
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "shift_terminal": 0.02,
+            },
+        },
+    ),
+    "z-image": (
+        "ZImagePipeline",
+        {},
+        {
+            "text_encoder": QWEN_3_4B,
+            "tokenizer": {"_class": "T5TokenizerFast"},
+            "vae": FLUX_VAE,
+            "transformer": {
+                "_class": "ZImageTransformer2DModel",
+                "in_channels": 16,
+                "dim": 3840,
+                "n_layers": 30,
+                "n_refiner_layers": 2,
+                "n_heads": 30,
+                "n_kv_heads": 30,
+                "cap_feat_dim": 2560,
+                "axes_dims": [32, 48, 48],
+                "axes_lens": [1536, 512, 512],
+            },
+            "scheduler": {"_class": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
         },
     ),
 }
@@ -200,6 +283,7 @@ def _write_tokenizer(class_name: str, folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     wrapped = transformers.T5TokenizerFast(tokenizer_object=tokenizer, model_max_length=512, extra_ids=0, **names)
+    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     wrapped.save_pretrained(folder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import auraflow, build, ddim, flux, lumina2, pixart, sana, saved, sd1, sd3, sdxl
+from tiny_models import auraflow, build, ddim, flux, lumina2, pixart, qwen_image, sana, saved, sd1, sd3, sdxl, z_image
 
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.methods import get_method
@@ -16,6 +16,7 @@ from fastunlearn.methods.recipe import Concept
 from fastunlearn.models.loading import load_frozen, load_model
 from fastunlearn.models.placement import Placement
 from fastunlearn.models.sampling import SamplerSpec
+from fastunlearn.models.sd import StableDiffusion
 from fastunlearn.models.sketch import Blueprint, Sketch
 from fastunlearn.training.bank import build_bank, plan_bank
 from fastunlearn.training.engine import TorchEngine
@@ -39,7 +40,8 @@ FRUGAL = {
 
 # ---- against torch's own allocator -----------------------------------------------------------------------------------
 
-TINY = {"sd1": lambda: sd1(ddim()), "sdxl": sdxl, "flux": flux}
+BY_LENGTH = {"lumina2": lumina2, "qwen-image": qwen_image, "z-image": z_image}  # what they take follows the prompts
+TINY = {"sd1": lambda: sd1(ddim()), "sdxl": sdxl, "flux": flux} | BY_LENGTH
 
 
 def allocated(work):
@@ -91,10 +93,12 @@ def one_thread():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *(("sdxl", CHECKPOINTED), ("flux", LEAN)),
+        *(("sdxl", CHECKPOINTED), ("flux", LEAN), ("z-image", {})),
         *(pytest.param("sd1", options, marks=slow) for options in ({}, CHECKPOINTED, LEAN)),
         *(pytest.param("sdxl", options, marks=slow) for options in ({}, LEAN)),
         *(pytest.param("flux", options, marks=slow) for options in ({}, CHECKPOINTED)),
+        *(pytest.param(name, options, marks=slow) for name in BY_LENGTH for options in (CHECKPOINTED, LEAN)),
+        *(pytest.param(name, {}, marks=slow) for name in ("lumina2", "qwen-image")),
     ],
     ids=str,
 )
@@ -108,7 +112,8 @@ def test_the_counts_are_what_torch_takes(tiny, name, options, one_thread):
     model.settle_denoiser(names)
     method = get_method("ovw")
     settings = method.defaults_for(*model.defaults_keys)
-    recipe = method.recipe(Concept("a painter", ("a Monet",), {"a Monet": "a painter"}, ("a dog", "a cat"), settings))
+    monet, painter, dog, cat = (_long(model, words) for words in ("a Monet", "a painter", "a dog", "a cat"))
+    recipe = method.recipe(Concept("a painter", (monet,), {monet: painter}, (dog, cat), settings))
     plan = plan_bank(model, recipe, trajectories=4, num_inference_steps=3, guidance_scale=3.0, seed=0)
     precision = "bf16" if lean else "no"
     work = Workload(
@@ -140,7 +145,7 @@ def test_the_counts_are_what_torch_takes(tiny, name, options, one_thread):
     bytes_of_training, _ = allocated(train)
     frozen = load_frozen(tiny(name), "cpu", placement=model.placement)
     spec = SamplerSpec(2, 3.0, 4, precision, decode_batch_size=2)
-    keys = [(f"a dog {number}", 0) for number in range(4)]
+    keys = [(_long(model, f"a dog {number}"), 0) for number in range(4)]
     bytes_of_evaluation, _ = allocated(lambda: PipelineSource(frozen, spec).generate(keys))
 
     def predicted(phase, *kinds):
@@ -159,13 +164,24 @@ def test_the_counts_are_what_torch_takes(tiny, name, options, one_thread):
         assert 0.85 * got < expected < 1.15 * got, (expected, got)
 
 
+def _long(model, words):
+    """A prompt as long as the model reads."""
+    tokens_of_a = model.count_tokens("a a") - model.count_tokens("a")
+    return words + " a" * ((model.max_tokens - model.count_tokens(words)) // tokens_of_a)
+
+
 ALL = TINY | {"sd3": sd3, "pixart": pixart, "sana": sana, "auraflow": auraflow}
 
 
-def test_a_denoiser_that_asks_for_values_is_not_counted_and_the_plan_says_so(tmp_path, cli):
-    """Lumina2's reads the length of each prompt from its mask."""
-    build(lumina2).save_pretrained(tmp_path / "model")
-    words = ["--model", tmp_path / "model", "--forget", "dog", "--method", "esd", "--trajectories", 1]
+def test_a_denoiser_that_asks_for_values_is_not_counted_and_the_plan_says_so(tiny, tmp_path, cli, monkeypatch):
+    """Lengths of prompts are known; what an image will be is not."""
+    predict = StableDiffusion.predict
+
+    def asking(model, latents, *rest, **named):
+        return predict(model, latents * float(latents.mean() > 0.1), *rest, **named)
+
+    monkeypatch.setattr(StableDiffusion, "predict", asking)
+    words = ["--model", tiny("sd1"), "--forget", "dog", "--method", "esd", "--trajectories", 1]
     words += ["--trajectory-steps", 2, "--output", tmp_path / "run"]
     answer = cli("train", "--dry-run", *words)
     assert (answer.status, answer.err) == (0, "")
@@ -204,6 +220,8 @@ PUBLIC = {
     "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
     "sdxl": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863},
     "flux-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656, "text_encoder": 123_060_480},
+    "z-image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
+    "qwen-image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
 }
 
 
@@ -324,6 +342,20 @@ def test_a_dry_run_of_flux_reads_no_weights_and_names_the_flags_that_make_it_fit
     answer = cli("train", *flags, 80, *frugal)
     assert (answer.status, answer.err) == (0, "")
     assert "every phase fits 80.0 GiB" in answer.out
+
+
+@slow
+@pytest.mark.parametrize("name", ["z-image", "qwen-image"])
+def test_a_dry_run_counts_what_a_machine_could_not_even_map(cli, tmp_path, monkeypatch, name):
+    """Denoisers that ask for the lengths of prompts; one's file is larger than the memory of most machines."""
+    from fastunlearn.training import budget
+
+    monkeypatch.setattr(budget, "memory_left", lambda: 8 * 2**30)
+    flags = ["--model", sparse(name, tmp_path / name), "--method", "esd", "--forget", "Van Gogh", "--dry-run"]
+    flags += ["--output", tmp_path / "run", "--trajectories", "2", "--device", "cpu", "--device-memory-gib", 2000]
+    answer = cli("train", *flags)
+    assert (answer.status, answer.err) == (0, "")
+    assert "every phase fits 2000.0 GiB" in answer.out
 
 
 def test_what_does_not_fit_is_told_with_the_flag_that_mends_it(cli, tmp_path):

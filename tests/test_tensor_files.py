@@ -1,5 +1,6 @@
 """Tensor files of ours: the same bytes for the same content, and no changed bit is read."""
 
+import json
 import random
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from safetensors.torch import save_file
 
 from fastunlearn.errors import UserError
 from fastunlearn.files.tensors import load_tensors, save_tensors
+from fastunlearn.files.weights import names_in, stored_types
+from fastunlearn.models.foreign_files import headers
+from fastunlearn.training.budget import device_memory
 
 TENSORS = {
     "b": torch.arange(7, dtype=torch.uint8),
@@ -78,3 +82,15 @@ def test_a_file_that_is_none_is_refused_in_one_line(tmp_path):
     (tmp_path / "x").write_text("hello")
     with pytest.raises(UserError, match="is no thing"):
         load_tensors(tmp_path / "x", "form-1", "thing")
+
+
+def test_the_header_of_a_file_larger_than_the_memory_is_read(tmp_path):
+    """Torch maps a file as memory that can be written, which a system may refuse for so much."""
+    size, path = 4 * device_memory(torch.device("cpu")), tmp_path / "a.safetensors"
+    text = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + size)  # takes no place on the disk
+    assert names_in(path) == ["a"]
+    assert stored_types([path]) == {"BF16"}
+    assert headers(path)[0]["a"]["shape"] == [size // 2]

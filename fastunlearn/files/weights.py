@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
 
@@ -209,11 +209,19 @@ def read_tensors(
         return {name: file.get_tensor(name) for name in found}, file.metadata()
 
 
-def names_in(path: Path) -> list[str]:
-    """The names of a safetensors file's tensors."""
+def open_header(path: Path) -> Any:
+    """A safetensors file, opened for the names, shapes and types of its tensors, as a context.
+
+    It may be larger than the memory: torch would map it as memory that can be written, which the system may refuse.
+    """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    return safe_open(path, "np")
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors."""
+    with open_header(path) as file:
         return list(file.keys())
 
 
@@ -228,11 +236,9 @@ def dtypes_of(path: Path, names: Collection[str]) -> dict[str, torch.dtype]:
 
 def stored_types(files: Iterable[Path]) -> set[str]:
     """The types of the tensors in safetensors files, as these call them: F32, F16, BF16.  Reads headers alone."""
-    from safetensors import safe_open
-
     found: set[str] = set()
     for path in files:
-        with safe_open(path, "pt") as file:
+        with open_header(path) as file:
             found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
     return found
 

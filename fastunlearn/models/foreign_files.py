@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.weights import open_header
 
 _LARGEST_HEADER = 100 * 2**20  # bytes, as safetensors itself has it
 
@@ -33,10 +34,8 @@ _ALONE = (
 
 def headers(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """(name -> {"dtype", "shape"}, metadata) of a safetensors file; no values are read.  UserError for damage."""
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, "pt") as file:  # checks that the tensors fill the file
+        with open_header(path) as file:  # checks that the tensors fill the file
             metadata = dict(file.metadata() or {})
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

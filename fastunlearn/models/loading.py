@@ -20,6 +20,7 @@ from ..files.weights import (
     files_of,
     find_variant,
     hash_module,
+    names_in,
     pipeline_in,
     read_index,
     snapshot_of,
@@ -256,8 +257,6 @@ def _loaded_parts(source: Path, family: type[Model]) -> list[str]:
 
 
 def _check_weight_files(source: Path, parts: list[str], variant: str | None) -> None:
-    from safetensors import safe_open
-
     for part in parts:
         folder = source / part
         read = weight_files(folder, variant) or weight_files(folder)
@@ -269,8 +268,7 @@ def _check_weight_files(source: Path, parts: list[str], variant: str | None) -> 
             )
         for path in read:
             try:
-                with safe_open(path, "pt") as weights:
-                    names = list(weights.keys())
+                names = names_in(path)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -284,16 +282,13 @@ def _check_weight_files(source: Path, parts: list[str], variant: str | None) -> 
 
 def _check_complete(pipeline: Any, source: Path, variant: str | None) -> None:
     """UserError where a part's files hold fewer tensors than the part: what is missing would be random numbers."""
-    from safetensors import safe_open
-
     for part, module in pipeline.components.items():
         files = weight_files(source / part, variant) or weight_files(source / part)
         if not isinstance(module, nn.Module) or not files:
             continue
         stored: set[str] = set()
         for path in files:
-            with safe_open(path, "pt") as weights:
-                stored.update(weights.keys())
+            stored.update(names_in(path))
         # Counted, not compared by name: older files use other names, which diffusers translates.
         wanted = len(list(module.parameters()))
         if len(stored) < wanted:

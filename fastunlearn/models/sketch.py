@@ -1,19 +1,22 @@
 """Models without weights: of real shapes and types, from their settings alone.  Nothing is computed and nothing read.
 
 The tensors are torch's fake ones: every operation gives the shape and type of its result, and no memory is taken.
+What a tokenizer says stays real: denoisers and pipelines ask for the lengths of prompts, which decide shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError, one_line
 from ..files.weights import read_index
@@ -29,6 +32,30 @@ class _Nowhere(Placement):
 
     def _place(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         pass
+
+
+class _Known(TorchDispatchMode):
+    """Above fake tensors: computes what follows from real ones alone, and makes new integers and truth values real."""
+
+    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        dtype = kwargs.get("dtype")
+        is_new = not given and dtype is not None and not dtype.is_floating_point
+        if is_new or (given and not any(isinstance(tensor, FakeTensor) for tensor in given)):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        if function is torch.ops.aten.index.Tensor:
+            args = (args[0], [place for index in args[1] for place in _places(index)])
+        return function(*args, **kwargs)
+
+
+def _places(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """An index without truth values: how many are true decides a shape."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return (index,)
+    with unset_fake_temporarily():
+        return index.nonzero(as_tuple=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +140,7 @@ class Sketch:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Model]:
-        with self.mode:
+        with self.mode, _Known():
             yield self.model
 
 

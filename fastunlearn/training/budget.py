@@ -72,8 +72,7 @@ class Budget:
 def plan_memory(blueprint: Blueprint, work: Workload, device: torch.device, stated_gib: float | None) -> Budget | None:
     """Count every phase, and for each that does not fit, find flags with which it does.
 
-    None where a network asks for values of its inputs: fake tensors have none.  Lumina2's denoiser asks its mask for
-    lengths, and Qwen-Image's and Z-Image's pipelines cut the text states by theirs.
+    None where a network asks for values that do not follow from the prompts' tokens: fake tensors have none.
     """
     limit = int(stated_gib * 2**30) if stated_gib is not None else device_memory(device)
     one_memory = device.type == "cpu" and stated_gib is None

@@ -28,6 +28,7 @@ from ..files.tensors import load_tensors, refused, save_tensors
 from ..files.weights import (
     dtypes_of,
     hash_pipeline,
+    open_header,
     part_names,
     pipeline_files,
     read_tensors,
@@ -74,10 +75,8 @@ def exported_to(config: TrainConfig, folder: Path) -> Path:
 
 def _stored(files: Iterable[Path], names: Container[str]) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
     """File, name and shape of each of these tensors in the files; no values are read."""
-    from safetensors import safe_open
-
     for path in files:
-        with safe_open(path, "pt") as file:
+        with open_header(path) as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 if name in names:
                     yield path, name, tuple(file.get_slice(name).get_shape())

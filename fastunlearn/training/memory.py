@@ -124,7 +124,8 @@ class _Counter:
         self.sketch = Sketch.of(blueprint, "bf16" if in_engine else work.weights_dtype)
         model = self.model = self.sketch.model
         with self.sketch.use():
-            self._encoded = model.encode([""]).rows([0])  # of one prompt
+            self._prompt = _longest(model)
+            self._encoded = model.encode([self._prompt]).rows([0])
             self.total = _elements(model.denoiser)
             kept = () if work.rank or in_engine else work.trained
             model.settle_denoiser(kept)
@@ -306,7 +307,8 @@ class _Counter:
         return min(prompts, ENCODED_AT_ONCE) if self.work.bank_batch_size is None else self.work.bank_batch_size
 
     def _encode(self, rows: int) -> int:
-        return self._peak(lambda model: model.encode_texts([str(number) for number in range(rows)]))
+        """Of prompts of unlike lengths: where they are padded to the longest, that takes a mask."""
+        return self._peak(lambda model: model.encode_texts([self._prompt, *[""] * (rows - 1)]))
 
     def _inputs(self, model: Model, rows: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         conditions = {name: torch.cat([values] * rows) for name, values in self._encoded.items()}
@@ -365,6 +367,13 @@ def _add_adapter(model: Model, names: tuple[str, ...], rank: int) -> None:
     """A low-rank adapter on the layers whose weights are among the denoiser's parameters ``names``."""
     with mock.patch.object(nn.Module, "_apply", lambda module, *_, **__: module):  # fake tensors lie nowhere
         put_on(model, plan_adapter(model.denoiser, names, rank))
+
+
+def _longest(model: Model) -> str:
+    """A prompt of as many tokens as the model reads: where prompts are not padded to one length, none takes more."""
+    words = model.max_tokens
+    tokens = model.count_tokens("a " * words)
+    return "a " * (words * words // tokens if tokens > words else words)
 
 
 def _rounded(model: Model, name: str) -> int:
