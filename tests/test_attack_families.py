@@ -6,7 +6,7 @@ from tiny_models import auraflow, build, flux, lumina2, pixart, qwen_image, sana
 from toys import first_two
 
 import fastunlearn
-from fastunlearn.attacks.base import STATES, Costs
+from fastunlearn.attacks.base import Costs
 from fastunlearn.attacks.injection import Slots, _spelt
 from fastunlearn.attacks.pictures import Pictures
 from fastunlearn.attacks.rows import RowLoss
@@ -15,6 +15,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.files.weights import hash_module
 from fastunlearn.judges import as_judge
+from fastunlearn.methods.recipe import STATES
 from fastunlearn.models.loading import wrap_pipeline
 from fastunlearn.models.sampling import SamplerSpec
 

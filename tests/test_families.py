@@ -33,7 +33,7 @@ from fastunlearn import TrainConfig, plugins, unlearn
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.generators import PipelineSource
 from fastunlearn.methods import get_method
-from fastunlearn.methods.recipe import EMPTY, NOISE, UNCONDITIONAL, Recipe, Row
+from fastunlearn.methods.recipe import EMPTY, MASK, NOISE, STATES, UNCONDITIONAL, Recipe, Row
 from fastunlearn.methods.rules import Sum
 from fastunlearn.models.base import Model
 from fastunlearn.models.families import all_families, family_of
@@ -235,15 +235,22 @@ def test_training_changes_the_selected_tensors_and_plain_diffusers_reads_them(fo
 
 
 EDITED = {"sd1 DDIM": "cross-attention-kv", "sdxl": "cross-attention-kv", "pixart sigma": "all", "sana": "all"}
-EDITED |= {"sd3.5": "all", "flux dev": "all", "lumina2": "all", "auraflow": "all"}
+EDITED |= {
+    "sd3.5": "all",
+    "flux dev": "all",
+    "lumina2": "all",
+    "auraflow": "all",
+    "qwen-image": "all",
+    "z-image": "all",
+}
 EDITS = [(case, "uce") for case in EDITED] + [("flux dev", "rece"), ("lumina2", "speed")]
 EDITS += [slow_case(case, name) for case in EDITED for name in ("rece", "speed") if (case, name) not in EDITS]
 
 
 @pytest.mark.parametrize(("case", "method"), EDITS)
 def test_an_edit_changes_what_reads_the_text_and_plain_diffusers_reads_it(folder_of, tmp_path, case, method):
-    """Which weights these are is found by one forward: PixArt's text goes through a projection of its own, and Lumina's
-    through a norm first.  Biases stay."""
+    """Which weights these are is found by one forward: PixArt's text goes through a projection of its own, Lumina's
+    through a norm first, and Z-Image's without its padding.  Biases stay."""
     folder = folder_of(case)
     settings = {"steps": None, "learning_rate": None, "trainable": EDITED[case]}
     if method == "speed":  # tiny models have few dimensions
@@ -274,6 +281,7 @@ def test_a_family_names_what_reads_the_text_as_one_forward_finds_it(model):
         ("sd3.5", "holdfast", "text-attention,context_embedder.weight,text_embedder.linear_1.weight"),
         ("qwen-image", "speed", "txt_in.weight"),
         ("lumina2", "uce", "caption_embedder.1.weight"),
+        ("z-image", "rece", "cap_embedder.1.weight"),
     ],
 )
 def test_by_default_an_edit_changes_what_reads_the_text(folder_of, tmp_path, case, method, expected):
@@ -288,7 +296,7 @@ def test_by_default_an_edit_changes_what_reads_the_text(folder_of, tmp_path, cas
         plan_training(config, get_method(method), load_model(str(folder), "cpu"))
 
 
-@pytest.mark.parametrize("case", ["sdxl", "pixart sigma", "flux dev"])
+@pytest.mark.parametrize("case", ["sdxl", "pixart sigma", "flux dev", "z-image"])
 def test_a_dry_run_of_what_is_too_large_refuses_an_edit_of_nothing(folder_of, tmp_path, monkeypatch, case):
     """No weights are read, so the family says what reads the text."""
     monkeypatch.setattr(budget, "memory_left", lambda: 1)
@@ -307,6 +315,26 @@ def test_a_dry_run_counts_the_memory_of_every_family(folder_of, tmp_path, case):
     plan = plan_training(config, get_method("esd"), load_model(str(folder), "cpu"))
     assert plan.memory is not None
     assert not plan.is_uncounted
+
+
+@pytest.mark.parametrize("case", ["pixart sigma", "sana", "lumina2", "qwen-image", "z-image"])
+def test_the_mask_says_which_states_the_denoiser_reads(folder_of, case):
+    """Edits sum over these alone."""
+    model = load_model(str(folder_of(case)), "cpu")
+    conditions = model.encode(["a dog", "a dog on a hill"]).rows([0])
+    is_read = conditions[MASK].bool()
+    assert 0 < is_read.sum() < is_read.numel()
+    noise = torch.randn(conditions[STATES].shape, generator=torch.Generator().manual_seed(0))
+
+    def predicted(states):
+        latents = torch.ones(1, *model.latent_shape)
+        with torch.no_grad():
+            return model.predict(latents, torch.tensor([500.0]), conditions | {STATES: states})
+
+    before = predicted(conditions[STATES])
+    torch.testing.assert_close(predicted(conditions[STATES] + noise * ~is_read[..., None]), before, rtol=0, atol=1e-6)
+    changed = predicted(conditions[STATES] + noise * is_read[..., None])
+    assert (changed - before).abs().max() > 1e-4
 
 
 def test_an_edit_sees_the_states_as_a_layer_reads_them_and_says_what_it_cannot_see(folder_of):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UserError
+from ..methods.recipe import STATES
 
 if TYPE_CHECKING:
     from ..models.base import Model
     from .target import Target
 
-STATES = "encoder_hidden_states"  # of the conditions: what a denoiser reads of a text, position by position
 #: What a backward of one sample costs, in forwards.
 BACKWARD = 2
 #: Rows of a prompt in each step of an optimization, unless an attack says otherwise.

@@ -19,8 +19,9 @@ import torch
 
 from .. import prompts as words
 from ..errors import UserError
+from ..methods.recipe import STATES
 from ..models.base import Model, Tensors
-from .base import STATES, Attack, Attempt, Bouts, Costs, Order, check_states
+from .base import Attack, Attempt, Bouts, Costs, Order, check_states
 from .injection import Slots, check
 from .rows import STEP, RowLoss
 from .target import Target

@@ -13,8 +13,9 @@ import math
 import torch
 
 from .. import prompts as words
+from ..methods.recipe import STATES
 from ..models.base import Model
-from .base import STATES, Attack, Attempt, Bouts, Order, check_states, refuse
+from .base import Attack, Attempt, Bouts, Order, check_states, refuse
 from .embedding import with_concept
 from .search import WordSearch
 from .target import Target

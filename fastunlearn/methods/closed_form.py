@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .recipe import EMPTY, Concept, Edit, Reader, Weights
+from .recipe import EMPTY, MASK, STATES, Concept, Edit, Reader, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PROMPTS = 8  # that are encoded at a time: long prompts have hundreds of states of thousands of numbers
-_MASK = "encoder_attention_mask"
 #: Of a matrix that is solved with.  Above it, fewer than four digits of a float64 solution mean anything.
 MAX_CONDITION = 1e12
 
@@ -54,8 +53,8 @@ def states(concept: Concept, prompts: Sequence[str], read: Read | None = None) -
     """For the prompts, some at a time: their states (n, L, D) float64, and which of them are read, (n, L) bool."""
     for start in range(0, len(prompts), _PROMPTS):
         encoded = concept.encode(prompts[start : start + _PROMPTS])
-        values = (encoded["encoder_hidden_states"] if read is None else read(encoded)).double()
-        mask = encoded.get(_MASK) if values.shape[1] > 1 else None  # a vector of the whole text has no places
+        values = (encoded[STATES] if read is None else read(encoded)).double()
+        mask = encoded.get(MASK) if values.shape[1] > 1 else None  # a vector of the whole text has no places
         yield values, values.new_ones(values.shape[:2]).bool() if mask is None else mask.bool()
 
 

@@ -26,6 +26,8 @@ Role = Literal["forget", "retain"]
 Reader = Literal["text", "pooled"]  # matrices that read the text: fields of Weights
 ROLES: tuple[Role, ...] = ("forget", "retain")
 EMPTY = ""  # a prompt like any other
+# Of what a prompt is encoded to, (L, D) and (L,): the states that the denoiser reads, and, where it is told, which.
+STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 # Names that stand where a prompt does; no prompt holds this sign.
 UNCONDITIONAL = "\0unconditional"  # what guidance leads away from: "" to some families of models, not to all
 NEGATIVE = "\0negative"  # what the user has it lead away from instead; never a part of a target

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from . import Method
-from .recipe import EMPTY, UNCONDITIONAL, Concept, Defaults, Recipe, Row, mix, option
+from .recipe import EMPTY, MASK, UNCONDITIONAL, Concept, Defaults, Recipe, Row, mix, option
 from .rules import Sum
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class LatentAnchor(Mapping[str, "Tensor"]):
 
         generator, tensors = torch.Generator().manual_seed(self.seed), {}
         for name, (states, empty) in self.concept.encode([self.prompt, EMPTY]).items():
-            is_text = states.is_floating_point() and "mask" not in name and not torch.equal(states, empty)
+            is_text = states.is_floating_point() and name != MASK and not torch.equal(states, empty)
             tensors[name] = _near_in_norm(states, generator) if is_text else states
         return tensors
 

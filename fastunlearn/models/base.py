@@ -306,7 +306,11 @@ class Model(Placed, ABC):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> Tensors:
-        """The denoiser's conditions for B texts, (B, ...) each, float32 on the device; a text may be empty."""
+        """The denoiser's conditions for B texts, (B, ...) each, float32 on the device; a text may be empty.
+
+        The states are called ``STATES``, (B, L, D).  Where the denoiser is told which of them it reads, ``MASK``, (B,
+        L), is 1 for these and 0 for the others.
+        """
 
     def unconditional(self, count: int) -> Tensors:
         """``count`` rows of the condition that guidance leads away from, which is not always the prompt ""."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..methods.recipe import MASK, STATES
 from .base import Model, Tensors
 from .flux import packed, unpacked
 from .schedulers import flow_timesteps
@@ -51,8 +52,8 @@ class QwenImage(Model):
             mask = torch.ones(states.shape[:2], device=self.device)
         missing = TOKENS - states.shape[1]
         return {
-            "encoder_hidden_states": nn.functional.pad(states, (0, 0, 0, missing)),
-            "encoder_hidden_states_mask": nn.functional.pad(mask.float(), (0, missing)),
+            STATES: nn.functional.pad(states, (0, 0, 0, missing)),
+            MASK: nn.functional.pad(mask.float(), (0, missing)),
         }
 
     def predict(
@@ -63,8 +64,8 @@ class QwenImage(Model):
         prediction = network(
             hidden_states=packed(latents.to(self.dtype)),
             timestep=timesteps.expand(count).to(self.dtype) / 1000,
-            encoder_hidden_states=conditions["encoder_hidden_states"].to(self.dtype),
-            encoder_hidden_states_mask=conditions["encoder_hidden_states_mask"].bool(),
+            encoder_hidden_states=conditions[STATES].to(self.dtype),
+            encoder_hidden_states_mask=conditions[MASK].bool(),
             img_shapes=[[(1, height // 2, width // 2)]] * count,
             return_dict=False,
         )[0]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..methods.recipe import MASK, STATES
 from .base import Group, Model, Tensors
 from .schedulers import flow_timesteps
 
@@ -29,6 +30,7 @@ class ZImage(Model):
         "all": Group("every parameter"),
     }
     default_group = "joint-attention"
+    text_readers = "cap_embedder.1.weight"
     patch = 2
     masks_attention = True
 
@@ -56,18 +58,19 @@ class ZImage(Model):
             list(texts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
         )
         padded = [nn.functional.pad(one, (0, 0, 0, TOKENS - len(one))) for one in states]
-        lengths = torch.tensor([float(len(one)) for one in states], device=self.device)
-        return {"encoder_hidden_states": torch.stack(padded), "lengths": lengths}
+        lengths = torch.tensor([len(one) for one in states], device=self.device)
+        is_read = torch.arange(TOKENS, device=self.device) < lengths[:, None]
+        return {STATES: torch.stack(padded), MASK: is_read.float()}
 
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Tensors, denoiser: nn.Module | None = None
     ) -> torch.Tensor:
         network = self.denoiser if denoiser is None else denoiser
-        states = conditions["encoder_hidden_states"].to(self.dtype)
+        states, lengths = conditions[STATES].to(self.dtype), conditions[MASK].sum(1).int().tolist()
         predictions = network(
             list(latents.to(self.dtype)[:, :, None]),
             (1000 - timesteps.expand(len(latents))) / 1000,
-            [one[:length] for one, length in zip(states, conditions["lengths"].int().tolist(), strict=True)],
+            [one[:length] for one, length in zip(states, lengths, strict=True)],
             return_dict=False,
         )[0]
         return -torch.stack([one.float()[:, 0] for one in predictions])

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..methods.recipe import Inner, Pursuit, Recipe, Row, Search, found
+from ..methods.recipe import STATES, Inner, Pursuit, Recipe, Row, Search, found
 from ..methods.rules import Sum
 from ..models.base import Model, Tensors
 from ..progress import OnProgress, untold
 from .bank import Bank, BankBudget, Batch, build_bank
 from .engine import Engine
-
-STATES = "encoder_hidden_states"
 
 
 def with_found(model: Model, recipe: Recipe, budget: BankBudget, on_progress: OnProgress = untold) -> Recipe:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..methods.recipe import EMPTY, Edit, Reader, Suppression, Weights
+from ..methods.recipe import EMPTY, MASK, STATES, Edit, Reader, Suppression, Weights
 from ..models.base import Model, Tensors
 from ..models.sketch import is_sketch
 from .selection import Selection, select_parameters
@@ -120,23 +120,27 @@ def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     """The names of the weights of linear layers that read the text states, in the module's order.
 
     Each with the norm that the states go through first, None where there is none.  Found by one forward, so that no
-    family's names need to be known.
+    family's names need to be known.  A layer reads them where it is given states and nothing else, be it all of them or
+    those of the prompt alone, in whatever shape.
     """
     conditions = model.encode([EMPTY]).rows([0])
-    states = conditions["encoder_hidden_states"].to(model.dtype)
-    seen: list[tuple[torch.Tensor, nn.Module | None]] = [(states, None)]
+    states = conditions[STATES].to(model.dtype)
+    width, most = states.shape[-1], states.shape[:-1].numel()
+    seen: list[tuple[set[bytes], nn.Module | None]] = [(_rows(states), None)]
     found: dict[str, nn.Module | None] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
-            if not inputs or not isinstance(inputs[0], torch.Tensor):
+            given = inputs[0] if inputs else None
+            if not isinstance(given, torch.Tensor) or given.shape[-1:] != (width,) or given.numel() > width * most:
                 return
-            for values, norm in seen:
-                if inputs[0].shape == values.shape and torch.equal(inputs[0], values):
+            rows = _rows(given)
+            for known, norm in seen:
+                if rows and rows <= known:
                     if isinstance(module, nn.Linear):
                         found[f"{name}.weight"] = norm
-                    elif norm is None and isinstance(output, torch.Tensor) and output.shape == states.shape:
-                        seen.append((output, module))
+                    elif norm is None and isinstance(output, torch.Tensor) and output.shape == given.shape:
+                        seen.append((_rows(output), module))
                     return
 
         return hook
@@ -144,6 +148,11 @@ def text_layers(model: Model) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     # A norm has no parts and changes no shape: what else has none and takes the states, a dropout, does no harm.
     _forward_watched(model, conditions, watch, lambda module: not list(module.children()))
     return {name: found[name] for name, _ in model.denoiser.named_parameters() if name in found}
+
+
+def _rows(values: torch.Tensor) -> set[bytes]:
+    """The vectors (..., D), but for those of zeros."""
+    return {row.tobytes() for row in values.float().reshape(-1, values.shape[-1]).cpu().numpy() if row.any()}
 
 
 def _forward_watched(
@@ -164,7 +173,7 @@ def _forward_watched(
 
 
 def _normed(norm: Callable[[torch.Tensor], torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return norm(conditions["encoder_hidden_states"])
+    return norm(conditions[STATES])
 
 
 def _whole(argument: str, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -174,7 +183,7 @@ def _whole(argument: str, conditions: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 def _vectors(conditions: Tensors) -> Tensors:
     """The conditions that are one vector a text."""
-    return {name: values for name, values in conditions.items() if values.dim() == 2 and "mask" not in name}
+    return {name: values for name, values in conditions.items() if values.dim() == 2 and name != MASK}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 
 from ..errors import UserError
-from ..methods.recipe import Suppression
+from ..methods.recipe import STATES, Suppression
 from ..models.attention_maps import attention_maps, mapped_layers
 from ..models.base import Model
 from ..progress import OnProgress, untold
@@ -87,7 +87,7 @@ def attended(
     ``values``: of the denoiser's parameters that are not its own.  () float32, a function of ``values``.
     """
     conditions = bank.conditions.rows(bank.condition[rows])
-    marked = torch.zeros(len(rows), conditions["encoder_hidden_states"].shape[1], device=model.device)
+    marked = torch.zeros(len(rows), conditions[STATES].shape[1], device=model.device)
     for number, condition in enumerate(bank.condition[rows].tolist()):
         marked[number, list(places[bank.conditions.prompts[condition]])] = 1.0
 
