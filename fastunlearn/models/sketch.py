@@ -40,9 +40,12 @@ class _Known(TorchDispatchMode):
     def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        dtype = kwargs.get("dtype")
-        is_new = not given and dtype is not None and not dtype.is_floating_point
-        if is_new or (given and not any(isinstance(tensor, FakeTensor) for tensor in given)):
+        is_known = not any(isinstance(tensor, FakeTensor) for tensor in given)
+        if is_known and not given:  # a new one: of whole numbers it may say where something stands
+            made = function(*args, **kwargs)
+            if not isinstance(made, torch.Tensor) or made.is_floating_point() or made.is_complex():
+                return made
+        if is_known:
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         if function is torch.ops.aten.index.Tensor:
