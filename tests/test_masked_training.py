@@ -81,8 +81,8 @@ def test_a_run_makes_the_mask_that_the_command_makes(finished, bundled, tmp_path
 def test_both_make_it_on_the_same_images_by_default(tmp_path, monkeypatch):
     asked = []
 
-    def told(*arguments, **settings):
-        asked.append({name: value for name, value in settings.items() if name != "on_progress"})
+    def told(model, prompts, names, budget, *, on_progress, **settings):
+        asked.append((tuple(prompts), tuple(names), budget, settings))
         raise UserError("enough")
 
     for module in ("saliency", "unlearn"):
@@ -93,7 +93,7 @@ def test_both_make_it_on_the_same_images_by_default(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="enough"):
         unlearn(TrainConfig(output=str(tmp_path / "run"), method="salun", evaluation_prompts="none", **where))
     assert asked[0] == asked[1]
-    assert asked[0]["num_inference_steps"] == 15
+    assert asked[0][2].num_inference_steps == 15
 
 
 @pytest.mark.parametrize("method", ["neggrad", "ovw"])
