@@ -4,8 +4,9 @@
 
 Writes benchmarks/results/edit_cost_cpu.json.  The matrices are those that read the text in diffusers' UNets with the
 published settings.  Text states are random, of the model's length and width: an encoder's seconds are not in it.  Each
-case runs in a process of its own; memory is the peak of the process above what it held before the edit.  On a machine
-that does other work too, ``core_seconds`` (of all threads together) tell more than ``seconds``.
+case runs in processes of its own, one a round; memory is the peak of the process above what it held before the edit.
+Figures are medians, with the range.  On a machine that does other work too, ``core_seconds`` (of all threads together)
+tell more than ``seconds``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SHAPES = {
     "sdxl": ([(640, 10), (1280, 60)], 2048),
 }
 METHODS = ("uce", "rece", "speed")
+MEASURED = ("seconds", "core_seconds", "peak_above_start_gib", "peak_over_projections")
 LENGTH = 77
 RETAIN = 50  # prompts to keep
 
@@ -94,6 +96,14 @@ def measure(model: str, name: str, concepts: int, threads: int) -> dict:
     }
 
 
+def middle(rounds: list[dict]) -> dict:
+    """One case of several rounds: medians of what was measured, and ``range``, its least and most."""
+    measured = {name: sorted(one[name] for one in rounds) for name in MEASURED}
+    medians = {name: values[len(values) // 2] for name, values in measured.items()}
+    ranges = {name: [values[0], values[-1]] for name, values in measured.items()}
+    return rounds[0] | medians | {"rounds": len(rounds), "range": ranges}
+
+
 class _Peak:
     """The most memory that the process holds above what it held at the beginning, looked at every 5 ms."""
 
@@ -120,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", nargs=2)
     args = parser.parse_args()
     if args.case:
@@ -140,8 +151,11 @@ def main() -> None:
             command = [sys.executable, __file__, "--case", model, method]
             command += ["--concepts", str(args.concepts), "--threads", str(args.threads)]
             environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            cases.append(json.loads(done.stdout))
+            runs = [
+                subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                for _ in range(args.rounds)
+            ]
+            cases.append(middle([json.loads(run.stdout) for run in runs]))
             content["load_average_at_end"] = round(os.getloadavg()[0], 2)
             RESULTS.write_text(json.dumps(content, indent=1) + "\n")
             print({key: cases[-1][key] for key in ("model", "method", "seconds", "peak_over_projections")}, flush=True)

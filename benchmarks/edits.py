@@ -112,16 +112,17 @@ def page(content: dict) -> str:
             "## Cost",
             "",
             f"On the shapes of real models with random weights and {cost['cases'][0]['concepts']} concepts, with "
-            f"{cost['machine']['threads']} threads on {cost['machine']['cores']} cores that did other work too (load "
+            f"{cost['machine']['threads']} threads on {cost['machine']['cores']} cores (load at the end "
             f"{cost['load_average_at_end']:g}): seconds, seconds of all threads together, and memory above that of "
-            "the model. Encoding the prompts is not in it.",
+            f"the model, medians with the range over {cost['cases'][0]['rounds']} rounds. Encoding the prompts is not "
+            "in it. Some of the memory is the libraries' own, whatever the model's size.",
             "",
-            "| model | method | seconds | core seconds | memory, GiB | of the matrices' own |",
+            "| model | method | seconds | core seconds | memory, GiB | times the matrices' own |",
             "|---|---|---|---|---|---|",
         ]
         for one in cost["cases"]:
-            cells = [one["model"], one["method"], one["seconds"], one["core_seconds"], one["peak_above_start_gib"]]
-            lines.append("| " + " | ".join(map(str, cells)) + f" | {one['peak_over_projections']} times |")
+            told = [f"{one[name]:g} ({low:g} to {high:g})" for name, (low, high) in one["range"].items()]
+            lines.append(f"| {one['model']} | {one['method']} | {' | '.join(told)} |")
     return "\n".join(lines) + "\n"
 
 
