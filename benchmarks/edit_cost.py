@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import threading
@@ -98,9 +99,9 @@ def measure(model: str, name: str, concepts: int, threads: int) -> dict:
 
 def middle(rounds: list[dict]) -> dict:
     """One case of several rounds: medians of what was measured, and ``range``, its least and most."""
-    measured = {name: sorted(one[name] for one in rounds) for name in MEASURED}
-    medians = {name: values[len(values) // 2] for name, values in measured.items()}
-    ranges = {name: [values[0], values[-1]] for name, values in measured.items()}
+    measured = {name: [one[name] for one in rounds] for name in MEASURED}
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    ranges = {name: [min(values), max(values)] for name, values in measured.items()}
     return rounds[0] | medians | {"rounds": len(rounds), "range": ranges}
 
 

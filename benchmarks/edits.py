@@ -115,7 +115,7 @@ def page(content: dict) -> str:
             f"{cost['machine']['threads']} threads on {cost['machine']['cores']} cores (load at the end "
             f"{cost['load_average_at_end']:g}): seconds, seconds of all threads together, and memory above that of "
             f"the model, medians with the range over {cost['cases'][0]['rounds']} rounds. Encoding the prompts is not "
-            "in it. Some of the memory is the libraries' own, whatever the model's size.",
+            "in it.",
             "",
             "| model | method | seconds | core seconds | memory, GiB | times the matrices' own |",
             "|---|---|---|---|---|---|",

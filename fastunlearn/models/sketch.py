@@ -40,17 +40,16 @@ class _Known(TorchDispatchMode):
     def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        is_known = not any(isinstance(tensor, FakeTensor) for tensor in given)
-        if is_known and not given:  # a new one: of whole numbers it may say where something stands
+        if any(isinstance(tensor, FakeTensor) for tensor in given):
+            if function is torch.ops.aten.index.Tensor:
+                args = (args[0], [place for index in args[1] for place in _places(index)])
+            return function(*args, **kwargs)
+        if not given:  # a new one: of whole numbers it may say where something stands
             made = function(*args, **kwargs)
             if not isinstance(made, torch.Tensor) or made.is_floating_point() or made.is_complex():
                 return made
-        if is_known:
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-        if function is torch.ops.aten.index.Tensor:
-            args = (args[0], [place for index in args[1] for place in _places(index)])
-        return function(*args, **kwargs)
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
 
 
 def _places(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

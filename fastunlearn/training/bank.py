@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..errors import UserError
-from ..methods.recipe import NOISE, ROLES, Recipe, Role, Row, picture
+from ..methods.recipe import NOISE, ROLES, Defaults, Recipe, Role, Row, picture
 from ..methods.rules import Sum
 from ..models.base import Conditions, Model
 from ..models.sampling import initial_noise, sample
 from ..progress import OnProgress, untold
+from .config import MaskConfig, TrainConfig
 from .pictures import encode_pictures, noise_share, prediction_towards
 
 BATCH_SIZE = 64  # trajectories
@@ -211,6 +212,19 @@ class BankBudget:
     seed: int
     bank_batch_size: int | None = None
     mixed_precision: str = "no"
+
+    @classmethod
+    def of(cls, config: TrainConfig | MaskConfig, settings: Defaults) -> BankBudget:
+        """By a run's settings, where the user chose none those of its method."""
+        return cls(
+            trajectories=settings.trajectories,
+            num_inference_steps=settings.trajectory_steps,
+            guidance_scale=config.trajectory_guidance_scale,
+            micro_batch_size=settings.micro_batch_size,
+            seed=config.seed,
+            bank_batch_size=config.bank_batch_size,
+            mixed_precision=config.mixed_precision,
+        )
 
     def plan(self, model: Model, recipe: Recipe) -> BankPlan:
         return plan_bank(

@@ -248,21 +248,8 @@ def plan_training(config: TrainConfig, method: Method, model: Model, world: Worl
 
 def _inside_edit(config: TrainConfig, model: Model, edit: Edit, settings: Defaults) -> list[BankPlan]:
     """The images of everything that an edit has trained on the way."""
-    budget = bank_budget(config, settings)
+    budget = BankBudget.of(config, settings)
     return [budget.plan(model, images_of(one.places)) for one in edit.suppressions]
-
-
-def bank_budget(config: TrainConfig, settings: Defaults) -> BankBudget:
-    """Of a bank beside the one of training, by the run's settings."""
-    return BankBudget(
-        trajectories=settings.trajectories,
-        num_inference_steps=settings.trajectory_steps,
-        guidance_scale=config.trajectory_guidance_scale,
-        micro_batch_size=settings.micro_batch_size,
-        seed=config.seed,
-        bank_batch_size=config.bank_batch_size,
-        mixed_precision=config.mixed_precision,
-    )
 
 
 def _search_evaluations(recipe: Recipe, bank: BankPlan, trajectories: int, micro_batch_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -62,15 +63,13 @@ def _mask(config: MaskConfig, path: Path, reporter: Reporter) -> Selection:
     names = select_parameters(model, config.trainable)
     check_deterministic(model.pipeline.scheduler)
     reporter.stage("mask")
-    budget = BankBudget(
+    settings = dataclasses.replace(
+        defaults,
         trajectories=config.trajectories or max(defaults.trajectories, len(forget)),
-        num_inference_steps=config.trajectory_steps or defaults.trajectory_steps,
-        guidance_scale=config.trajectory_guidance_scale,
+        trajectory_steps=config.trajectory_steps or defaults.trajectory_steps,
         micro_batch_size=config.micro_batch_size or defaults.micro_batch_size,
-        seed=config.seed,
-        bank_batch_size=config.bank_batch_size,
-        mixed_precision=config.mixed_precision,
     )
+    budget = BankBudget.of(config, settings)
     told = partial(reporter.working, "mask")
     result = make_mask(
         model, forget, names, budget, density=config.density, granularity=config.granularity, on_progress=told

@@ -30,7 +30,7 @@ from ..models.placement import NOTHING_TO_OFFLOAD, Placement
 from ..progress import Reporter
 from .adversary import with_found
 from .ancestors import ancestors_of
-from .bank import Bank, build_bank
+from .bank import Bank, BankBudget, build_bank
 from .budget import sketch_of_large
 from .conclude import Scoring, Work, conclude
 from .config import TrainConfig
@@ -40,7 +40,7 @@ from .export import export, exported_to
 from .fit import fit
 from .inputs import config_of, kept_folder, named_source
 from .low_rank import with_default_adapter
-from .plan import TrainPlan, bank_budget, plan_training, resolved
+from .plan import TrainPlan, plan_training, resolved
 from .plan_words import plan_lines
 from .result import UnlearnResult
 from .resume import KEY, check_same_run, check_settings, run_key
@@ -181,7 +181,7 @@ class _Run:
         """The rows, and those that are held out, after what must be found for them."""
         config, held = self.config, plan.evidence
         if recipe.searches:
-            budget = dataclasses.replace(bank_budget(config, plan.settings), trajectories=plan.search_trajectories)
+            budget = dataclasses.replace(BankBudget.of(config, plan.settings), trajectories=plan.search_trajectories)
             with self._stage("search"):
                 recipe = with_found(model, recipe, budget, partial(self.reporter.working, "search"))
             if held is not None:
@@ -202,14 +202,14 @@ class _Run:
             put_weights(model, start.values, start.selection, dict.fromkeys(start.values, torch.float32))
 
     def _gradient(self, plan: TrainPlan, model: Model) -> Mapping[str, torch.Tensor]:
-        names, budget = plan.selection.names, bank_budget(self.config, plan.settings)
+        names, budget = plan.selection.names, BankBudget.of(self.config, plan.settings)
         told = partial(self.reporter.working, "edit")
         return concept_gradient(model, plan.concept.forget_prompts, names, budget, guidance=0.0, on_progress=told)
 
     def _suppressed(
         self, plan: TrainPlan, model: Model, values: Mapping[str, torch.Tensor], wanted: Suppression
     ) -> Mapping[str, torch.Tensor]:
-        budget = bank_budget(self.config, plan.settings)
+        budget = BankBudget.of(self.config, plan.settings)
         return suppressed(model, values, wanted, budget, partial(self.reporter.working, "edit"))
 
     def _selection(self, plan: TrainPlan, model: Model) -> Selection:
@@ -225,7 +225,7 @@ class _Run:
                 model,
                 plan.concept.forget_prompts,
                 plan.selection.names,
-                bank_budget(config, settings),
+                BankBudget.of(config, settings),
                 density=settings.mask_density,
                 granularity=config.mask_granularity,
                 on_progress=partial(self.reporter.working, "mask"),
